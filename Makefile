@@ -1,0 +1,31 @@
+PYTHON ?= python3
+BIN := .venv/bin
+
+.PHONY: demo test test-slow check clean
+
+.installed: pyproject.toml constraints.txt
+	$(PYTHON) -m venv .venv
+	$(BIN)/pip install -q -c constraints.txt torch
+	$(BIN)/pip install -q -c constraints.txt -e '.[dev]'
+	touch .installed
+
+# Train on handwritten digits with Adam, SGD and newton-summary side by side; pictures land in runs/
+demo: .installed
+	$(BIN)/newton-summary compare digits --optimizers adam sgd newton-summary
+
+# The quick suite
+test: .installed
+	$(BIN)/python -m pytest -m "not slow"
+
+# What takes longer
+test-slow: .installed
+	$(BIN)/python -m pytest -m slow
+
+# Style and types
+check: .installed
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+clean:
+	rm -rf .venv .installed dist build

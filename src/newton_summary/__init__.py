@@ -1,0 +1,8 @@
+"""newton-summary: how the parts of a network interact in its loss, and one learning rate for each of them."""
+
+from newton_summary import measure, solve
+from newton_summary.measure import summarize
+from newton_summary.partition import Partition
+from newton_summary.summary import Summary
+
+__all__ = ["Partition", "Summary", "measure", "solve", "summarize"]

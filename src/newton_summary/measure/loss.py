@@ -1,0 +1,118 @@
+"""A loss bound to a model, evaluated so that nothing of the user's changes."""
+
+from __future__ import annotations
+
+import contextlib
+import random
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any, TypeAlias
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils import _pytree as pytree
+
+from newton_summary.partition import unwrap
+
+LossFunction: TypeAlias = Callable[[Any, Any], Tensor]
+"""``loss_fn(model, batch)``: a scalar tensor, the mean over the samples of the batch."""
+
+
+class Loss:
+    """A loss function and the model that it is called with.
+
+    Args:
+        loss_fn: takes the model and a batch, gives a scalar.  It must reach the parameters through that model.
+        model: what ``torch.compile`` made of a module counts as that module.
+    """
+
+    def __init__(self, loss_fn: LossFunction, model: nn.Module) -> None:
+        self.loss_fn = loss_fn
+        self.model = unwrap(model)
+        self._module = _AsModule(loss_fn, self.model)
+
+    def __call__(self, batch: Any, parameters: Mapping[str, Tensor] | None = None) -> Tensor:
+        """The loss on a batch, with some parameters replaced and every buffer replaced by a copy.
+
+        Args:
+            batch: whatever the loss function takes.
+            parameters: tensors by parameter name; the model's own stand for those that are not given.
+
+        Raises:
+            ValueError: the loss is not a scalar.
+        """
+        replaced: dict[str, Tensor] = {name: buffer.clone() for name, buffer in self.model.named_buffers()}
+        replaced |= parameters or {}
+        value = torch.func.functional_call(
+            self._module, {f"model.{name}": tensor for name, tensor in replaced.items()}, (batch,)
+        )
+        if not isinstance(value, Tensor) or value.numel() != 1:
+            got = f"a tensor of shape {tuple(value.shape)}" if isinstance(value, Tensor) else type(value).__name__
+            raise ValueError(f"the loss must be a scalar tensor, got {got}: reduce it, for example by .mean()")
+        return value.reshape(())
+
+    @contextlib.contextmanager
+    def undisturbed(self) -> Iterator[None]:
+        """A block with gradients on, that leaves random states as they were and uses twice differentiable kernels."""
+        devices = {p.device for p in self.model.parameters() if p.device.type not in ("cpu", "meta")}
+        with (
+            preserved_randomness(devices),
+            torch.inference_mode(False),
+            torch.enable_grad(),
+            sdpa_kernel(SDPBackend.MATH),
+            _differentiable_recurrence(self.model),
+        ):
+            yield
+
+
+class _AsModule(nn.Module):
+    """The loss as a module over the model, so that ``functional_call`` can replace the model's tensors."""
+
+    def __init__(self, loss_fn: LossFunction, model: nn.Module) -> None:
+        super().__init__()
+        self.loss_fn = loss_fn
+        self.model = model
+
+    def forward(self, batch: Any) -> Tensor:
+        return self.loss_fn(self.model, batch)
+
+
+@contextlib.contextmanager
+def preserved_randomness(devices: set[torch.device] | None = None) -> Iterator[None]:
+    """Restores the random states of torch (on the host and on these devices), numpy and Python afterwards."""
+    python_state, numpy_state = random.getstate(), np.random.get_state()  # noqa: NPY002  (the user's legacy state)
+    accelerators = [device for device in devices or () if device.type != "cpu"]
+    kind = accelerators[0].type if accelerators else "cuda"
+    try:
+        with torch.random.fork_rng(devices=accelerators, device_type=kind):
+            yield
+    finally:
+        random.setstate(python_state)
+        np.random.set_state(numpy_state)  # noqa: NPY002
+
+
+@contextlib.contextmanager
+def _differentiable_recurrence(model: nn.Module) -> Iterator[None]:
+    """Switches the fused recurrent kernels off, which have no second derivatives, where the model has such layers."""
+    if not any(isinstance(module, nn.RNNBase) for module in model.modules()):
+        yield
+        return
+    with torch.backends.mkldnn.flags(enabled=False), torch.backends.cudnn.flags(enabled=False):
+        yield
+
+
+def check_dependence(value: Tensor) -> None:
+    """Raises where a loss has no gradient."""
+    if not value.requires_grad:
+        raise ValueError(
+            "the loss does not depend on the parameters: compute it with the model that the loss function is given"
+        )
+
+
+def batch_size(batch: Any) -> int:
+    """The number of samples in a batch: the first dimension of the first tensor in it that has one, else 1."""
+    for leaf in pytree.tree_leaves(batch):
+        if isinstance(leaf, Tensor) and leaf.dim() > 0:
+            return leaf.shape[0]
+    return 1

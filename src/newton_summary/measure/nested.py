@@ -1,0 +1,116 @@
+"""Summaries by nested backward passes: any order, any model that autograd differentiates (docs/method.md, section 1).
+
+This is the yardstick: simple, general, and about S^(d-1) backward passes for a derivative of order d.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from itertools import permutations
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from newton_summary.measure.loss import Loss, batch_size, check_dependence
+from newton_summary.partition import Partition
+from newton_summary.summary import Summary
+
+
+class NestedEngine:
+    """Derivatives as gradients of gradients.
+
+    D^(d+1)[…, s] is the gradient of the scalar D^(d)[…] with respect to the tensors of group s, dotted with the
+    direction there.  Only index tuples in sorted order are computed, because the tensors are symmetric.
+    """
+
+    def measure(
+        self, loss: Loss, batch: Any, partition: Partition, direction: Sequence[Tensor], order: int, third: str
+    ) -> Summary:
+        """The summary of one batch.
+
+        Args:
+            loss: the loss and its model.
+            batch: what the loss is measured on.
+            partition: S groups.
+            direction: one tensor for each parameter of the partition.
+            order: the highest order.
+            third: ``"diagonal"`` or ``"full"``.  Above order 3 it is always in full.
+
+        Raises:
+            ValueError: the loss does not depend on the parameters.
+        """
+        with loss.undisturbed():
+            aliases = [p.detach().requires_grad_() for p in partition.parameters]
+            value = loss(batch, dict(zip(partition.parameter_names, aliases, strict=True)))
+            if order > 0:
+                check_dependence(value)
+            tensors = _Nesting(partition, aliases, direction, order, third == "diagonal").run(value)
+        first_orders = dict(zip(("loss", "gradient", "hessian", "third"), tensors, strict=False))
+        first_orders.setdefault("gradient", torch.zeros(len(partition)))
+        return Summary(
+            **first_orders, names=partition.names, higher=tuple(tensors[4:]), weight=float(batch_size(batch))
+        )
+
+
+def taylor(loss: Loss, batch: Any, partition: Partition, direction: Sequence[Tensor], order: int) -> list[float]:
+    """The derivatives of t ↦ L(θ + t u) at t = 0, of orders 0 to ``order``, at one backward pass each.
+
+    Each is the sum of all entries of the summary of that order.
+    """
+    single = Partition.trivial(loss.model)
+    by_name = dict(zip(partition.parameter_names, direction, strict=True))
+    along = [by_name[name] for name in single.parameter_names]
+    summary = NestedEngine().measure(loss, batch, single, along, order, "full")
+    return [summary.tensor(d).item() for d in range(order + 1)]
+
+
+class _Nesting:
+    """One recursion over sorted index tuples."""
+
+    def __init__(
+        self, partition: Partition, aliases: list[Tensor], direction: Sequence[Tensor], order: int, diagonal: bool
+    ) -> None:
+        self.partition, self.aliases, self.direction = partition, aliases, direction
+        self.order = order
+        self.diagonal = diagonal and order == 3
+        self.groups_of = partition.groups_of
+        size, device = len(partition), aliases[0].device
+        self.tensors = [torch.zeros((size,) * d, dtype=torch.float64, device=device) for d in range(order + 1)]
+        if self.diagonal:
+            self.tensors[3] = torch.zeros(size, dtype=torch.float64, device=device)
+
+    def run(self, value: Tensor) -> list[Tensor]:
+        self.tensors[0] = value.detach().to(torch.float64)
+        if self.order > 0:
+            self._descend(value, ())
+        return self.tensors
+
+    def _descend(self, scalar: Tensor, prefix: tuple[int, ...]) -> None:
+        """Differentiates the entry with index ``prefix``, and then what comes out, up to the last order."""
+        depth = len(prefix) + 1
+        last = depth == self.order
+        first = prefix[-1] if prefix else 0
+        only_diagonal = self.diagonal and depth == 3
+        row = self._differentiate(scalar, range(first, first + 1 if only_diagonal else len(self.partition)), not last)
+        if only_diagonal:
+            self.tensors[3][first] = row[first].detach()
+            return
+        for group in range(first, len(self.partition)):
+            index = (*prefix, group)
+            for symmetric in set(permutations(index)):
+                self.tensors[depth][symmetric] = row[group].detach()
+            if not last and not (self.diagonal and depth == 2 and group != first):
+                self._descend(row[group], index)
+
+    def _differentiate(self, scalar: Tensor, groups: range, keep_graph: bool) -> Tensor:
+        """The derivatives of a scalar according to these groups, as a vector (S,); those of other groups are void."""
+        chosen = [i for i, members in enumerate(self.groups_of) if any(g in groups for g in members)]
+        results: list[Tensor | None] = [None] * len(self.aliases)
+        if scalar.requires_grad:
+            gradients = torch.autograd.grad(
+                scalar, [self.aliases[i] for i in chosen], retain_graph=True, create_graph=keep_graph, allow_unused=True
+            )
+            for i, gradient in zip(chosen, gradients, strict=True):
+                results[i] = gradient
+        return self.partition.dot(results, self.direction)

@@ -1,0 +1,381 @@
+"""Partitions of a model's parameters into named groups (``docs/method.md``, section 1).
+
+A partition is stored as a function from parameter entries to groups: for each tensor either one group, when the tensor
+belongs to it as a whole, or a tensor of group numbers of the same shape.  Groups are therefore disjoint and complete by
+construction, and every part of a tensor that can be indexed can be a group.
+"""
+
+from __future__ import annotations
+
+import fnmatch
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, TypeAlias
+
+import torch
+from torch import Tensor, nn
+
+Label: TypeAlias = int | Tensor
+"""The group of a whole tensor, or the group of each of its entries (int64, of the tensor's shape)."""
+
+Part: TypeAlias = tuple[str | nn.Parameter, Any]
+"""Some entries of a parameter: the parameter, and any index that ``tensor[index]`` takes."""
+
+_UNASSIGNED = -1
+_ROWS_SHOWN = 40
+
+
+class Partition:
+    """A split of a model's trainable parameters into S named groups.
+
+    Frozen parameters (``requires_grad=False``) are left out and tied parameters count once.  Groups keep the order in
+    which they are given, tensors the order of ``model.named_parameters()``.
+
+    Args:
+        groups: the name of each group and what is in it: parameters, parameter names, or parts of parameters, given as
+            a pair of a parameter and an index into it.
+        model: the module whose parameters are split.
+
+    Attributes:
+        names: the names of the groups, S of them.
+        parameters: the tensors that are split, in the model's order.
+        parameter_names: their names in the model.
+        labels: for each tensor the number of its group, or an int64 tensor of its shape with a group for each entry.
+
+    Raises:
+        ValueError: an entry is in two groups or in none, a name is unknown, a group is empty, or a parameter is frozen.
+
+    Example:
+        >>> model = nn.Sequential(nn.Linear(4, 3), nn.Tanh(), nn.Linear(3, 2))
+        >>> partition = Partition({"first": ["0.weight", "0.bias"], "last": ["2.weight", "2.bias"]}, model)
+        >>> partition.names, partition.sizes
+        (('first', 'last'), (15, 8))
+    """
+
+    names: tuple[str, ...]
+    parameters: tuple[nn.Parameter, ...]
+    parameter_names: tuple[str, ...]
+    labels: tuple[Label, ...]
+
+    def __init__(self, groups: Mapping[str, Iterable[str | nn.Parameter | Part]], model: nn.Module) -> None:
+        named = trainable_parameters(model)
+        self.names = tuple(groups)
+        self.parameter_names = tuple(named)
+        self.parameters = tuple(named.values())
+        self.labels = _Assignment(model, named).assign(groups)
+
+    # Builders ---------------------------------------------------------------------------------------------------------
+
+    @classmethod
+    def trivial(cls, model: nn.Module) -> Partition:
+        """One group with every parameter in it: the step is Cauchy's steepest descent."""
+        return cls({"all": list(trainable_parameters(model))}, model)
+
+    @classmethod
+    def canonical(cls, model: nn.Module) -> Partition:
+        """One group for each tensor, named as in the model."""
+        return cls({name: [name] for name in trainable_parameters(model)}, model)
+
+    @classmethod
+    def discrete(cls, model: nn.Module) -> Partition:
+        """One group for each scalar: the summary is the Hessian itself.  For small models."""
+        partition = cls.trivial(model)
+        names: list[str] = []
+        labels: list[Label] = []
+        for name, parameter in zip(partition.parameter_names, partition.parameters, strict=True):
+            first = len(names)
+            labels.append(torch.arange(first, first + parameter.numel()).view(parameter.shape))
+            names += [_entry_name(name, index) for index in _indices(parameter.shape)]
+        partition.names, partition.labels = tuple(names), tuple(labels)
+        return partition
+
+    @classmethod
+    def by_kind(cls, model: nn.Module) -> Partition:
+        """Weights, biases and others, such as normalisation scales; kinds that the model lacks are left out."""
+        return cls(_gather((kind_of(name, p), name) for name, p in trainable_parameters(model).items()), model)
+
+    @classmethod
+    def by_module(cls, model: nn.Module, depth: int = 1) -> Partition:
+        """One group for each submodule, ``depth`` names deep; parameters above that depth are groups by themselves.
+
+        Raises:
+            ValueError: ``depth`` is below 1.
+        """
+        if depth < 1:
+            raise ValueError(f"depth must be at least 1, got {depth}")
+        names = trainable_parameters(model)
+        return cls(_gather((".".join(_owner(name).split(".")[:depth]) or name, name) for name in names), model)
+
+    @classmethod
+    def chunks(cls, model: nn.Module, count: int) -> Partition:
+        """``count`` chunks of consecutive layers, each split into its weights (all but biases) and its biases.
+
+        A layer is a module that owns trainable parameters.  Chunks are as even as can be, the first ones larger.
+
+        Raises:
+            ValueError: ``count`` is below 1 or above the number of layers.
+        """
+        named = trainable_parameters(model)
+        layers = list(dict.fromkeys(_owner(name) for name in named))
+        if not 1 <= count <= len(layers):
+            raise ValueError(f"cannot split {len(layers)} layers into {count} chunks: choose 1 to {len(layers)}")
+        chunk_of = {layer: i * count // len(layers) for i, layer in enumerate(layers)}
+        pairs = [
+            (f"chunk{chunk_of[_owner(name)] + 1}.{'biases' if kind_of(name, p) == 'biases' else 'weights'}", name)
+            for name, p in named.items()
+        ]
+        return cls(_gather(pairs), model)
+
+    @classmethod
+    def from_patterns(cls, model: nn.Module, patterns: Mapping[str, str], rest: str | None = None) -> Partition:
+        """Groups by shell-style patterns on parameter names; a parameter goes to the first pattern that it matches.
+
+        Args:
+            model: the module whose parameters are split.
+            patterns: the name of each group and its pattern, such as ``{"attention": "*.attn.*"}``.
+            rest: the name of a last group for what no pattern matches.  It is left out when nothing remains.
+
+        Raises:
+            ValueError: a pattern matches nothing that an earlier one left, or a parameter matches none and ``rest`` is
+                not given.
+        """
+        groups: dict[str, list[str]] = {name: [] for name in patterns}
+        left: list[str] = []
+        for name in trainable_parameters(model):
+            matching = (group for group, pattern in patterns.items() if fnmatch.fnmatchcase(name, pattern))
+            groups.get(next(matching, ""), left).append(name)
+        for group, members in groups.items():
+            if not members:
+                raise ValueError(
+                    f"group {group!r} is empty: its pattern {patterns[group]!r} matches no trainable parameter that an "
+                    "earlier pattern left"
+                )
+        if left and rest is None:
+            raise ValueError(f"no pattern matches parameter {left[0]!r}: pass rest='name of a group for what remains'")
+        if left and rest is not None:
+            groups.setdefault(rest, []).extend(left)
+        return cls(groups, model)
+
+    # Reading ----------------------------------------------------------------------------------------------------------
+
+    def __len__(self) -> int:
+        return len(self.names)
+
+    @property
+    def sizes(self) -> tuple[int, ...]:
+        """The number of scalars in each group, S numbers."""
+        counts = [0] * len(self)
+        for label, parameter in zip(self.labels, self.parameters, strict=True):
+            if isinstance(label, int):
+                counts[label] += parameter.numel()
+            else:
+                for group, count in zip(*(t.tolist() for t in label.unique(return_counts=True)), strict=True):
+                    counts[group] += count
+        return tuple(counts)
+
+    @property
+    def groups_of(self) -> tuple[tuple[int, ...], ...]:
+        """For each tensor the numbers of the groups that hold some of it, in ascending order."""
+        return tuple((label,) if isinstance(label, int) else tuple(label.unique().tolist()) for label in self.labels)
+
+    @property
+    def tensors_of(self) -> tuple[tuple[int, ...], ...]:
+        """For each group the positions of the tensors that it holds, or holds some of."""
+        members: list[list[int]] = [[] for _ in self.names]
+        for position, groups in enumerate(self.groups_of):
+            for group in groups:
+                members[group].append(position)
+        return tuple(tuple(m) for m in members)
+
+    @property
+    def device(self) -> torch.device:
+        """The device of the parameters.
+
+        Raises:
+            ValueError: they are on several devices.
+        """
+        first = self.parameters[0]
+        for name, parameter in zip(self.parameter_names, self.parameters, strict=True):
+            if parameter.device != first.device:
+                raise ValueError(
+                    f"parameter {name!r} is on {parameter.device}, {self.parameter_names[0]!r} on {first.device}: "
+                    "move the model to one device"
+                )
+        return first.device
+
+    def __repr__(self) -> str:
+        rows = [("group", "tensors", "scalars")]
+        rows += [
+            (name, str(len(tensors)), f"{size:,}")
+            for name, tensors, size in zip(self.names, self.tensors_of, self.sizes, strict=True)
+        ]
+        hidden = len(rows) - 1 - _ROWS_SHOWN
+        rows = rows[: _ROWS_SHOWN + 1]
+        widths = [max(len(row[i]) for row in rows) for i in range(3)]
+        lines = [f"Partition of {sum(self.sizes):,} scalars into {len(self)} group{'s' if len(self) != 1 else ''}"]
+        lines += [f"  {a:<{widths[0]}}  {b:>{widths[1]}}  {c:>{widths[2]}}" for a, b, c in rows]
+        if hidden > 0:
+            lines.append(f"  … and {hidden} more")
+        return "\n".join(lines)
+
+    # Using ------------------------------------------------------------------------------------------------------------
+
+    def reduce(self, tensors: Sequence[Tensor | None]) -> Tensor:
+        """The sum of the entries of each group (Iᵀ v): ``tensors`` in parameter order to a vector (S,) in float64.
+
+        ``None`` stands for zeros.  Differentiable.
+        """
+        total = torch.zeros(len(self), dtype=torch.float64, device=self.parameters[0].device)
+        whole: list[int] = []
+        sums: list[Tensor] = []
+        for label, tensor in zip(self.labels, tensors, strict=True):
+            if tensor is None:
+                continue
+            if isinstance(label, int):
+                whole.append(label)
+                sums.append(tensor.sum(dtype=torch.float64))
+            else:
+                index = label.to(tensor.device).flatten()
+                total = total.index_add(0, index, tensor.flatten().to(torch.float64))
+        if whole:
+            total = total.index_add(0, torch.tensor(whole, device=total.device), torch.stack(sums))
+        return total
+
+    def dot(self, left: Sequence[Tensor | None], right: Sequence[Tensor]) -> Tensor:
+        """The inner product of two vectors of parameters, group by group: (S,) in float64.  ``None`` is zeros."""
+        return self.reduce([None if a is None else a * b for a, b in zip(left, right, strict=True)])
+
+    def spread(self, values: Sequence[float]) -> list[float | Tensor]:
+        """One number for each group (S) to one factor for each tensor (I v): a number, or a tensor of its shape.
+
+        Args:
+            values: S numbers on the host.
+        """
+        return [
+            values[label]
+            if isinstance(label, int)
+            else torch.tensor(values, dtype=torch.float64)[label.cpu()].to(p.device, p.dtype)
+            for label, p in zip(self.labels, self.parameters, strict=True)
+        ]
+
+    def param_groups(self) -> list[dict[str, Any]]:
+        """The groups as a ``torch.optim.Optimizer`` takes them: dictionaries with ``name`` and ``params``.
+
+        A tensor that is split between groups stands there once, in a group of its own that bears the tensor's name.
+        """
+        whole: dict[str, list[nn.Parameter]] = {}
+        for label, name, parameter in zip(self.labels, self.parameter_names, self.parameters, strict=True):
+            whole.setdefault(self.names[label] if isinstance(label, int) else name, []).append(parameter)
+        order = {name: i for i, name in enumerate(self.names)}
+        return [{"name": name, "params": whole[name]} for name in sorted(whole, key=lambda n: order.get(n, len(order)))]
+
+
+def trainable_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
+    """The parameters of a model that require gradients, by name; tied ones once, under their first name.
+
+    Raises:
+        ValueError: there are none.
+    """
+    named = {name: p for name, p in unwrap(model).named_parameters() if p.requires_grad}
+    if not named:
+        raise ValueError(
+            f"{type(model).__name__} has no trainable parameters: every requires_grad is False, or none exist"
+        )
+    return named
+
+
+def unwrap(model: nn.Module) -> nn.Module:
+    """The module itself, where ``model`` is what ``torch.compile`` made of it."""
+    original = getattr(model, "_orig_mod", model)
+    assert isinstance(original, nn.Module)
+    return original
+
+
+def kind_of(name: str, parameter: Tensor) -> str:
+    """``"biases"``, ``"weights"`` (two or more dimensions) or ``"others"`` (scales, scalars)."""
+    if "bias" in name.rpartition(".")[2]:
+        return "biases"
+    return "weights" if parameter.dim() >= 2 else "others"
+
+
+class _Assignment:
+    """Checks what a user says of groups, and turns it into labels."""
+
+    def __init__(self, model: nn.Module, named: dict[str, nn.Parameter]) -> None:
+        every = dict(unwrap(model).named_parameters(remove_duplicate=False))
+        position = {id(p): i for i, p in enumerate(named.values())}
+        self.names = list(named)
+        self.by_name = {name: position.get(id(p)) for name, p in every.items()}
+        self.by_id = {id(p): position.get(id(p)) for p in every.values()}
+        self.labels = [torch.full(p.shape, _UNASSIGNED) for p in named.values()]
+        self.has_parts = [False] * len(named)
+
+    def assign(self, groups: Mapping[str, Iterable[str | nn.Parameter | Part]]) -> tuple[Label, ...]:
+        for number, (group, members) in enumerate(groups.items()):
+            if isinstance(members, str | Tensor):
+                raise TypeError(f"group {group!r} is {type(members).__name__}, not a list of parameters or their names")
+            count = sum(self._put(number, group, member, list(groups)) for member in members)
+            if not count:
+                raise ValueError(f"group {group!r} is empty: leave it out or give it parameters")
+        for name, label in zip(self.names, self.labels, strict=True):
+            missing = int((label == _UNASSIGNED).sum())
+            if missing:
+                share = "" if missing == label.numel() else f"{missing} of {label.numel()} entries of "
+                raise ValueError(f"{share}parameter {name!r} {_shape(label)} in no group: add it to one, or freeze it")
+        return tuple(
+            label if parts else int(label.flatten()[0]) if label.numel() else 0
+            for label, parts in zip(self.labels, self.has_parts, strict=True)
+        )
+
+    def _put(self, number: int, group: str, member: str | nn.Parameter | Part, names: list[str]) -> int:
+        parameter, index = member if isinstance(member, tuple) else (member, ...)
+        position = self._position(group, parameter)
+        label = self.labels[position]
+        taken = label[index]
+        if (taken != _UNASSIGNED).any():
+            other = names[int(taken.max())]
+            raise ValueError(
+                f"parameter {self.names[position]!r} {_shape(label)} in two groups, {other!r} and {group!r}"
+                if other != group
+                else f"parameter {self.names[position]!r} {_shape(label)} twice in group {group!r}"
+            )
+        label[index] = number
+        self.has_parts[position] |= isinstance(member, tuple)
+        return int(taken.numel())
+
+    def _position(self, group: str, parameter: str | nn.Parameter) -> int:
+        table: Mapping[Any, int | None] = self.by_name if isinstance(parameter, str) else self.by_id
+        key = parameter if isinstance(parameter, str) else id(parameter)
+        what = repr(parameter) if isinstance(parameter, str) else f"of shape {tuple(parameter.shape)}"
+        if key not in table:
+            known = ", ".join(self.names[:8]) + (", …" if len(self.names) > 8 else "")
+            raise ValueError(f"group {group!r}: the model has no parameter {what}; it has {known}")
+        position = table[key]
+        if position is None:
+            raise ValueError(f"group {group!r}: parameter {what} is frozen (requires_grad=False): leave it out")
+        return position
+
+
+def _gather(pairs: Iterable[tuple[str, str]]) -> dict[str, list[str]]:
+    """Pairs of a group and a parameter to a dictionary of lists, in order of first appearance."""
+    groups: dict[str, list[str]] = {}
+    for group, parameter in pairs:
+        groups.setdefault(group, []).append(parameter)
+    return groups
+
+
+def _owner(name: str) -> str:
+    """The name of the module that owns a parameter."""
+    return name.rpartition(".")[0]
+
+
+def _shape(tensor: Tensor) -> str:
+    return f"of shape {tuple(tensor.shape)} is"
+
+
+def _indices(shape: torch.Size) -> list[list[int]]:
+    """Every index of a tensor of this shape, in memory order."""
+    return torch.cartesian_prod(*(torch.arange(n) for n in shape)).view(-1, len(shape)).tolist() if shape else [[]]
+
+
+def _entry_name(name: str, index: list[int]) -> str:
+    return f"{name}[{', '.join(map(str, index))}]" if index else name

@@ -1,0 +1,258 @@
+"""The summary of a loss's derivatives according to a partition: plain data (``docs/method.md``, section 1)."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+_FORMAT = 1
+
+
+@dataclass(frozen=True, eq=False)
+class Summary:
+    """Derivatives of φ(η) = L(θ + U I η) at η = 0, where I sorts the parameters into S groups and U scales them by u.
+
+    Every entry is the sum, over parameters of the groups that it names, of a derivative of the loss times the
+    direction's entries there: in units of the loss.  Tensors are float64 and stay on the device where they were measured.
+
+    Args:
+        loss: the loss L(θ), a scalar.
+        gradient: ḡ = φ'(0), shape (S,).
+        hessian: H̄ = φ''(0), shape (S, S), symmetric; ``None`` where only the first order was measured.
+        third: φ'''(0), shape (S, S, S), or its diagonal alone, shape (S,); ``None`` where it was not measured.
+        names: the S names of the groups.  Default: their numbers.
+        higher: derivatives of order 4 and up, each in full.
+        weight: the number of samples that were averaged: what the summary counts in a sum of summaries.
+
+    Raises:
+        ValueError: a shape does not fit the number of groups, or two groups have one name.
+
+    Example:
+        >>> summary = Summary(loss=1.0, gradient=[1.0, 0.5], hessian=[[2.0, 0.1], [0.1, 1.0]], names=["body", "head"])
+        >>> summary.merge({"all": ["body", "head"]}).hessian
+        tensor([[3.2000]], dtype=torch.float64)
+    """
+
+    loss: Tensor
+    gradient: Tensor
+    hessian: Tensor | None = None
+    third: Tensor | None = None
+    names: tuple[str, ...] = ()
+    higher: tuple[Tensor, ...] = ()
+    weight: float = 1.0
+
+    def __post_init__(self) -> None:
+        convert = {name: _double(getattr(self, name)) for name in ("loss", "gradient", "hessian", "third")}
+        names = tuple(self.names) or tuple(map(str, range(len(convert["gradient"]))))  # type: ignore[arg-type]
+        for name, value in {**convert, "names": names, "higher": tuple(map(_double, self.higher))}.items():
+            object.__setattr__(self, name, value)
+        _check_shapes(self)
+
+    def __len__(self) -> int:
+        return len(self.names)
+
+    def tensor(self, order: int) -> Tensor:
+        """The derivative of this order in full, shape (S,) * order.
+
+        Raises:
+            ValueError: it was not measured, or only its diagonal was.
+        """
+        everything = (self.loss, self.gradient, self.hessian, self.third, *self.higher)
+        value = everything[order] if 0 <= order < len(everything) else None
+        if value is None:
+            raise ValueError(f"order {order} was not measured: summarize(..., order={order})")
+        if value.dim() != order:
+            raise ValueError("only the diagonal of the third order was measured: summarize(..., third='full')")
+        return value
+
+    @property
+    def third_diagonal(self) -> Tensor | None:
+        """The entries D^(3)[s, s, s], shape (S,), or ``None`` where the third order was not measured."""
+        if self.third is None or self.third.dim() == 1:
+            return self.third
+        return torch.einsum("sss->s", self.third)
+
+    # Algebra ----------------------------------------------------------------------------------------------------------
+
+    def __add__(self, other: Summary) -> Summary:
+        """The sum of losses over one partition and direction: every derivative adds, and so do the weights."""
+        if self.names != other.names:
+            raise ValueError(f"summaries of different groups do not add: {self.names} and {other.names}")
+        if len(self._tensors()) != len(other._tensors()) or any(
+            a.shape != other._tensors()[key].shape for key, a in self._tensors().items()
+        ):
+            raise ValueError("summaries of different orders do not add: measure both with the same order and third")
+        sums = {key: value + other._tensors()[key] for key, value in self._tensors().items()}
+        return replace(self._with(sums), weight=self.weight + other.weight)
+
+    def __mul__(self, factor: float) -> Summary:
+        """The summary of the loss times a number."""
+        return self._with({key: value * factor for key, value in self._tensors().items()})
+
+    __rmul__ = __mul__
+
+    @staticmethod
+    def mean(summaries: Sequence[Summary]) -> Summary:
+        """The mean of summaries, each counted by its weight: the summary of a mean loss from those of its batches.
+
+        Raises:
+            ValueError: there are none.
+        """
+        if not summaries:
+            raise ValueError("the mean of no summaries is undefined")
+        total = sum(s.weight for s in summaries)
+        result = summaries[0] * (summaries[0].weight / total)
+        for summary in summaries[1:]:
+            result = result + summary * (summary.weight / total)
+        return replace(result, weight=total)
+
+    def scale(self, factors: Tensor | Sequence[float]) -> Summary:
+        """The summary along a direction scaled by one factor for each group, shape (S,)."""
+        a = torch.as_tensor(factors, dtype=torch.float64, device=self.gradient.device)
+        if a.shape != self.gradient.shape:
+            raise ValueError(f"scale takes {len(self)} factors, one for each group, got shape {tuple(a.shape)}")
+        scaled = {"loss": self.loss}
+        for key, value in self._tensors().items():
+            if key == "third" and value.dim() == 1:
+                scaled[key] = value * a**3
+            elif key != "loss":
+                for axis in range(value.dim()):
+                    value = value * a.view(-1, *[1] * (value.dim() - 1 - axis))
+                scaled[key] = value
+        return self._with(scaled)
+
+    def merge(self, groups: Mapping[str, Sequence[str]]) -> Summary:
+        """The summary of a coarser partition: entries of merged groups add.
+
+        Args:
+            groups: the name of each new group and the names of the old ones in it.  Each old one is in just one.
+
+        Returns:
+            A summary with ``len(groups)`` groups.  Where only the diagonal of the third order is known and a new group
+            has several old ones, its ``third`` is ``None``: that sum needs the entries off the diagonal.
+
+        Raises:
+            ValueError: a group is unknown, missing, or in two new groups.
+        """
+        listed = [name for members in groups.values() for name in members]
+        for name in listed:
+            if name not in self.names:
+                raise ValueError(f"no group is called {name!r}: the groups are {', '.join(self.names)}")
+            if listed.count(name) > 1:
+                raise ValueError(f"group {name!r} is merged twice")
+        for name in self.names:
+            if name not in listed:
+                raise ValueError(f"group {name!r} is in none of the merged groups")
+        new = {name: i for i, members in enumerate(groups.values()) for name in members}
+        matrix = torch.zeros(len(self), len(groups), dtype=torch.float64, device=self.gradient.device)
+        for row, name in enumerate(self.names):
+            matrix[row, new[name]] = 1.0
+        merged: dict[str, Tensor] = {"loss": self.loss}
+        for key, value in self._tensors().items():
+            if key == "third" and value.dim() == 1:
+                if len(groups) == len(self):
+                    merged[key] = matrix.T @ value
+            elif key != "loss":
+                for _ in range(value.dim()):  # contract the first axis, append the new one: in the end all are new
+                    value = torch.tensordot(value, matrix, dims=([0], [0]))
+                merged[key] = value
+        return replace(self, names=tuple(groups), hessian=None, third=None, higher=())._with(merged)
+
+    # Moving and keeping -----------------------------------------------------------------------------------------------
+
+    def cpu(self) -> Summary:
+        """The same on the host, moved there in one transfer."""
+        tensors = self._tensors()
+        if self.gradient.device.type == "cpu":
+            return self
+        packed = torch.cat([value.flatten() for value in tensors.values()]).cpu()
+        parts = packed.split([value.numel() for value in tensors.values()])
+        return self._with({key: part.view(tensors[key].shape) for key, part in zip(tensors, parts, strict=True)})
+
+    def is_finite(self) -> bool:
+        """Whether every number in it is finite."""
+        return all(bool(value.isfinite().all()) for value in self.cpu()._tensors().values())
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain lists and numbers, fit for JSON."""
+        values = {key: value.tolist() for key, value in self.cpu()._tensors().items()}
+        return {"format": _FORMAT, "names": list(self.names), "weight": self.weight, **values}
+
+    @staticmethod
+    def from_dict(data: Mapping[str, Any]) -> Summary:
+        """The inverse of :meth:`to_dict`.
+
+        Raises:
+            ValueError: the data is of another format.
+        """
+        if data.get("format") != _FORMAT:
+            raise ValueError(f"not a summary of format {_FORMAT}: it has keys {sorted(data)}")
+        higher = sorted((k for k in data if k.startswith("order")), key=lambda k: int(k.removeprefix("order")))
+        return Summary(
+            **{key: data[key] for key in ("loss", "gradient", "hessian", "third") if key in data},
+            names=tuple(data["names"]),
+            higher=tuple(data[key] for key in higher),
+            weight=data["weight"],
+        )
+
+    def save(self, path: str | Path) -> None:
+        """Writes the summary to a file that :meth:`load` reads."""
+        torch.save({"format": _FORMAT, "names": self.names, "weight": self.weight, **self.cpu()._tensors()}, path)
+
+    @staticmethod
+    def load(path: str | Path) -> Summary:
+        """Reads what :meth:`save` wrote.
+
+        Raises:
+            ValueError: the file holds something else.
+        """
+        return Summary.from_dict(torch.load(path, weights_only=True))
+
+    def plot(self, ax: Axes | None = None) -> Axes:
+        """H̄ as a heatmap, signed; needs the extra ``plots``.  Returns the axes."""
+        from newton_summary.plots import heatmap
+
+        return heatmap(self, ax=ax)
+
+    def _tensors(self) -> dict[str, Tensor]:
+        """What was measured, by the names of :meth:`to_dict`."""
+        named = {key: getattr(self, key) for key in ("loss", "gradient", "hessian", "third")}
+        named |= {f"order{4 + i}": value for i, value in enumerate(self.higher)}
+        return {key: value for key, value in named.items() if value is not None}
+
+    def _with(self, tensors: Mapping[str, Tensor]) -> Summary:
+        """The same groups and weight with other tensors."""
+        higher = tuple(value for key, value in tensors.items() if key.startswith("order"))
+        low: dict[str, Any] = {key: value for key, value in tensors.items() if not key.startswith("order")}
+        return replace(self, higher=higher, **low)
+
+
+def _double(value: Any) -> Tensor | None:
+    return None if value is None else torch.as_tensor(value, dtype=torch.float64).detach()
+
+
+def _check_shapes(summary: Summary) -> None:
+    size = len(summary.gradient)
+    allowed: dict[str, set[tuple[int, ...]]] = {
+        "loss": {()},
+        "gradient": {(size,)},
+        "hessian": {(size, size)},
+        "third": {(size,), (size, size, size)},
+        **{f"order{4 + i}": {(size,) * (4 + i)} for i in range(len(summary.higher))},
+    }
+    for key, value in summary._tensors().items():
+        if tuple(value.shape) not in allowed[key]:
+            expected = " or ".join(map(str, sorted(allowed[key])))
+            raise ValueError(f"{key} has shape {tuple(value.shape)}; {size} groups need {expected}")
+    if len(summary.names) != size:
+        raise ValueError(f"{len(summary.names)} names for {size} groups")
+    if len(set(summary.names)) != size:
+        raise ValueError("two groups have the same name")
