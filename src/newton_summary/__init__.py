@@ -2,7 +2,8 @@
 
 from newton_summary import measure, solve
 from newton_summary.measure import summarize
+from newton_summary.optimizer import NewtonSummary
 from newton_summary.partition import Partition
 from newton_summary.summary import Summary
 
-__all__ = ["Partition", "Summary", "measure", "solve", "summarize"]
+__all__ = ["NewtonSummary", "Partition", "Summary", "measure", "solve", "summarize"]

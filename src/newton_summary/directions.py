@@ -1,13 +1,187 @@
-"""Where the direction u comes from: gradients, momentum, Adam, or any ``torch.optim.Optimizer``."""
+"""Where the direction u comes from: the gradient, momentum, Adam, or any ``torch.optim.Optimizer``.
+
+A direction reads ``.grad`` and hyperparameters from an optimizer's groups, and keeps its memory in the optimizer's
+state for each parameter, as torch's own optimizers do.  The step of group s is then −λ_1 η_s u.
+"""
 
 from __future__ import annotations
 
 import copy
 from collections import OrderedDict, defaultdict
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
+
+from newton_summary._checks import check_fraction
+
+Groups = list[dict[str, Any]]
+State = defaultdict[Tensor, Any]
+
+
+class Direction(Protocol):
+    """What gives u at each step."""
+
+    defaults: dict[str, Any]
+    """Hyperparameters, which become entries of the optimizer's groups, where schedulers find them."""
+
+    def update(self, groups: Groups, state: State) -> dict[Tensor, Tensor]:
+        """The direction for every parameter that has a gradient; called once a step, after ``backward()``."""
+        ...
+
+    def unit(self, parameter: Tensor) -> float:
+        """The learning rate that a rate of 1 stands for."""
+        ...
+
+    def state_dict(self) -> dict[str, Any]:
+        """What is remembered outside the optimizer's state."""
+        ...
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """The inverse of :meth:`state_dict`."""
+        ...
+
+
+class _Stateless:
+    """A direction whose memory is all in the optimizer's state."""
+
+    defaults: dict[str, Any]
+
+    def unit(self, parameter: Tensor) -> float:
+        return 1.0
+
+    def state_dict(self) -> dict[str, Any]:
+        return {}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        pass
+
+
+class Gradient(_Stateless):
+    """u = g, the gradient of the last batch."""
+
+    def __init__(self) -> None:
+        self.defaults = {}
+
+    def update(self, groups: Groups, state: State) -> dict[Tensor, Tensor]:
+        """The gradients as they are."""
+        return {p: p.grad for group in groups for p in group["params"] if p.grad is not None}
+
+
+class Momentum(_Stateless):
+    """u ← μ u + (1 − μ) g, and u = g at the first step (docs/method.md, section 2).
+
+    Args:
+        momentum: μ, in [0, 1).
+    """
+
+    def __init__(self, momentum: float = 0.9) -> None:
+        check_fraction("momentum", momentum)
+        self.defaults = {"momentum": momentum}
+
+    def update(self, groups: Groups, state: State) -> dict[Tensor, Tensor]:
+        """The averages, which the caller must not write to."""
+        for (momentum,), parameters in _buckets(groups, "momentum"):
+            gradients = _gradients(parameters)
+            for p, g in zip(parameters, gradients, strict=True):
+                if "momentum" not in state[p]:
+                    state[p]["momentum"] = g.clone(memory_format=torch.preserve_format)
+            torch._foreach_lerp_([state[p]["momentum"] for p in parameters], gradients, 1 - momentum)
+        return {p: state[p]["momentum"] for group in groups for p in group["params"] if p.grad is not None}
+
+
+class Adam(_Stateless):
+    """Adam's step at a learning rate of 1: bias-corrected m / (√v + ε) (Kingma & Ba 2015, arXiv:1412.6980).
+
+    Args:
+        betas: the momenta of the gradient and of its square, each in [0, 1).
+        eps: ε, in units of the gradient; 0 makes the direction invariant to a scaling of each group.
+    """
+
+    def __init__(self, betas: tuple[float, float] = (0.9, 0.999), eps: float = 1e-8) -> None:
+        for beta in betas:
+            check_fraction("each of betas", beta)
+        if eps < 0:
+            raise ValueError(f"eps must not be negative, got {eps}")
+        self.defaults = {"betas": betas, "eps": eps}
+
+    def update(self, groups: Groups, state: State) -> dict[Tensor, Tensor]:
+        """New tensors."""
+        result: dict[Tensor, Tensor] = {}
+        for (betas, eps), parameters in _buckets(groups, "betas", "eps"):
+            memories = [_adam_memory(p, state[p]) for p in parameters]
+            gradients = _gradients(parameters)
+            means, squares = [m["exp_avg"] for m in memories], [m["exp_avg_sq"] for m in memories]
+            torch._foreach_lerp_(means, gradients, 1 - betas[0])
+            torch._foreach_mul_(squares, betas[1])
+            torch._foreach_addcmul_(squares, gradients, gradients, 1 - betas[1])
+            for memory in memories:
+                memory["step"] += 1
+            directions = torch._foreach_div(means, [1 - betas[0] ** m["step"] for m in memories])
+            scales = torch._foreach_div(squares, [1 - betas[1] ** m["step"] for m in memories])
+            torch._foreach_sqrt_(scales)
+            torch._foreach_add_(scales, eps)
+            torch._foreach_div_(directions, scales)
+            if eps == 0:  # an entry that never had a gradient does not move
+                for direction in directions:
+                    direction.nan_to_num_(nan=0.0)
+            result |= dict(zip(parameters, directions, strict=True))
+        return result
+
+
+class StepOf:
+    """The step that another optimizer takes, its weight decay and learning rates included: a rate of 1 repeats it.
+
+    Args:
+        optimizer: any ``torch.optim.Optimizer`` whose ``step()`` needs no closure.  Do not step it yourself.
+    """
+
+    def __init__(self, optimizer: torch.optim.Optimizer) -> None:
+        self.optimizer = optimizer
+        self.defaults: dict[str, Any] = {}
+
+    def update(self, groups: Groups, state: State) -> dict[Tensor, Tensor]:
+        """New tensors, u = θ − θ'."""
+        parameters = [p for group in self.optimizer.param_groups for p in group["params"] if p.grad is not None]
+        before = [p.detach().clone() for p in parameters]
+        self.optimizer.step()
+        steps = torch._foreach_sub(before, [p.detach() for p in parameters])
+        torch._foreach_copy_([p.detach() for p in parameters], before)
+        return dict(zip(parameters, steps, strict=True))
+
+    def unit(self, parameter: Tensor) -> float:
+        """That optimizer's learning rate for this parameter."""
+        for group in self.optimizer.param_groups:
+            if any(p is parameter for p in group["params"]):
+                return float(group.get("lr", 1.0))
+        return 1.0
+
+    def state_dict(self) -> dict[str, Any]:
+        """That optimizer's."""
+        return self.optimizer.state_dict()
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """That optimizer's."""
+        self.optimizer.load_state_dict(state)
+
+
+def resolve(direction: str | torch.optim.Optimizer | Direction) -> Direction:
+    """A direction by its name, ``"gradient"``, ``"momentum"`` or ``"adam"``, or around an optimizer.
+
+    Raises:
+        ValueError: the name is unknown.
+    """
+    if isinstance(direction, torch.optim.Optimizer):
+        return StepOf(direction)
+    if not isinstance(direction, str):
+        return direction
+    named: dict[str, type[Direction]] = {"gradient": Gradient, "momentum": Momentum, "adam": Adam}
+    if direction not in named:
+        raise ValueError(
+            f"unknown direction {direction!r}: choose one of {', '.join(named)}, or pass a torch.optim.Optimizer"
+        )
+    return named[direction]()
 
 
 def next_step(optimizer: torch.optim.Optimizer, parameters: Sequence[nn.Parameter]) -> list[Tensor]:
@@ -28,18 +202,36 @@ def next_step(optimizer: torch.optim.Optimizer, parameters: Sequence[nn.Paramete
     shadow.__dict__.update({k: v for k, v in optimizer.__dict__.items() if k != "step"})  # schedulers patch `step`
     shadow._optimizer_step_pre_hooks, shadow._optimizer_step_post_hooks = OrderedDict(), OrderedDict()
     shadow.param_groups = [
-        {**copy.deepcopy(_without_params(g)), "params": [twin[p] for p in g["params"]]} for g in optimizer.param_groups
+        {key: [twin[p] for p in value] if key == "params" else copy.deepcopy(value) for key, value in group.items()}
+        for group in optimizer.param_groups
     ]
     shadow.state = defaultdict(dict, {twin[p]: copy.deepcopy(s) for p, s in optimizer.state.items() if p in twin})
     shadow.step()
     return [(p - twin[p]).detach() if p in twin else torch.zeros_like(p) for p in parameters]
 
 
+def _buckets(groups: Groups, *keys: str) -> Iterable[tuple[tuple[Any, ...], list[Tensor]]]:
+    """The parameters that have gradients, together where their groups agree on these hyperparameters."""
+    buckets: dict[tuple[Any, ...], list[Tensor]] = {}
+    for group in groups:
+        values = tuple(tuple(group[key]) if key == "betas" else group[key] for key in keys)
+        buckets.setdefault(values, []).extend(p for p in group["params"] if p.grad is not None)
+    return [(values, parameters) for values, parameters in buckets.items() if parameters]
+
+
+def _gradients(parameters: list[Tensor]) -> list[Tensor]:
+    return [p.grad for p in parameters if p.grad is not None]
+
+
+def _adam_memory(parameter: Tensor, state: dict[str, Any]) -> dict[str, Any]:
+    if not state:
+        state["step"] = 0
+        state["exp_avg"] = torch.zeros_like(parameter, memory_format=torch.preserve_format)
+        state["exp_avg_sq"] = torch.zeros_like(parameter, memory_format=torch.preserve_format)
+    return state
+
+
 def _twin_of(parameter: nn.Parameter) -> nn.Parameter:
     twin = nn.Parameter(parameter.detach().clone(), requires_grad=parameter.requires_grad)
     twin.grad = None if parameter.grad is None else parameter.grad.clone()
     return twin
-
-
-def _without_params(group: dict[str, object]) -> dict[str, object]:
-    return {key: value for key, value in group.items() if key != "params"}

@@ -1,0 +1,404 @@
+"""The optimizer: one learning rate for every group of parameters, measured (docs/method.md, section 2)."""
+
+from __future__ import annotations
+
+import logging
+from collections import Counter
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from newton_summary import directions
+from newton_summary._checks import check_not_negative, check_positive
+from newton_summary.directions import Direction
+from newton_summary.measure import Engine, Loss, LossFunction, resolve_engine
+from newton_summary.partition import Partition
+from newton_summary.rates import AveragedRates, PaperRates, RateRule
+from newton_summary.sampling import BatchStream
+from newton_summary.solve import Status
+from newton_summary.summary import Summary
+
+logger = logging.getLogger(__name__)
+
+_KEY = "newton_summary"
+_MOST_GROUPS = 100
+_MOST_HALVINGS = 40
+
+
+class NewtonSummary(torch.optim.Optimizer):
+    """Steps θ ← θ − λ_1 η_s u for every group s, with rates η that come from exact second and third derivatives.
+
+    Every ``every`` steps the loss is measured along the direction u on a batch of ``curvature_data``, and the rates are
+    solved for (:class:`~newton_summary.rates.AveragedRates` says how).  There is nothing to tune.  It is used in the
+    loop that you have: ``zero_grad()``, ``backward()``, ``step()``.
+
+    Args:
+        model: the module to train.
+        loss_fn: ``loss_fn(model, batch)`` gives a scalar, the mean over the batch.
+        curvature_data: batches to measure on, iterated for ever by an independent sampler (see
+            :class:`~newton_summary.sampling.BatchStream`): a ``DataLoader`` over the training set, or a list of
+            batches. Without it, call :meth:`measure`.
+        partition: the groups.  Default: one for each tensor, coarser above 100 tensors.
+        direction: ``"adam"``, ``"momentum"``, ``"gradient"``, a ``torch.optim.Optimizer`` over the same parameters
+            whose own step it is, or a :class:`~newton_summary.directions.Direction`.
+        lr: λ_1, dimensionless: a scale on all rates, for every ``lr_scheduler`` to work on.  At 2 a step is as long as
+            the quadratic model lets it be without going uphill, at 1 it is the best step of that model.
+        steps: the length of the training, if known: λ_1 then goes linearly from 4/3 to 2/3 of ``lr``, by default from
+        2 to 1.
+        every: the number of steps between measurements.
+        regularization: λ_int, the weight of the cubic term.
+        shrinkage: ρ, how strongly rates are drawn to the target.
+        target: ``"shared"``, one rate for all groups; or ``"invariant"``, which keeps training the same when groups are
+            rescaled.
+        averaging: the share of the past in the averages of the measurements.
+        engine: what measures: a name, or an :class:`~newton_summary.measure.Engine`.
+        seed: fixes the sampler of ``curvature_data``.
+
+    Attributes:
+        partition: the groups.
+        summary: the last measurement, or ``None``.
+        counts: how many measurements there were (``"measured"``), how many failed and left the rates as they were
+            (``"failed"``), and how often rates were halved because the loss did not follow its model (``"halved"``).
+        status: how the last solve ended.
+
+    Raises:
+        ValueError: an argument is out of range, the data is empty or one-shot, or the direction's optimizer holds other
+            parameters.
+
+    Example:
+        >>> model = nn.Linear(4, 1)
+        >>> data = [(torch.randn(8, 4), torch.randn(8, 1)) for _ in range(4)]
+        >>> def loss_fn(model, batch):
+        ...     return (model(batch[0]) - batch[1]).square().mean()
+        >>> optimizer = NewtonSummary(model, loss_fn, curvature_data=data)
+        >>> for batch in data:
+        ...     optimizer.zero_grad()
+        ...     loss_fn(model, batch).backward()
+        ...     optimizer.step()
+        >>> sorted(optimizer.rates)
+        ['bias', 'weight']
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        loss_fn: LossFunction,
+        *,
+        curvature_data: Iterable[Any] | None = None,
+        partition: Partition | None = None,
+        direction: str | torch.optim.Optimizer | Direction = "adam",
+        lr: float = 1.5,
+        steps: int | None = None,
+        every: int = 20,
+        regularization: float = 1.0,
+        shrinkage: float = 10.0,
+        target: str = "shared",
+        averaging: float = 0.9,
+        engine: str | Engine = "auto",
+        seed: int = 0,
+    ) -> None:
+        rule = AveragedRates(regularization, shrinkage, target, averaging)
+        self._set_up(model, loss_fn, curvature_data, partition, direction, lr, steps, every, rule, engine, seed)
+
+    @classmethod
+    def paper(
+        cls,
+        model: nn.Module,
+        loss_fn: LossFunction,
+        *,
+        curvature_data: Iterable[Any] | None = None,
+        partition: Partition | None = None,
+        lr: float = 0.3,
+        regularization: float = 1.0,
+        every: int = 10,
+        momentum: float = 0.9,
+        rate_momentum: float = 0.5,
+        direction: str | torch.optim.Optimizer | Direction | None = None,
+        engine: str | Engine = "auto",
+        seed: int = 0,
+    ) -> NewtonSummary:
+        """Algorithm 1 of arXiv:2312.03885, to the letter (docs/method.md, section 2).
+
+        Its last line, reducing λ_1 on a plateau of the training loss, is torch's own
+        ``ReduceLROnPlateau(optimizer, factor=0.5, patience=2)``, stepped every few epochs.
+
+        Args:
+            model: the module to train.
+            loss_fn: ``loss_fn(model, batch)`` gives a scalar, the mean over the batch.
+            curvature_data: the second, independent sampler's data.
+            partition: the groups.  Default: as in :class:`NewtonSummary`.
+            lr: λ_1, to be searched (the authors: 0.03 to 1).
+            regularization: λ_int, to be searched (the authors: 1, 3, 10).
+            every: p_H.
+            momentum: μ_g, of the gradients; 1 − 1/p_H is recommended.
+            rate_momentum: μ_η, of the rates.
+            direction: something else than the averaged gradient.
+            engine: what measures.
+            seed: fixes the second sampler.
+        """
+        optimizer = cls.__new__(cls)
+        chosen = directions.Momentum(momentum) if direction is None else direction
+        rule = PaperRates(regularization, rate_momentum)
+        optimizer._set_up(model, loss_fn, curvature_data, partition, chosen, lr, None, every, rule, engine, seed)
+        return optimizer
+
+    def _set_up(
+        self,
+        model: nn.Module,
+        loss_fn: LossFunction,
+        curvature_data: Iterable[Any] | None,
+        partition: Partition | None,
+        direction: str | torch.optim.Optimizer | Direction,
+        lr: float,
+        steps: int | None,
+        every: int,
+        rule: RateRule,
+        engine: str | Engine,
+        seed: int,
+    ) -> None:
+        check_not_negative("lr", lr)
+        check_positive("every", every)
+        if steps is not None:
+            check_positive("steps", steps)
+        self.partition = partition or default_partition(model)
+        self.direction = directions.resolve(direction)
+        self.every, self.steps = every, steps
+        self.rule = rule
+        self.engine = resolve_engine(engine)
+        self.summary: Summary | None = None
+        self.status: Status | None = None
+        self.counts = Counter({"measured": 0, "failed": 0, "halved": 0})
+        self._loss = Loss(loss_fn, model)
+        self._stream = None if curvature_data is None else BatchStream(curvature_data, seed)
+        self._taken = 0
+        self._pending: dict[Tensor, Tensor] | None = None
+        self._factors: list[float | Tensor] | None = None
+        _check_same_parameters(self.direction, self.partition)
+        super().__init__(self.partition.param_groups(), {"lr": lr, "rate": None, **self.direction.defaults})
+
+    # The public face --------------------------------------------------------------------------------------------------
+
+    @property
+    def rates(self) -> dict[str, float]:
+        """The current learning rate of each group, in the units of the direction's own optimizer, λ_1 left out.
+
+        Empty before the first measurement.
+        """
+        rates = self.rule.rates
+        if rates is None:
+            return {}
+        units = [0.0] * len(self.partition)
+        for parameter, groups in zip(self.partition.parameters, self.partition.groups_of, strict=True):
+            for group in groups:
+                units[group] = units[group] or self.direction.unit(parameter)
+        return {n: r * u for n, r, u in zip(self.partition.names, rates.tolist(), units, strict=True)}
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
+        """Takes a step, and measures first where it is time to.
+
+        Args:
+            closure: computes the loss and calls ``backward()``, as for any torch optimizer.
+
+        Returns:
+            What the closure returned.
+
+        Raises:
+            RuntimeError: nothing was measured yet, and there is no ``curvature_data`` to measure on.
+        """
+        value = None
+        if closure is not None:
+            with torch.enable_grad():
+                value = closure()
+        if all(p.grad is None for p in self.partition.parameters):
+            return value
+        u = self._current_direction()
+        if self._stream is not None and self._taken % self.every == 0:
+            self._measure(self._stream.next(self.partition.device), u)
+        if self.status is None:
+            raise RuntimeError(
+                "no rates yet: pass curvature_data, or call measure(batch) between backward() and the first step()"
+            )
+        self._apply(u)
+        self._pending = None
+        self._taken += 1
+        return value
+
+    @torch.no_grad()
+    def measure(self, batch: Any) -> Summary:
+        """Measures on a batch of your choice and solves for new rates, along the direction of the step to come.
+
+        Call it between ``backward()`` and ``step()``; the rates hold until the next measurement.
+
+        Returns:
+            The measurement.
+
+        Raises:
+            RuntimeError: there are no gradients.
+        """
+        if all(p.grad is None for p in self.partition.parameters):
+            raise RuntimeError("no gradients to take a direction from: call backward() before measure()")
+        return self._measure(batch, self._current_direction())
+
+    def state_dict(self) -> dict[str, Any]:
+        """Everything a run needs to go on exactly: torch's state, rates, averages, counters, the sampler's position."""
+        own = {
+            "taken": self._taken,
+            "counts": dict(self.counts),
+            "status": None if self.status is None else self.status.name,
+            "summary": None if self.summary is None else self.summary.to_dict(),
+            "rule": self.rule.state_dict(),
+            "direction": self.direction.state_dict(),
+            "stream": None if self._stream is None else self._stream.state_dict(),
+        }
+        return {**super().state_dict(), _KEY: own}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """The inverse of :meth:`state_dict`.
+
+        Raises:
+            ValueError: the state is of another optimizer, or of other groups.
+        """
+        if _KEY not in state_dict:
+            raise ValueError("the state is not that of a NewtonSummary optimizer")
+        saved = [group.get("name") for group in state_dict["param_groups"]]
+        if saved != [group["name"] for group in self.param_groups]:
+            raise ValueError(f"the state is of other groups, {saved}: make the optimizer with the same partition")
+        super().load_state_dict({key: value for key, value in state_dict.items() if key != _KEY})
+        own = state_dict[_KEY]
+        self._taken = own["taken"]
+        self.counts = Counter(own["counts"])
+        self.status = None if own["status"] is None else Status[own["status"]]
+        self.summary = None if own["summary"] is None else Summary.from_dict(own["summary"])
+        self.rule.load_state_dict(own["rule"])
+        self.direction.load_state_dict(own["direction"])
+        if self._stream is not None and own["stream"] is not None:
+            self._stream.load_state_dict(own["stream"])
+        self._pending = None
+        self._publish_rates()
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Refuses: groups come from the partition.
+
+        Raises:
+            RuntimeError: always, once the optimizer is made.
+        """
+        if len(self.param_groups) == len(self.partition.param_groups()):
+            raise RuntimeError("groups come from the partition: make a new optimizer with one that has the parameters")
+        super().add_param_group(param_group)
+
+    def __getstate__(self) -> dict[str, Any]:
+        """All attributes, where torch keeps three: copies of this optimizer go on as it does."""
+        return {key: value for key, value in self.__dict__.items() if key != "step"}  # schedulers patch `step`
+
+    # One step ---------------------------------------------------------------------------------------------------------
+
+    def _current_direction(self) -> dict[Tensor, Tensor]:
+        """The direction of this step, computed once for a measurement and the step after it."""
+        if self._pending is None:
+            self._pending = self.direction.update(self.param_groups, self.state)
+        return self._pending
+
+    def _measure(self, batch: Any, u: dict[Tensor, Tensor]) -> Summary:
+        along = [u[p] if p in u else torch.zeros_like(p) for p in self.partition.parameters]
+        summary = self.engine.measure(self._loss, batch, self.partition, along, 3, "diagonal").cpu()
+        self.summary = summary
+        self.status = self.rule.update(summary)
+        self.counts["measured"] += 1
+        if self.status is not Status.SOLVED:
+            self.counts["failed"] += 1
+            logger.info("measurement at step %d failed: %s", self._taken, self.status.value)
+        elif self.rule.fidelity:
+            self._hold_to_the_loss(summary, batch, along)
+        self._publish_rates()
+        return summary
+
+    def _hold_to_the_loss(self, summary: Summary, batch: Any, along: list[Tensor]) -> None:
+        """Halves the rates until the loss follows its quadratic model along the step, on the batch it was measured on.
+
+        Both sides see the same samples, so that their noise cancels.  Rounding of the loss is no disagreement.
+        """
+        assert summary.hessian is not None
+        precision = 8 * torch.finfo(self.partition.parameters[0].dtype).eps * abs(summary.loss.item())
+        for _ in range(_MOST_HALVINGS):
+            assert self.rule.rates is not None
+            eta = self.rule.rates * self._scales_of_groups()
+            linear = -float(summary.gradient @ eta)
+            quadratic = 0.5 * float(eta @ summary.hessian @ eta)
+            actual = self._loss_after(eta, batch, along) - summary.loss.item()
+            if abs(actual - (linear + quadratic)) <= 0.5 * (abs(linear) + abs(quadratic)) + precision:
+                return
+            self.rule.halve()
+            self.counts["halved"] += 1
+
+    def _loss_after(self, eta: Tensor, batch: Any, along: list[Tensor]) -> float:
+        factors = self.partition.spread(eta.tolist())
+        moved = [p.detach() - u * f for p, u, f in zip(self.partition.parameters, along, factors, strict=True)]
+        with self._loss.undisturbed(), torch.no_grad():
+            return self._loss(batch, dict(zip(self.partition.parameter_names, moved, strict=True))).item()
+
+    def _apply(self, u: dict[Tensor, Tensor]) -> None:
+        """θ ← θ − λ_1 η_s u, for the parameters that have a direction."""
+        if self.rule.rates is None:
+            return
+        if self._factors is None:
+            self._factors = self.partition.spread(self.rule.rates.tolist())
+        scale = self._scale_of_parameter()
+        moving = [
+            (p, u[p], factor * scale[p])
+            for p, factor in zip(self.partition.parameters, self._factors, strict=True)
+            if p in u
+        ]
+        numbers = [(p, v, f) for p, v, f in moving if isinstance(f, float)]
+        if numbers:
+            parameters, vectors, factors = (list(column) for column in zip(*numbers, strict=True))
+            torch._foreach_sub_(parameters, torch._foreach_mul(vectors, factors))
+        for p, v, f in moving:
+            if isinstance(f, Tensor):
+                p.addcmul_(v, f, value=-1)
+
+    def _scale_of_parameter(self) -> dict[Tensor, float]:
+        """λ_1 for each parameter: its group's ``lr``, times the schedule where the number of steps is known."""
+        schedule = 1.0 if self.steps is None else (4 - 2 * min(self._taken / self.steps, 1.0)) / 3
+        return {p: float(group["lr"]) * schedule for group in self.param_groups for p in group["params"]}
+
+    def _scales_of_groups(self) -> Tensor:
+        """λ_1 for each group of the partition, shape (S,); that of its first tensor."""
+        by_parameter = self._scale_of_parameter()
+        scales = [by_parameter[self.partition.parameters[tensors[0]]] for tensors in self.partition.tensors_of]
+        return torch.tensor(scales, dtype=torch.float64)
+
+    def _publish_rates(self) -> None:
+        """Shows the rates in ``param_groups``, where loggers look."""
+        self._factors = None
+        rates = self.rule.rates
+        if rates is None:
+            return
+        by_name = dict(zip(self.partition.names, rates.tolist(), strict=True))
+        for group in self.param_groups:
+            group["rate"] = by_name.get(group["name"])
+
+
+def default_partition(model: nn.Module) -> Partition:
+    """One group for each tensor; by modules, as fine as 100 groups allow, where there are more tensors than that."""
+    partition = Partition.canonical(model)
+    depth = max(name.count(".") for name in partition.parameter_names)
+    while len(partition) > _MOST_GROUPS and depth > 0:
+        partition = Partition.by_module(model, depth)
+        depth -= 1
+    return partition if len(partition) <= _MOST_GROUPS else Partition.chunks(model, _MOST_GROUPS // 2)
+
+
+def _check_same_parameters(direction: Direction, partition: Partition) -> None:
+    """Raises where another optimizer's step is the direction, but not of the same parameters."""
+    if not isinstance(direction, directions.StepOf):
+        return
+    held = {id(p) for group in direction.optimizer.param_groups for p in group["params"]}
+    for name, parameter in zip(partition.parameter_names, partition.parameters, strict=True):
+        if id(parameter) not in held:
+            raise ValueError(
+                f"the direction's optimizer does not hold parameter {name!r}, of shape {tuple(parameter.shape)}: "
+                "give both the same parameters, or freeze it"
+            )
