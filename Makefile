@@ -15,11 +15,11 @@ demo: .installed
 
 # The quick suite
 test: .installed
-	$(BIN)/python -m pytest -m "not slow"
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 -m "not slow"
 
 # What takes longer
 test-slow: .installed
-	$(BIN)/python -m pytest -m slow
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 -m slow
 
 # Style and types
 check: .installed

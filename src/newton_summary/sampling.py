@@ -92,7 +92,7 @@ class BatchStream:
         torch.default_generator.manual_seed(seed)
 
     def _open(self, skip: int) -> Iterator[Any]:
-        """A new pass over the data, from its batch number ``skip``; skipped batches of a map-style set are not loaded."""
+        """A new pass over the data, from its batch number ``skip``; what is skipped of a map-style set is not loaded."""
         loader = self.data if _is_map_style(self.data) else None
         self._reseed(0)
         source = iter(self.data if loader is None else self._indices(loader))
