@@ -1,0 +1,92 @@
+"""What a run leaves in its folder.  Every file is whole at any time: it is written aside and then renamed.
+
+The checkpoint is the truth; ``metrics.jsonl`` is written from it, so that a run which was killed between the two files
+still continues from a consistent state.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from newton_summary.experiments.errors import UsageError
+
+CHECKPOINT = "checkpoint.pt"
+METRICS = "metrics.jsonl"
+
+
+def write_atomically(path: Path, write: Callable[[Path], None]) -> None:
+    """Puts a file in its place when it is complete; until then the old one stays.
+
+    Args:
+        path: the file.  Folders above it are made.
+        write: writes the content to the path that it is given, in the same folder.
+
+    Raises:
+        UsageError: the file cannot be written.
+    """
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write(temporary)
+        with temporary.open("rb") as file:
+            os.fsync(file.fileno())
+        temporary.replace(path)
+    except OSError as error:
+        reason = error.strerror or str(error)
+        raise UsageError(f"cannot write {path} ({reason}): make room, or choose another folder with --out") from error
+    finally:
+        if path.parent.is_dir():
+            temporary.unlink(missing_ok=True)
+
+
+def write_text(path: Path, text: str) -> None:
+    """Writes a text file atomically."""
+    write_atomically(path, lambda temporary: _write_text(temporary, text))
+
+
+def _write_text(path: Path, text: str) -> None:
+    path.write_text(text, encoding="utf-8")
+
+
+def write_metrics(folder: Path, header: Mapping[str, Any], rows: Iterable[Mapping[str, Any]]) -> None:
+    """Writes ``metrics.jsonl``: configuration and versions in its first line, then a line for each epoch."""
+    lines = [json.dumps(line, allow_nan=False, ensure_ascii=False) for line in (header, *rows)]
+    write_text(folder / METRICS, "\n".join(lines) + "\n")
+
+
+def save_checkpoint(folder: Path, state: Mapping[str, Any]) -> None:
+    """Writes a run's whole state."""
+    write_atomically(folder / CHECKPOINT, lambda temporary: torch.save(dict(state), temporary))
+
+
+def load_checkpoint(folder: Path) -> dict[str, Any]:
+    """Reads what :func:`save_checkpoint` wrote.
+
+    Raises:
+        UsageError: there is no run in the folder, or its checkpoint cannot be read.
+    """
+    path = folder / CHECKPOINT
+    if not path.is_file():
+        raise UsageError(f"there is no run in {folder}: {path} does not exist")
+    try:
+        state = torch.load(path, weights_only=True)
+    except Exception as error:  # torch raises many kinds for a damaged file
+        raise UsageError(f"the checkpoint {path} cannot be read ({type(error).__name__}): start a new run") from error
+    if not isinstance(state, dict) or "config" not in state:
+        raise UsageError(f"{path} is not a checkpoint of newton-summary train")
+    return state
+
+
+def fresh_folder(wanted: Path) -> Path:
+    """A folder that does not exist: the wanted one, or ``wanted-2``, ``wanted-3`` and so on."""
+    folder, number = wanted, 1
+    while folder.exists():
+        number += 1
+        folder = wanted.with_name(f"{wanted.name}-{number}")
+    return folder

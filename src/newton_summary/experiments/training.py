@@ -1,0 +1,336 @@
+"""One training run: its steps, its record, and how it stops and goes on."""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import platform
+import signal
+import threading
+import time
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, field
+from importlib.metadata import version
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from newton_summary.experiments import files
+from newton_summary.experiments.data import Batch, Data, shuffled
+from newton_summary.experiments.errors import UsageError
+from newton_summary.experiments.optimizers import CHECK_EVERY, Setting, default_rate, get_recipe
+from newton_summary.experiments.tasks import Task
+from newton_summary.optimizer import NewtonSummary
+
+_DIVERGED = 10.0
+_EVALUATION_BATCH = 1000
+
+
+@dataclass(frozen=True)
+class Config:
+    """What decides a run, together with the data and the versions of the software.
+
+    Args:
+        task: the task's name.
+        optimizer: the optimizer's name.
+        lr: its learning rate; λ_1 for newton-summary.
+        epochs: how long to train.
+        seed: of the initial weights and of the order of the data.
+    """
+
+    task: str
+    optimizer: str
+    lr: float
+    epochs: int
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if not (math.isfinite(self.lr) and self.lr > 0):
+            raise UsageError(f"the learning rate must be above 0, got {self.lr}")
+        if self.epochs < 1:
+            raise UsageError(f"the number of epochs must be at least 1, got {self.epochs}")
+        if self.seed < 0:
+            raise UsageError(f"the seed must be at least 0, got {self.seed}")
+
+    @staticmethod
+    def of(task: Task, optimizer: str, lr: float | None = None, epochs: int | None = None, seed: int = 0) -> Config:
+        """A configuration with the task's own values for what is not given.
+
+        Raises:
+            UsageError: a value is out of range, or the optimizer is unknown.
+        """
+        rate = default_rate(task, optimizer) if lr is None else lr
+        return Config(task.name, optimizer, rate, task.epochs if epochs is None else epochs, seed)
+
+
+@dataclass(frozen=True)
+class Row:
+    """What is recorded at the end of an epoch; epoch 0 is the start.
+
+    Args:
+        epoch: whole epochs trained.
+        step: steps taken.
+        train_loss: mean loss over the training set in eval mode, ``None`` where it is not finite.
+        validation_loss: the same over the validation set.
+        validation_accuracy: the share of its images whose class is right.
+        seconds: spent on training steps so far, measurements included and evaluations left out.
+        lr: the optimizer's learning rate, λ_1 for newton-summary.
+        rates: the rate η of every group, λ_1 left out; empty for optimizers that have none.
+        counts: measurements made, failed and held back, so far.
+        diverged: whether the run ended here because its loss was not finite or ten times that of its start.
+    """
+
+    epoch: int
+    step: int
+    train_loss: float | None
+    validation_loss: float | None
+    validation_accuracy: float
+    seconds: float
+    lr: float
+    rates: dict[str, float] = field(default_factory=dict)
+    counts: dict[str, int] = field(default_factory=dict)
+    diverged: bool = False
+
+
+@dataclass(frozen=True)
+class Run:
+    """A run's record.
+
+    Args:
+        config: what it was told to do.
+        rows: one for each epoch, the start included.
+        model: as it was at the end.
+    """
+
+    config: Config
+    rows: list[Row]
+    model: nn.Module
+
+    @property
+    def diverged(self) -> bool:
+        """Whether training ended early because its loss exploded."""
+        return self.rows[-1].diverged
+
+
+class Interrupted(KeyboardInterrupt):
+    """Ctrl-C: the step in progress was finished and everything written."""
+
+
+def train(task: Task, config: Config, data: Data, folder: Path | None = None, *, progress: bool = False) -> Run:
+    """Trains, or goes on where a run in the folder stopped.
+
+    Args:
+        task: model, loss and batch size.
+        config: optimizer, rate, epochs and seed.
+        data: what to train on.
+        folder: where metrics and a checkpoint are written at the end of every epoch.  A checkpoint in it is continued,
+            bit for bit.  ``None``: nothing is written.
+        progress: whether to show a bar over the steps.
+
+    Raises:
+        UsageError: the folder holds a run of another configuration or on other data, or cannot be written.
+        Interrupted: Ctrl-C was pressed.
+    """
+    trainer = Trainer(task, config, data)
+    if folder is not None and (folder / files.CHECKPOINT).exists():
+        trainer.load_state_dict(files.load_checkpoint(folder), folder)
+    if not trainer.rows:
+        trainer.record()
+    trainer.save(folder)
+    label = f"{config.optimizer}, seed {config.seed}"
+    bar = tqdm(total=trainer.steps, initial=trainer.taken, desc=label, unit="step", disable=not progress)
+    with _ctrl_c() as pressed, bar:
+        while not trainer.finished:
+            if pressed.is_set():
+                trainer.save(folder)
+                raise Interrupted
+            trainer.step()
+            bar.update()
+            if trainer.position == 0 or trainer.diverged:
+                trainer.save(folder)
+                bar.set_postfix_str(f"training loss {_shown(trainer.rows[-1].train_loss)}")
+    if pressed.is_set():
+        raise Interrupted
+    return Run(config, trainer.rows, trainer.model)
+
+
+class Trainer:
+    """The state of a run: model, optimizer, place in the data, and the record so far."""
+
+    def __init__(self, task: Task, config: Config, data: Data) -> None:
+        self.task, self.config, self.data = task, config, data
+        self.steps_per_epoch = len(data.train[1]) // task.batch_size
+        self.steps = config.epochs * self.steps_per_epoch
+        self.model = task.make_model(config.seed)
+        recipe = get_recipe(config.optimizer)
+        self.optimizer = recipe.make(Setting(task, data, self.model, config.lr, self.steps, config.seed))
+        self.plateau = (
+            torch.optim.lr_scheduler.ReduceLROnPlateau(self.optimizer, factor=0.5, patience=2)
+            if recipe.plateau
+            else None
+        )
+        self.epoch, self.position, self.seconds = 0, 0, 0.0
+        self.rows: list[Row] = []
+        self._batches: Iterator[Batch] | None = None
+
+    @property
+    def taken(self) -> int:
+        """Steps taken so far."""
+        return self.epoch * self.steps_per_epoch + self.position
+
+    @property
+    def diverged(self) -> bool:
+        """Whether the loss exploded."""
+        return bool(self.rows) and self.rows[-1].diverged
+
+    @property
+    def finished(self) -> bool:
+        """Whether there is nothing left to do."""
+        return self.diverged or self.epoch >= self.config.epochs
+
+    def step(self) -> None:
+        """One step of the optimizer; at the end of an epoch also the evaluation."""
+        if self._batches is None:
+            seed, size = self.config.seed, self.task.batch_size
+            self._batches = shuffled(self.data.train, size, seed, self.epoch, self.position)
+        start = time.perf_counter()
+        self.optimizer.zero_grad()
+        loss = self.task.loss_fn(self.model, next(self._batches))
+        finite = math.isfinite(loss.item())
+        if finite:
+            loss.backward()
+            self.optimizer.step()
+            self.position += 1
+        self.seconds += time.perf_counter() - start
+        if self.position == self.steps_per_epoch:
+            self.epoch, self.position, self._batches = self.epoch + 1, 0, None
+        if not finite or self.position == 0:
+            self.record(exploded=not finite)
+
+    def record(self, exploded: bool = False) -> None:
+        """Evaluates the model and adds a row."""
+        train_loss, _ = evaluate(self.task, self.model, self.data.train)
+        validation_loss, accuracy = evaluate(self.task, self.model, self.data.validation)
+        start = self.rows[0].train_loss if self.rows else train_loss
+        exploded |= not math.isfinite(train_loss) or (start is not None and train_loss > _DIVERGED * start)
+        newton = self.optimizer if isinstance(self.optimizer, NewtonSummary) else None
+        if self.plateau is not None and self.epoch and self.epoch % CHECK_EVERY == 0:
+            self.plateau.step(train_loss)
+        self.rows.append(
+            Row(
+                epoch=self.epoch,
+                step=self.taken,
+                train_loss=_finite(train_loss),
+                validation_loss=_finite(validation_loss),
+                validation_accuracy=accuracy,
+                seconds=self.seconds,
+                lr=float(self.optimizer.param_groups[0]["lr"]),
+                rates=dict(newton.rates) if newton else {},
+                counts=dict(newton.counts) if newton else {},
+                diverged=exploded,
+            )
+        )
+
+    # Keeping ----------------------------------------------------------------------------------------------------------
+
+    def save(self, folder: Path | None) -> None:
+        """Writes the checkpoint and the metrics."""
+        if folder is not None:
+            files.save_checkpoint(folder, self.state_dict())
+            header = {"config": asdict(self.config), "data": self.data.describe(), "environment": environment()}
+            files.write_metrics(folder, header, map(asdict, self.rows))
+
+    def state_dict(self) -> dict[str, Any]:
+        """Everything that the rest of the run depends on."""
+        return {
+            "config": asdict(self.config),
+            "data": self.data.describe(),
+            "threads": torch.get_num_threads(),
+            "model": self.model.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "plateau": None if self.plateau is None else self.plateau.state_dict(),
+            "place": (self.epoch, self.position, self.seconds),
+            "rows": [asdict(row) for row in self.rows],
+            "random": torch.get_rng_state(),
+        }
+
+    def load_state_dict(self, state: dict[str, Any], folder: Path) -> None:
+        """The inverse of :meth:`state_dict`, read from a folder.
+
+        Raises:
+            UsageError: the state is of another run.
+        """
+        for what, own in (("config", asdict(self.config)), ("data", self.data.describe())):
+            for key, value in own.items():
+                if state[what].get(key) != value:
+                    raise UsageError(
+                        f"{folder} holds a run with {key} {state[what].get(key)!r}, not {value!r}: resume it as it was "
+                        "started, or choose another folder with --out"
+                    )
+        self.model.load_state_dict(state["model"])
+        self.optimizer.load_state_dict(state["optimizer"])
+        if self.plateau is not None:
+            self.plateau.load_state_dict(state["plateau"])
+        self.epoch, self.position, self.seconds = state["place"]
+        self.rows = [Row(**row) for row in state["rows"]]
+        torch.set_rng_state(state["random"])
+
+
+@torch.no_grad()
+def evaluate(task: Task, model: nn.Module, data: Batch) -> tuple[float, float]:
+    """The mean loss of a model in eval mode, and the share of images whose class it gets right."""
+    was_training = model.training
+    model.eval()
+    loss, right = 0.0, 0
+    for images, classes in zip(*(part.split(_EVALUATION_BATCH) for part in data), strict=True):
+        loss += task.loss_fn(model, (images, classes)).item() * len(classes)
+        right += int((model(images).argmax(1) == classes).sum())
+    model.train(was_training)
+    return loss / len(data[1]), right / len(data[1])
+
+
+def environment() -> dict[str, Any]:
+    """The versions and settings that a run's numbers may depend on."""
+    return {
+        "newton-summary": version("newton-summary"),
+        "torch": torch.__version__,
+        "python": platform.python_version(),
+        "machine": platform.machine(),
+        "threads": torch.get_num_threads(),
+    }
+
+
+@contextlib.contextmanager
+def _ctrl_c() -> Iterator[threading.Event]:
+    """A block in which the first Ctrl-C sets an event, and a second one interrupts at once.
+
+    Outside the main thread, where signals cannot be handled, Ctrl-C stays what it is.
+    """
+    pressed = threading.Event()
+    if threading.current_thread() is not threading.main_thread():
+        yield pressed
+        return
+    before = signal.getsignal(signal.SIGINT) or signal.default_int_handler
+
+    def handle(number: int, frame: FrameType | None) -> None:
+        pressed.set()
+        signal.signal(signal.SIGINT, before)
+
+    signal.signal(signal.SIGINT, handle)
+    try:
+        yield pressed
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
+def _finite(value: float | Tensor) -> float | None:
+    number = float(value)
+    return number if math.isfinite(number) else None
+
+
+def _shown(value: float | None) -> str:
+    return "not finite" if value is None else f"{value:.3g}"
