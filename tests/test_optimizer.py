@@ -1,0 +1,714 @@
+"""The optimizer: against slow twins and closed forms, and in the loops that users have."""
+
+from __future__ import annotations
+
+import copy
+import io
+import logging
+
+import numpy as np
+import pytest
+import torch
+from reference import PaperReference, cubic_by_bisection, dense_derivatives
+from torch import nn
+from torch.optim import lr_scheduler
+from torch.utils.data import DataLoader, TensorDataset
+
+import newton_summary as ns
+from newton_summary.directions import Adam, Gradient
+from newton_summary.optimizer import default_partition
+from newton_summary.solve import Status
+
+DTYPE = torch.float64
+
+
+def make_data(count: int = 120, dtype=DTYPE):
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(count, 5, generator=generator, dtype=dtype)
+    y = (x @ torch.randn(5, 3, generator=generator, dtype=dtype)).argmax(1)
+    return x, y
+
+
+def make_model(dtype=DTYPE, dropout: float = 0.0) -> nn.Sequential:
+    torch.manual_seed(1)
+    return nn.Sequential(nn.Linear(5, 8), nn.Tanh(), nn.Dropout(dropout), nn.Linear(8, 3)).to(dtype)
+
+
+def loss_fn(model, batch):
+    return nn.functional.cross_entropy(model(batch[0]), batch[1])
+
+
+def make_batches(size: int = 20, dtype=DTYPE):
+    x, y = make_data(dtype=dtype)
+    return list(zip(x.split(size), y.split(size), strict=True))
+
+
+def make_loader(size: int = 20):
+    return DataLoader(TensorDataset(*make_data()), batch_size=size, shuffle=True)
+
+
+def run(model, optimizer, batches, steps: int, start: int = 0, scheduler=None) -> None:
+    for t in range(start, start + steps):
+        optimizer.zero_grad()
+        loss_fn(model, batches[t % len(batches)]).backward()
+        optimizer.step()
+        if scheduler is not None:
+            scheduler.step()
+
+
+def same(model, other) -> bool:
+    return all(torch.equal(p, q) for p, q in zip(model.parameters(), other.parameters(), strict=True))
+
+
+def total_loss(model) -> float:
+    return loss_fn(model, make_data()).item()
+
+
+# Against closed forms and slow twins ----------------------------------------------------------------------------------
+
+
+def quadratic():
+    """½ θᵀ A θ − bᵀ θ over two tensors, with A positive definite."""
+    generator = torch.Generator().manual_seed(2)
+    root = torch.randn(5, 5, generator=generator, dtype=DTYPE)
+    a, b = root @ root.T + torch.eye(5, dtype=DTYPE), torch.randn(5, generator=generator, dtype=DTYPE)
+    model = nn.ParameterDict({"w": torch.randn(3, generator=generator, dtype=DTYPE), "v": torch.zeros(2, dtype=DTYPE)})
+
+    def loss(model, batch):
+        theta = torch.cat([model["w"], model["v"]])
+        return 0.5 * theta @ a @ theta - b @ theta
+
+    return model, loss, a, b
+
+
+def one_step(model, loss, partition) -> None:
+    optimizer = ns.NewtonSummary.paper(
+        model, loss, curvature_data=[None], partition=partition, lr=1.0, regularization=0.0, direction="gradient"
+    )
+    optimizer.partition.parameters  # noqa: B018
+    loss(model, None).backward()
+    optimizer.step()
+
+
+def test_discrete_partition_is_newtons_step_when_no_rate_is_negative() -> None:
+    model, loss, a, b = quadratic()
+    with torch.no_grad():  # a point from which every rate of Newton's step is positive: θ = θ* + c A⁻¹-free choice
+        optimum = torch.linalg.solve(a, b)
+        offset = torch.linalg.eigh(a).eigenvectors[:, -1] * 0.7  # an eigenvector: η = 1/eigenvalue in every entry
+        model["w"].copy_((optimum + offset)[:3])
+        model["v"].copy_((optimum + offset)[3:])
+    one_step(model, loss, ns.Partition.discrete(model))
+    theta = torch.cat([model["w"], model["v"]]).detach()
+    assert torch.allclose(theta, optimum, rtol=1e-10, atol=1e-10)
+
+
+def test_newton_rates_on_the_discrete_partition_are_newtons_step() -> None:
+    model = make_model()
+    summary = ns.summarize(
+        loss_fn, model, [make_data()], partition=ns.Partition.discrete(model), order=2, engine="nested"
+    )
+    partition = ns.Partition.canonical(model)
+    flat = torch.cat([p.detach().flatten() for p in partition.parameters])
+
+    def loss_of(vector):
+        pieces = vector.split([p.numel() for p in partition.parameters])
+        named = {
+            n: v.view(p.shape) for n, v, p in zip(partition.parameter_names, pieces, partition.parameters, strict=True)
+        }
+        return nn.functional.cross_entropy(torch.func.functional_call(model, named, (make_data()[0],)), make_data()[1])
+
+    gradient, hessian = torch.func.grad(loss_of)(flat), torch.func.hessian(loss_of)(flat)
+    damped = hessian + 0.1 * torch.eye(len(flat), dtype=DTYPE)  # cross-entropy has flat directions
+    expected = torch.linalg.solve(damped, gradient)
+    assert (gradient.abs() > 0).all()
+    # the same damping in the units of the summary: U (0.1 I) U with u = g
+    ridged = ns.Summary(
+        loss=summary.loss,
+        gradient=summary.gradient,
+        hessian=summary.hessian + 0.1 * torch.diag(gradient**2),
+        names=summary.names,
+    )
+    assert torch.allclose(ns.solve.newton(ridged).sizes * gradient, expected, rtol=1e-10, atol=1e-10)
+
+
+def test_trivial_partition_is_cauchys_step() -> None:
+    model, loss, a, b = quadratic()
+    theta = torch.cat([model["w"], model["v"]]).detach().clone()
+    g = a @ theta - b
+    one_step(model, loss, ns.Partition.trivial(model))
+    expected = theta - (g @ g) / (g @ a @ g) * g
+    assert torch.allclose(torch.cat([model["w"], model["v"]]).detach(), expected, rtol=1e-10, atol=1e-12)
+
+
+def test_paper_mode_equals_its_slow_twin_over_100_steps() -> None:
+    batches = make_batches()
+    options = {"lr": 0.1, "regularization": 1.0, "every": 5, "momentum": 0.8, "rate_momentum": 0.5}
+    model, twin_model = make_model(), make_model()
+    optimizer = ns.NewtonSummary.paper(model, loss_fn, curvature_data=batches, **options)
+    twin = PaperReference(twin_model, loss_fn, batches * 10, **options)
+    for t in range(100):
+        for m, o in ((model, optimizer), (twin_model, twin)):
+            m.zero_grad()
+            loss_fn(m, batches[t % len(batches)]).backward()
+            o.step()
+    for p, q in zip(model.parameters(), twin_model.parameters(), strict=True):
+        assert torch.allclose(p, q, rtol=1e-6, atol=1e-9)
+    assert total_loss(model) < 0.5 * total_loss(make_model())
+
+
+class DefaultReference:
+    """The default rule with the shared target, in loops."""
+
+    def __init__(self, rho: float, beta: float) -> None:
+        self.rho, self.beta = rho, beta
+        self.sums, self.weight, self.ceiling = None, 0.0, None
+
+    def update(self, g, h, third) -> np.ndarray:
+        new = [np.array(g), np.array(h), np.abs(np.array(third))]
+        self.sums = new if self.sums is None else self.sums
+        if self.weight == 0.0:
+            self.sums = [(1 - self.beta) * x for x in new]
+        else:
+            self.sums = [self.beta * s + (1 - self.beta) * x for s, x in zip(self.sums, new, strict=True)]
+        self.weight = self.beta * self.weight + 1 - self.beta
+        g, h, t = (s / self.weight for s in self.sums)
+        shared = max(g.sum(), 0) / abs(h.sum())
+        size = np.abs(np.diag(h))
+        eta = cubic_by_bisection(g + self.rho * size * shared, h + self.rho * np.diag(size), t, 1.0)
+        eta = np.maximum(eta, 0)
+        if self.ceiling is not None:
+            eta = np.minimum(eta, self.ceiling)
+        grid = np.linspace(0, 1, 2_000_001)  # the line search, by looking everywhere
+        norm = np.sqrt(np.sum(t ** (2 / 3) * eta**2))
+        eta = eta * grid[np.argmin(-grid * (g @ eta) + grid**2 / 2 * (eta @ h @ eta) + grid**3 / 6 * norm**3)]
+        self.ceiling = np.where(eta > 0, 2 * eta, np.inf if self.ceiling is None else self.ceiling)
+        return eta
+
+
+def test_default_rates_equal_their_slow_twin() -> None:
+    model, batches = make_model(), make_batches()
+    optimizer = ns.NewtonSummary(model, loss_fn, curvature_data=batches, every=1, lr=0.5)
+    twin = DefaultReference(rho=10.0, beta=0.9)
+    for t in range(30):
+        optimizer.zero_grad()
+        loss_fn(model, batches[t % 6]).backward()
+        reference_direction = copy.deepcopy((model, optimizer))[1]  # what Adam's direction will be at this step
+        u = reference_direction.direction.update(reference_direction.param_groups, reference_direction.state)
+        along = [u[p] for p in reference_direction.partition.parameters]
+        _, g, h, third = dense_derivatives(loss_fn, model, batches[t % 6], optimizer.partition, along, 3)
+        expected = twin.update(g, h, torch.einsum("sss->s", third))
+        optimizer.step()
+        if optimizer.counts["halved"]:
+            break
+        assert np.allclose(list(optimizer.rates.values()), expected, rtol=2e-6, atol=1e-9)
+    assert t > 3
+
+
+# The five points of the default ---------------------------------------------------------------------------------------
+
+
+def test_rates_at_most_double_between_measurements() -> None:
+    model, batches = make_model(), make_batches()
+    optimizer = ns.NewtonSummary(model, loss_fn, curvature_data=batches, every=1)
+    seen = []
+    for t in range(60):
+        run(model, optimizer, batches, 1, t)
+        seen.append(torch.tensor(list(optimizer.rates.values())))
+    grown = [b[a > 0] / a[a > 0] for a, b in zip(seen, seen[1:], strict=False)]
+    assert max(float(g.max()) for g in grown) <= 2 + 1e-12
+    assert any(float(g.max()) > 1.5 for g in grown), "no rate ever grew: the limit was not at work"
+
+
+def test_the_step_goes_downhill_in_the_model_it_came_from() -> None:
+    model, batches = make_model(), make_batches()
+    optimizer = ns.NewtonSummary(model, loss_fn, curvature_data=batches, every=1)
+    for t in range(40):
+        run(model, optimizer, batches, 1, t)
+        mean, eta = optimizer.rule.average.value, torch.tensor(list(optimizer.rates.values()), dtype=DTYPE)
+        assert -mean.gradient @ eta + 0.5 * eta @ mean.hessian @ eta <= 0
+
+
+def test_fidelity_halves_rates_where_the_loss_leaves_its_model() -> None:
+    """A wall near the starting point, which no derivative at that point can see."""
+    model = nn.ParameterDict({"w": torch.tensor([1.0], dtype=DTYPE)})
+
+    def loss(model, batch):
+        w = model["w"][0]
+        return 0.5 * w**2 + 1e3 * torch.relu(0.9 - w) ** 2
+
+    optimizer = ns.NewtonSummary(model, loss, curvature_data=[None], direction="gradient", lr=1.0)
+    loss(model, None).backward()
+    optimizer.step()
+    assert optimizer.counts["halved"] >= 3
+    assert 0.85 < model["w"].item() < 1.0
+
+
+def test_lambda_goes_from_two_to_one_when_the_steps_are_known() -> None:
+    model, batches = make_model(), make_batches()
+    optimizer = ns.NewtonSummary(model, loss_fn, curvature_data=batches, steps=30, direction="gradient", every=100)
+    lengths = []
+    for t in range(40):
+        before = [p.detach().clone() for p in model.parameters()]
+        run(model, optimizer, batches, 1, t)
+        p, q = next(model.parameters()), before[0]
+        lengths.append(float((q - p).norm() / (optimizer.rates["0.weight"] * p.grad.norm())))
+    assert lengths[0] == pytest.approx(2.0)
+    assert lengths[15] == pytest.approx(1.5)
+    assert lengths[30:] == pytest.approx([1.0] * 10)
+
+
+def test_the_invariant_target_is_an_option() -> None:
+    rates = []
+    for target in ("shared", "invariant"):
+        model, batches = make_model(), make_batches()
+        optimizer = ns.NewtonSummary(model, loss_fn, curvature_data=batches, target=target)
+        run(model, optimizer, batches, 1)
+        rates.append(list(optimizer.rates.values()))
+    assert rates[0] != rates[1]
+
+
+# Directions -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "make_inner",
+    [
+        lambda ps: torch.optim.SGD(ps, lr=0.1, momentum=0.9, weight_decay=1e-2),
+        lambda ps: torch.optim.AdamW(ps, lr=1e-3, weight_decay=0.1),
+        lambda ps: torch.optim.RMSprop(ps, lr=1e-3),
+    ],
+)
+def test_a_rate_of_one_repeats_the_step_of_another_optimizer(make_inner) -> None:
+    model, twin, batches = make_model(), make_model(), make_batches()
+    optimizer = ns.NewtonSummary(
+        model, loss_fn, curvature_data=batches, direction=make_inner(model.parameters()), lr=1.0
+    )
+    optimizer.rule = _FixedRates(torch.ones(4, dtype=DTYPE))
+    run(model, optimizer, batches, 20)
+    run(twin, make_inner(twin.parameters()), batches, 20)
+    for p, q in zip(model.parameters(), twin.parameters(), strict=True):
+        assert torch.allclose(p, q, rtol=1e-12, atol=1e-14)
+
+
+class _FixedRates:
+    fidelity = False
+
+    def __init__(self, rates) -> None:
+        self.rates = rates
+
+    def update(self, summary):
+        return Status.SOLVED
+
+
+def test_rates_are_in_the_units_of_the_other_optimizer() -> None:
+    model, batches = make_model(), make_batches()
+    inner = torch.optim.SGD(model.parameters(), lr=0.25)
+    optimizer = ns.NewtonSummary(model, loss_fn, curvature_data=batches, direction=inner)
+    run(model, optimizer, batches, 1)
+    assert list(optimizer.rates.values()) == pytest.approx((optimizer.rule.rates * 0.25).tolist())
+
+
+def test_other_optimizer_over_other_parameters_is_refused() -> None:
+    model = make_model()
+    inner = torch.optim.SGD(list(model.parameters())[:2], lr=0.1)
+    with pytest.raises(ValueError, match=r"does not hold parameter '3.weight', of shape \(3, 8\)"):
+        ns.NewtonSummary(model, loss_fn, curvature_data=make_batches(), direction=inner)
+
+
+# State ----------------------------------------------------------------------------------------------------------------
+
+MAKERS = {
+    "default": lambda m, data: ns.NewtonSummary(m, loss_fn, curvature_data=data, every=3),
+    "known length": lambda m, data: ns.NewtonSummary(m, loss_fn, curvature_data=data, every=3, steps=50),
+    "paper": lambda m, data: ns.NewtonSummary.paper(m, loss_fn, curvature_data=data, every=3, lr=0.1),
+    "AdamW's step": lambda m, data: ns.NewtonSummary(
+        m, loss_fn, curvature_data=data, every=3, direction=torch.optim.AdamW(m.parameters(), lr=1e-2)
+    ),
+    "discrete": lambda m, data: ns.NewtonSummary(
+        m, loss_fn, curvature_data=data, every=15, partition=ns.Partition.discrete(m), engine="nested"
+    ),
+}
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+@pytest.mark.parametrize("name", MAKERS)
+def test_resume_is_exact_to_the_bit(name, dtype) -> None:
+    data = DataLoader(TensorDataset(*make_data(dtype=dtype)), batch_size=20, shuffle=True)
+    batches = make_batches(dtype=dtype)
+    whole = make_model(dtype)
+    whole_optimizer = MAKERS[name](whole, data)
+    run(whole, whole_optimizer, batches, 17)
+
+    first = make_model(dtype)
+    optimizer = MAKERS[name](first, data)
+    run(first, optimizer, batches, 10)
+    file = io.BytesIO()
+    torch.save({"model": first.state_dict(), "optimizer": optimizer.state_dict()}, file)
+    file.seek(0)
+    saved = torch.load(file, weights_only=True)
+    second = make_model(dtype)
+    second.load_state_dict(saved["model"])
+    resumed = MAKERS[name](second, data)
+    resumed.load_state_dict(saved["optimizer"])
+    assert resumed.rates == optimizer.rates
+    run(second, resumed, batches, 7, start=10)
+    assert same(second, whole)
+    assert resumed.rates == whole_optimizer.rates
+    assert resumed.counts == whole_optimizer.counts
+
+
+def test_deepcopy_goes_on_like_the_original_and_leaves_it_alone() -> None:
+    model, batches = make_model(), make_batches()
+    optimizer = MAKERS["default"](model, make_loader())
+    run(model, optimizer, batches, 5)
+    twin, twin_optimizer = copy.deepcopy((model, optimizer))
+    run(model, optimizer, batches, 5, start=5)
+    assert not same(model, twin)
+    run(twin, twin_optimizer, batches, 5, start=5)
+    assert same(model, twin)
+
+
+def test_state_of_something_else_is_refused() -> None:
+    model = make_model()
+    optimizer = MAKERS["default"](model, make_batches())
+    with pytest.raises(ValueError, match="not that of a NewtonSummary"):
+        optimizer.load_state_dict(torch.optim.Adam(model.parameters()).state_dict())
+    other = ns.NewtonSummary(model, loss_fn, curvature_data=make_batches(), partition=ns.Partition.trivial(model))
+    with pytest.raises(ValueError, match="other groups"):
+        optimizer.load_state_dict(other.state_dict())
+
+
+def test_measuring_batches_do_not_depend_on_the_users_random_state() -> None:
+    rates = []
+    for seed in (0, 1):
+        model = make_model()
+        optimizer = ns.NewtonSummary(model, loss_fn, curvature_data=make_loader(), every=2)
+        torch.manual_seed(seed)
+        run(model, optimizer, make_batches(), 6)
+        rates.append(optimizer.rates)
+    assert rates[0] == rates[1]
+
+
+def test_the_loop_draws_the_same_random_numbers_with_and_without_measuring() -> None:
+    model = make_model(dropout=0.5)
+    optimizer = ns.NewtonSummary(model, loss_fn, curvature_data=make_loader(), every=1)
+    torch.manual_seed(5)
+    run(model, optimizer, make_batches(), 3)
+    after = torch.get_rng_state()
+    twin = make_model(dropout=0.5)
+    torch.manual_seed(5)
+    run(twin, torch.optim.SGD(twin.parameters(), lr=0.1), make_batches(), 3)
+    assert torch.equal(after, torch.get_rng_state())
+
+
+# Schedulers and loops -------------------------------------------------------------------------------------------------
+
+SCHEDULERS = {
+    "LambdaLR": lambda o: lr_scheduler.LambdaLR(o, lambda t: 1 / (1 + t)),
+    "MultiplicativeLR": lambda o: lr_scheduler.MultiplicativeLR(o, lambda t: 0.9),
+    "StepLR": lambda o: lr_scheduler.StepLR(o, 2),
+    "MultiStepLR": lambda o: lr_scheduler.MultiStepLR(o, [2, 4]),
+    "ConstantLR": lambda o: lr_scheduler.ConstantLR(o, total_iters=3),
+    "LinearLR": lambda o: lr_scheduler.LinearLR(o, total_iters=3),
+    "ExponentialLR": lambda o: lr_scheduler.ExponentialLR(o, 0.9),
+    "PolynomialLR": lambda o: lr_scheduler.PolynomialLR(o, total_iters=4),
+    "CosineAnnealingLR": lambda o: lr_scheduler.CosineAnnealingLR(o, 5),
+    "CosineAnnealingWarmRestarts": lambda o: lr_scheduler.CosineAnnealingWarmRestarts(o, 3),
+    "CyclicLR": lambda o: lr_scheduler.CyclicLR(o, 0.1, 1.0, step_size_up=3),
+    "OneCycleLR": lambda o: lr_scheduler.OneCycleLR(o, 2.0, total_steps=10),
+    "SequentialLR": lambda o: lr_scheduler.SequentialLR(
+        o, [lr_scheduler.ConstantLR(o), lr_scheduler.ExponentialLR(o, 0.9)], milestones=[2]
+    ),
+    "ChainedScheduler": lambda o: lr_scheduler.ChainedScheduler([lr_scheduler.ExponentialLR(o, 0.9)]),
+}
+
+
+def test_every_scheduler_of_torch_is_tried() -> None:
+    base = lr_scheduler.LRScheduler
+    known = {n for n, c in vars(lr_scheduler).items() if isinstance(c, type) and issubclass(c, base) and c is not base}
+    assert {n for n in known if not n.startswith("_")} <= set(SCHEDULERS) | {"ReduceLROnPlateau"}
+
+
+@pytest.mark.parametrize("name", SCHEDULERS)
+def test_schedulers_work_on_lambda(name) -> None:
+    model, batches = make_model(), make_batches()
+    optimizer = ns.NewtonSummary(model, loss_fn, curvature_data=batches, every=3)
+    scheduler = SCHEDULERS[name](optimizer)
+    seen = set()
+    for t in range(6):
+        run(model, optimizer, batches, 1, t, scheduler)
+        assert len({group["lr"] for group in optimizer.param_groups}) == 1
+        seen.add(optimizer.param_groups[0]["lr"])
+    assert len(seen) > 1
+
+
+def test_lambda_scales_the_step() -> None:
+    moves = []
+    for factor in (1.0, 0.25):
+        model, batches = make_model(), make_batches()
+        optimizer = ns.NewtonSummary.paper(model, loss_fn, curvature_data=batches, lr=0.2 * factor)
+        run(model, optimizer, batches, 1)
+        moves.append([p - q for p, q in zip(model.parameters(), make_model().parameters(), strict=True)])
+    for long, short in zip(*moves, strict=True):
+        assert torch.allclose(0.25 * long, short, rtol=1e-9, atol=1e-15)
+
+
+def test_plateau_reduces_lambda() -> None:
+    optimizer = ns.NewtonSummary.paper(make_model(), loss_fn, curvature_data=make_batches(), lr=0.4)
+    scheduler = lr_scheduler.ReduceLROnPlateau(optimizer, factor=0.5, patience=2)
+    for _ in range(4):
+        scheduler.step(1.0)
+    assert optimizer.param_groups[0]["lr"] == pytest.approx(0.2)
+
+
+def test_closure() -> None:
+    model, twin, batches = make_model(), make_model(), make_batches()
+    a = MAKERS["default"](model, batches)
+    b = MAKERS["default"](twin, batches)
+
+    def closure():
+        b.zero_grad()
+        loss = loss_fn(twin, batches[0])
+        loss.backward()
+        return loss
+
+    run(model, a, batches, 1)
+    value = b.step(closure)
+    assert value.item() == pytest.approx(total_loss_on(make_model(), batches[0]))
+    assert same(model, twin)
+
+
+def total_loss_on(model, batch) -> float:
+    return loss_fn(model, batch).item()
+
+
+def test_explicit_measuring() -> None:
+    model, twin, batches = make_model(), make_model(), make_batches()
+    automatic = ns.NewtonSummary(model, loss_fn, curvature_data=batches, every=2)
+    explicit = ns.NewtonSummary(twin, loss_fn)
+    for t in range(6):
+        run(model, automatic, batches, 1, t)
+        explicit.zero_grad()
+        loss_fn(twin, batches[t]).backward()
+        if t % 2 == 0:
+            summary = explicit.measure(batches[t // 2])
+            assert torch.equal(summary.hessian, explicit.summary.hessian)
+        explicit.step()
+    assert same(model, twin)
+
+
+def test_explicit_measuring_is_asked_for() -> None:
+    model = make_model()
+    optimizer = ns.NewtonSummary(model, loss_fn)
+    with pytest.raises(RuntimeError, match=r"call backward\(\) before measure"):
+        optimizer.measure(make_batches()[0])
+    loss_fn(model, make_batches()[0]).backward()
+    with pytest.raises(RuntimeError, match="pass curvature_data, or call measure"):
+        optimizer.step()
+
+
+def test_a_step_without_gradients_does_nothing() -> None:
+    model = make_model()
+    optimizer = MAKERS["default"](model, make_batches())
+    optimizer.step()
+    assert same(model, make_model())
+    assert optimizer.counts["measured"] == 0
+
+
+# Odd models -----------------------------------------------------------------------------------------------------------
+
+
+def test_frozen_and_unused_parameters_stay_and_the_others_learn() -> None:
+    torch.manual_seed(0)
+
+    class Odd(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.used = nn.Linear(5, 3)
+            self.unused = nn.Linear(2, 2)
+            self.frozen = nn.Linear(5, 3).requires_grad_(False)
+
+        def forward(self, x):
+            return self.used(x) + self.frozen(x)
+
+    model = Odd().double()
+    before = copy.deepcopy(model)
+    optimizer = ns.NewtonSummary(model, loss_fn, curvature_data=make_batches(), every=2)
+    run(model, optimizer, make_batches(), 30)
+    assert same(model.unused, before.unused)
+    assert same(model.frozen, before.frozen)
+    assert total_loss(model) < 0.5 * total_loss(before)
+    assert optimizer.counts["failed"] == 0
+
+
+def test_a_tensor_frozen_later_stays_and_the_others_learn() -> None:
+    model, batches = make_model(), make_batches()
+    optimizer = MAKERS["default"](model, batches)
+    run(model, optimizer, batches, 5)
+    model[0].weight.requires_grad_(False)
+    frozen, before = model[0].weight.clone(), total_loss(model)
+    run(model, optimizer, batches, 20, start=5)
+    assert torch.equal(model[0].weight, frozen)
+    assert total_loss(model) < before
+
+
+def test_parameters_that_are_not_contiguous() -> None:
+    model, twin, batches = make_model(), make_model(), make_batches()
+    twin[0].weight = nn.Parameter(twin[0].weight.detach().t().contiguous().t())
+    assert not twin[0].weight.is_contiguous()
+    for m in (model, twin):
+        run(m, MAKERS["default"](m, batches), batches, 10)
+    for p, q in zip(model.parameters(), twin.parameters(), strict=True):
+        assert torch.allclose(p, q, rtol=1e-9)
+
+
+def test_piecewise_linear_network_under_a_squared_error_learns() -> None:
+    """Every third derivative on the diagonal is zero: no cubic term anywhere."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(5, 16), nn.ReLU(), nn.Linear(16, 1)).double()
+    x, y = make_data()
+    batches = [(x, y.double().unsqueeze(1))]
+
+    def squared(model, batch):
+        return (model(batch[0]) - batch[1]).square().mean()
+
+    start = squared(model, batches[0]).item()
+    optimizer = ns.NewtonSummary(model, squared, curvature_data=batches, every=5)
+    for _ in range(100):
+        optimizer.zero_grad()
+        squared(model, batches[0]).backward()
+        optimizer.step()
+    assert squared(model, batches[0]).item() < 0.2 * start
+    assert float(optimizer.summary.third.abs().max()) < 1e-12
+
+
+def test_split_tensors_move_by_the_rates_of_their_groups() -> None:
+    model, batches = make_model(), make_batches()
+    rows = {"top": [("0.weight", slice(0, 4))], "rest": [("0.weight", slice(4, 8)), "0.bias", "3.weight", "3.bias"]}
+    optimizer = ns.NewtonSummary(
+        model, loss_fn, curvature_data=batches, partition=ns.Partition(rows, model), direction="gradient", lr=1.0
+    )
+    before = model[0].weight.detach().clone()
+    run(model, optimizer, batches, 1)
+    moved = (before - model[0].weight).detach() / model[0].weight.grad
+    rates = torch.tensor(list(optimizer.rates.values()), dtype=DTYPE)
+    assert torch.allclose(moved[:4], rates[0].expand(4, 5), rtol=1e-6)
+    assert torch.allclose(moved[4:], rates[1].expand(4, 5), rtol=1e-6)
+    assert [group["name"] for group in optimizer.param_groups] == ["rest", "0.weight"]
+
+
+def test_default_partition_is_canonical_until_there_are_very_many_tensors() -> None:
+    assert default_partition(make_model()).names == ("0.weight", "0.bias", "3.weight", "3.bias")
+    deep = nn.Sequential(*(nn.Linear(2, 2) for _ in range(80)))
+    assert len(default_partition(deep)) == 80
+    deeper = nn.Sequential(*(nn.Linear(2, 2) for _ in range(160)))
+    assert len(default_partition(deeper)) == 100
+
+
+# Failure is data ------------------------------------------------------------------------------------------------------
+
+
+def test_a_measurement_that_is_not_finite_keeps_the_rates_and_is_counted(caplog) -> None:
+    model, batches = make_model(), make_batches()
+    poisoned = (torch.full_like(batches[0][0], torch.nan), batches[0][1])
+    optimizer = ns.NewtonSummary(model, loss_fn, curvature_data=[batches[0], poisoned, batches[1]], every=1)
+    run(model, optimizer, batches, 1)
+    rates = optimizer.rates
+    with caplog.at_level(logging.INFO, logger="newton_summary"):
+        run(model, optimizer, batches, 1, 1)
+    assert optimizer.rates == rates
+    assert optimizer.counts["failed"] == 1
+    assert optimizer.status is Status.NOT_FINITE
+    assert "not finite" in caplog.text
+    run(model, optimizer, batches, 1, 2)
+    assert optimizer.counts == {"measured": 3, "failed": 1, "halved": 0}
+    assert optimizer.rates != rates
+
+
+def test_a_first_measurement_that_fails_takes_no_step() -> None:
+    model, batches = make_model(), make_batches()
+    poisoned = (torch.full_like(batches[0][0], torch.nan), batches[0][1])
+    optimizer = ns.NewtonSummary(model, loss_fn, curvature_data=[poisoned, batches[0]], every=1)
+    run(model, optimizer, batches, 1)
+    assert same(model, make_model())
+    run(model, optimizer, batches, 1)
+    assert not same(model, make_model())
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"lr": -1.0}, "lr must not be negative"),
+        ({"every": 0}, "every must be positive"),
+        ({"steps": 0}, "steps must be positive"),
+        ({"regularization": -1.0}, "regularization must not be negative"),
+        ({"shrinkage": float("nan")}, "shrinkage must not be negative"),
+        ({"target": "mean"}, "target must be 'shared' or 'invariant'"),
+        ({"averaging": 1.0}, r"averaging must be in \[0, 1\)"),
+        ({"direction": "sideways"}, "unknown direction 'sideways': choose one of gradient, momentum, adam"),
+        ({"engine": "magic"}, "unknown engine 'magic'"),
+        ({"curvature_data": []}, "curvature_data is empty"),
+        ({"curvature_data": iter([1])}, "one-shot"),
+    ],
+)
+def test_misuse_raises_at_once(arguments, message) -> None:
+    with pytest.raises(ValueError, match=message):
+        ns.NewtonSummary(make_model(), loss_fn, **{"curvature_data": make_batches(), **arguments})
+
+
+def test_groups_cannot_be_added() -> None:
+    optimizer = MAKERS["default"](make_model(), make_batches())
+    with pytest.raises(RuntimeError, match="groups come from the partition"):
+        optimizer.add_param_group({"params": [nn.Parameter(torch.zeros(2))]})
+
+
+def test_param_groups_show_names_and_rates() -> None:
+    model, batches = make_model(), make_batches()
+    optimizer = MAKERS["default"](model, batches)
+    assert optimizer.rates == {}
+    run(model, optimizer, batches, 1)
+    shown = {group["name"]: group["rate"] for group in optimizer.param_groups}
+    assert shown == optimizer.rates
+    assert all(group["lr"] == 1.5 for group in optimizer.param_groups)
+    assert "0.weight" in repr(optimizer)
+
+
+# Cost -----------------------------------------------------------------------------------------------------------------
+
+
+def test_memory_is_flat_over_200_steps() -> None:
+    import gc
+
+    model, batches = make_model(), make_batches()
+    optimizer = ns.NewtonSummary(model, loss_fn, curvature_data=batches, every=2)
+
+    def living() -> int:
+        gc.collect()
+        return sum(isinstance(o, torch.Tensor) for o in gc.get_objects())
+
+    run(model, optimizer, batches, 20)
+    before = living()
+    run(model, optimizer, batches, 200, start=20)
+    assert living() <= before + 2
+
+
+def test_nothing_is_read_from_the_device_between_measurements(monkeypatch) -> None:
+    model, batches = make_model(), make_batches()
+    optimizer = ns.NewtonSummary(model, loss_fn, curvature_data=batches, every=100)
+    run(model, optimizer, batches, 1)
+    loss_fn(model, batches[1]).backward()
+    for name in ("item", "tolist", "numpy", "__float__", "__bool__", "cpu"):
+        monkeypatch.setattr(torch.Tensor, name, _forbidden)
+    optimizer.step()
+
+
+def _forbidden(*args, **kwargs):
+    raise AssertionError("a value crossed to the host")
+
+
+@pytest.mark.parametrize("direction", ["gradient", "momentum", "adam", Adam((0.8, 0.99)), Gradient()])
+def test_training_goes_down_in_every_direction(direction) -> None:
+    model, batches = make_model(), make_batches()
+    optimizer = ns.NewtonSummary(model, loss_fn, curvature_data=make_loader(), direction=direction, every=5)
+    run(model, optimizer, batches, 100)
+    assert total_loss(model) < 0.3 * total_loss(make_model())
