@@ -267,7 +267,8 @@ def fetch(source: Source, folder: Path | None = None) -> Path:
 
     def write(temporary: Path) -> None:
         with temporary.open("wb") as file:
-            np.savez_compressed(file, allow_pickle=False, **arrays)
+            x_train, y_train, x_test, y_test = (arrays[key] for key in _KEYS)
+            np.savez_compressed(file, x_train=x_train, y_train=y_train, x_test=x_test, y_test=y_test)
 
     write_atomically(path, write)
     return path

@@ -152,7 +152,7 @@ def train(task: Task, config: Config, data: Data, folder: Path | None = None, *,
             bar.update()
             if trainer.position == 0 or trainer.diverged:
                 trainer.save(folder)
-                bar.set_postfix_str(f"training loss {_shown(trainer.rows[-1].train_loss)}")
+                bar.set_postfix_str(f"training loss {_shown(trainer.rows[-1].train_loss)}", refresh=False)
     if pressed.is_set():
         raise Interrupted
     return Run(config, trainer.rows, trainer.model)

@@ -1,0 +1,254 @@
+"""The command ``newton-summary``: train, compare, interactions, data."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import torch
+
+from newton_summary.experiments import data as datasets
+from newton_summary.experiments import files
+from newton_summary.experiments.errors import UsageError
+from newton_summary.experiments.optimizers import OPTIMIZERS
+from newton_summary.experiments.tasks import TASKS, get_task
+from newton_summary.experiments.training import Config, Interrupted, Run, train
+
+_EPILOG = "Exit codes: 0 done, 1 the run diverged, 2 a mistake that the message explains, 130 Ctrl-C."
+_RUNS = Path("runs")
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Runs the command line.
+
+    Args:
+        arguments: what follows the program's name.  Default: those of this process.
+
+    Returns:
+        The exit code.
+    """
+    options = _parser().parse_args(arguments)
+    command: Callable[[argparse.Namespace], int] = options.command
+    try:
+        return command(options)
+    except (UsageError, ImportError) as error:
+        print(f"newton-summary: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt as interrupt:
+        if not isinstance(interrupt, Interrupted):
+            print("newton-summary: interrupted", file=sys.stderr)
+        return 130
+
+
+# Commands -------------------------------------------------------------------------------------------------------------
+
+
+def _train(options: argparse.Namespace) -> int:
+    from newton_summary.experiments import figures
+
+    config, folder = _resumed_run(options) if options.resume else _new_run(options)
+    task = get_task(config.task)
+    try:
+        run = train(task, config, task.read(options.data), folder, progress=True)
+    except Interrupted:
+        print(f"\nInterrupted; nothing is lost. Go on with: newton-summary train --resume {folder}", file=sys.stderr)
+        raise
+    last = run.rows[-1]
+    loss = "not finite" if last.train_loss is None else f"{last.train_loss:.3g}"
+    print(f"training loss {loss}, validation accuracy {last.validation_accuracy:.1%}, {last.seconds:.1f} s of training")
+    _tell_failures([run])
+    drawn = [figures.draw_curves([run], folder), figures.draw_rates([run], folder)]
+    _tell_paths([folder / files.METRICS, folder / files.CHECKPOINT, *(path for path in drawn if path)])
+    if run.diverged:
+        print(f"newton-summary: the run diverged at step {last.step}: try a smaller --lr", file=sys.stderr)
+    return int(run.diverged)
+
+
+def _compare(options: argparse.Namespace) -> int:
+    from newton_summary.experiments.comparison import Plan, compare, report, table
+
+    if options.resume:
+        folder, plan = options.resume, Plan.load(options.resume)
+        _refuse_changes(options, {"task": plan.task, "optimizers": list(plan.optimizers), "seeds": list(plan.seeds)})
+        _refuse_changes(options, {"epochs": plan.epochs})
+        _set_threads(options.threads or plan.threads)
+    else:
+        task = get_task(_required_task(options))
+        _set_threads(options.threads)
+        chosen = tuple(options.optimizers or ("adam", "sgd", "newton-summary"))
+        epochs = task.epochs if options.epochs is None else options.epochs
+        plan = Plan(task.name, chosen, tuple(options.seeds or (0,)), epochs, torch.get_num_threads())
+        plan.configs()
+        folder = _new_folder(options.out, f"compare-{task.name}")
+    task = get_task(plan.task)
+    data = task.read(options.data)
+    try:
+        runs = compare(plan, data, folder, progress=True)
+    except Interrupted:
+        print(f"\nInterrupted; nothing is lost. Go on with: newton-summary compare --resume {folder}", file=sys.stderr)
+        raise
+    paths = report(task, runs, data, folder, progress=True)
+    print(f"\n{table(runs)}\n")
+    _tell_failures(runs)
+    _tell_paths(paths)
+    return 0
+
+
+def _interactions(options: argparse.Namespace) -> int:
+    from newton_summary.experiments import figures
+
+    task = get_task(options.task)
+    _set_threads(options.threads)
+    data = task.read(options.data)
+    model, when = task.make_model(options.seed), f"at initialisation, seed {options.seed}"
+    if options.run:
+        state = files.load_checkpoint(options.run)
+        if state["config"]["task"] != task.name:
+            raise UsageError(f"{options.run} holds a run of task {state['config']['task']!r}, not {task.name!r}")
+        model.load_state_dict(state["model"])
+        when = f"after {len(state['rows']) - 1} epochs of {state['config']['optimizer']}"
+    folder = _new_folder(options.out, f"interactions-{task.name}")
+    summary = figures.measure_interactions(task, model, data, progress=True)
+    files.write_atomically(folder / "summary.pt", summary.save)
+    title = f"{task.name} {when}, along the gradient over the training set"
+    _tell_paths([figures.draw_interactions(summary, title, folder), folder / "summary.pt"])
+    return 0
+
+
+def _data(options: argparse.Namespace) -> int:
+    task = get_task(options.task)
+    if options.fetch and task.source is not None:
+        print(f"wrote {datasets.fetch(task.source, options.data)}")
+    found = task.read(options.data)
+    shape = "×".join(map(str, found.train[0].shape[1:]))
+    print(f"{task.name}: {found.origin}")
+    print(
+        f"images {shape}, {len(found.train[1]):,} to train on, {len(found.validation[1]):,} to validate; no fault found"
+    )
+    return 0
+
+
+# Parts ----------------------------------------------------------------------------------------------------------------
+
+
+def _new_run(options: argparse.Namespace) -> tuple[Config, Path]:
+    task = get_task(_required_task(options))
+    optimizer = options.optimizer or "newton-summary"
+    config = Config.of(task, optimizer, options.lr, options.epochs, options.seed or 0)
+    _set_threads(options.threads)
+    return config, _new_folder(options.out, f"{task.name}-{optimizer}-seed{config.seed}")
+
+
+def _resumed_run(options: argparse.Namespace) -> tuple[Config, Path]:
+    state = files.load_checkpoint(options.resume)
+    config = Config(**state["config"])
+    keys = ("task", "optimizer", "lr", "epochs", "seed")
+    _refuse_changes(options, {key: getattr(config, key) for key in keys})
+    _set_threads(options.threads or state["threads"])
+    return config, options.resume
+
+
+def _refuse_changes(options: argparse.Namespace, recorded: dict[str, object]) -> None:
+    """Raises where an option says something else than the run that is to go on."""
+    if options.out is not None:
+        raise UsageError("--resume goes on in the run's own folder: leave out --out")
+    for key, value in recorded.items():
+        given = getattr(options, key)
+        if given is not None and given != value:
+            raise UsageError(f"{options.resume} was started with {key} {value}, not {given}: resume it as it was")
+
+
+def _required_task(options: argparse.Namespace) -> str:
+    if options.task is None:
+        raise UsageError(f"name a task: {', '.join(TASKS)}; or a run to go on with: --resume RUN")
+    return str(options.task)
+
+
+def _new_folder(wanted: Path | None, name: str) -> Path:
+    """The folder that the user wants, which must be empty; or a numbered one under runs/."""
+    if wanted is None:
+        return files.fresh_folder(_RUNS / name)
+    if wanted.is_dir() and any(wanted.iterdir()):
+        raise UsageError(f"{wanted} is not empty: choose another folder, or go on with its run by --resume {wanted}")
+    return wanted
+
+
+def _set_threads(count: int | None) -> None:
+    if count is not None:
+        torch.set_num_threads(count)
+
+
+def _tell_failures(runs: Sequence[Run]) -> None:
+    """Says what the measurements of each run came to, where some failed."""
+    for run in runs:
+        counts = run.rows[-1].counts
+        if counts.get("failed"):
+            print(
+                f"{run.config.optimizer}, seed {run.config.seed}: {counts['failed']} of {counts['measured']} "
+                "measurements failed; the rates stayed as they were"
+            )
+
+
+def _tell_paths(paths: Sequence[Path]) -> None:
+    print("wrote")
+    for path in paths:
+        print(f"  {path}")
+
+
+def _positive(text: str) -> int:
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"must be a number, at least 1, got {text!r}")
+    return int(text)
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="newton-summary",
+        description="Train networks with one measured learning rate for every group of parameters.",
+        epilog=_EPILOG,
+    )
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+    names, tasks = ", ".join(OPTIMIZERS), ", ".join(TASKS)
+
+    def add(name: str, run: Callable[[argparse.Namespace], int], text: str, optional: bool) -> argparse.ArgumentParser:
+        command = commands.add_parser(name, help=text, description=text, epilog=_EPILOG)
+        command.set_defaults(command=run)
+        command.add_argument("task", metavar="TASK", nargs="?" if optional else None, help=tasks)
+        command.add_argument("--data", type=Path, metavar="DIR", help="the folder of the data files")
+        return command
+
+    def add_computing(command: argparse.ArgumentParser, where: str) -> None:
+        command.add_argument("--out", type=Path, metavar="DIR", help=f"an empty or new folder (default: {where})")
+        command.add_argument("--threads", type=_positive, metavar="N", help="that torch computes with")
+
+    one = add("train", _train, "One training run: metrics, a checkpoint every epoch, figures.", True)
+    one.add_argument("--optimizer", metavar="NAME", help=f"{names} (default: newton-summary)")
+    one.add_argument("--lr", type=float, help="learning rate; λ_1 for newton-summary (default: the task's)")
+    one.add_argument("--epochs", type=int, metavar="N", help="how long to train (default: the task's)")
+    one.add_argument("--seed", type=int, metavar="N", help="of weights and order of data (default: 0)")
+    one.add_argument("--resume", type=Path, metavar="RUN", help="the folder of a run to go on with, bit for bit")
+    add_computing(one, "runs/TASK-OPTIMIZER-seedN, numbered if it exists")
+
+    many = add("compare", _compare, "Optimizers side by side: a table, curves, rates, interactions.", True)
+    many.add_argument("--optimizers", nargs="+", metavar="NAME", help=f"{names} (default: adam sgd newton-summary)")
+    many.add_argument(
+        "--seeds", nargs="+", type=int, metavar="N", help="one run of each optimizer for each (default: 0)"
+    )
+    many.add_argument("--epochs", type=int, metavar="N", help="how long to train (default: the task's)")
+    many.add_argument("--resume", type=Path, metavar="DIR", help="the folder of a comparison to complete")
+    add_computing(many, "runs/compare-TASK, numbered if it exists")
+
+    heat = add("interactions", _interactions, "How the groups interact: H̄ and H̄⁻¹ over the training set.", False)
+    heat.add_argument("--run", type=Path, metavar="RUN", help="measure a run's network, not the initial one")
+    heat.add_argument("--seed", type=int, default=0, metavar="N", help="of the initial weights (default: 0)")
+    add_computing(heat, "runs/interactions-TASK, numbered if it exists")
+
+    check = add("data", _data, "Says where a task's data is, and checks it.", False)
+    check.add_argument("--fetch", action="store_true", help="get it through the package datasets first")
+    return parser
+
+
+if __name__ == "__main__":
+    sys.exit(main())
