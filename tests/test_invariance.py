@@ -66,11 +66,12 @@ def run_both(make_optimizer, synchronise: bool) -> float:
             loss_fn(m, batches[step % len(batches)]).backward()
             optimizer.step()
         for p, q in zip(model.parameters(), twin.thetas(), strict=True):
-            worst = max(worst, float((p - q).abs().max() / p.abs().max()))
+            worst = max(worst, float((p - q).detach().abs().max() / p.detach().abs().max()))
         if synchronise:
             twin.put(list(model.parameters()))
     moved = sum(
-        float((p - q).abs().sum()) for p, q in zip(model.parameters(), make_problem()[0].parameters(), strict=True)
+        float((p - q).detach().abs().sum())
+        for p, q in zip(model.parameters(), make_problem()[0].parameters(), strict=True)
     )
     assert moved > 0.1, "a training that stands still is invariant to everything"
     return worst
@@ -86,7 +87,10 @@ def paper(direction, **options):
 @pytest.mark.parametrize("direction", [Gradient, Momentum])
 @pytest.mark.parametrize("regularization", [0.0, 1.0])
 def test_each_step_of_the_paper_mode_is_invariant(direction, regularization) -> None:
-    assert run_both(paper(direction, regularization=regularization, lr=0.3), synchronise=True) < 1e-9
+    assert (
+        run_both(paper(direction, regularization=regularization, lr=0.3 if regularization else 0.03), synchronise=True)
+        < 1e-9
+    )
 
 
 @pytest.mark.parametrize("direction", [Gradient, Momentum])

@@ -48,7 +48,7 @@ class PaperRates:
     Source: Algorithm 1 of arXiv:2312.03885 (docs/method.md, section 2).
 
     Args:
-        regularization: λ_int, the weight of the cubic term.
+        regularization: λ_int, the weight of the cubic term; without it the solution is Newton's, H̄⁻¹ḡ.
         momentum: μ_η, the share of the past in the average of the rates.
     """
 
@@ -67,7 +67,7 @@ class PaperRates:
 
     def update(self, summary: Summary) -> Status:
         """Solves the cubic model of this measurement and averages the rates."""
-        step = solve.cubic(summary, self.regularization)
+        step = solve.cubic(summary, self.regularization) if self.regularization else solve.newton(summary)
         if step.ok:
             past = step.sizes if self.average is None else self.average
             self.average = self.momentum * past + (1 - self.momentum) * step.sizes
