@@ -7,7 +7,7 @@ state for each parameter, as torch's own optimizers do.  The step of group s is 
 from __future__ import annotations
 
 import copy
-from collections import OrderedDict, defaultdict
+from collections import defaultdict
 from collections.abc import Iterable, Sequence
 from typing import Any, Protocol
 
@@ -123,9 +123,9 @@ class Adam(_Stateless):
             torch._foreach_sqrt_(scales)
             torch._foreach_add_(scales, eps)
             torch._foreach_div_(directions, scales)
-            if eps == 0:  # an entry that never had a gradient does not move
-                for direction in directions:
-                    direction.nan_to_num_(nan=0.0)
+            if eps == 0:  # an entry that never had a gradient, or one too small to square, does not move
+                for direction, scale in zip(directions, scales, strict=True):
+                    direction.masked_fill_(scale == 0, 0.0)
             result |= dict(zip(parameters, directions, strict=True))
         return result
 
@@ -188,7 +188,8 @@ def next_step(optimizer: torch.optim.Optimizer, parameters: Sequence[nn.Paramete
     """The step that an optimizer would take now, u = θ − θ', without taking it.
 
     Args:
-        optimizer: any optimizer whose ``step()`` needs no closure, after ``backward()``.  It is left as it is.
+        optimizer: any optimizer whose ``step()`` needs no closure, after ``backward()``.  It is left as it is: a copy
+            takes the step, without hooks.
         parameters: the tensors to give the step for.  Those that the optimizer does not hold get zeros.
 
     Raises:
@@ -198,16 +199,16 @@ def next_step(optimizer: torch.optim.Optimizer, parameters: Sequence[nn.Paramete
     if all(p.grad is None for p in held):
         raise ValueError("the optimizer's parameters have no gradients: call backward() before its step is measured")
     twin = {p: _twin_of(p) for p in held}
+    memo: dict[int, Any] = {id(p): copied for p, copied in twin.items()}
     shadow = object.__new__(type(optimizer))
-    shadow.__dict__.update({k: v for k, v in optimizer.__dict__.items() if k != "step"})  # schedulers patch `step`
-    shadow._optimizer_step_pre_hooks, shadow._optimizer_step_post_hooks = OrderedDict(), OrderedDict()
-    shadow.param_groups = [
-        {key: [twin[p] for p in value] if key == "params" else copy.deepcopy(value) for key, value in group.items()}
-        for group in optimizer.param_groups
-    ]
-    shadow.state = defaultdict(dict, {twin[p]: copy.deepcopy(s) for p, s in optimizer.state.items() if p in twin})
-    shadow.step()
-    return [(p - twin[p]).detach() if p in twin else torch.zeros_like(p) for p in parameters]
+    for key, value in optimizer.__dict__.items():
+        if key != "step" and not key.endswith("_hooks"):  # schedulers patch `step`
+            shadow.__dict__[key] = copy.deepcopy(value, memo)
+    step = type(optimizer).step
+    if getattr(step, "hooked", False):  # torch's wrapper, which calls the hooks
+        step = step.__wrapped__  # type: ignore[attr-defined]
+    step(shadow)
+    return [p.detach() - twin[p].detach() if p in twin else torch.zeros_like(p.detach()) for p in parameters]
 
 
 def _buckets(groups: Groups, *keys: str) -> Iterable[tuple[tuple[Any, ...], list[Tensor]]]:
@@ -233,5 +234,6 @@ def _adam_memory(parameter: Tensor, state: dict[str, Any]) -> dict[str, Any]:
 
 def _twin_of(parameter: nn.Parameter) -> nn.Parameter:
     twin = nn.Parameter(parameter.detach().clone(), requires_grad=parameter.requires_grad)
+    twin.__dict__.update(parameter.__dict__)
     twin.grad = None if parameter.grad is None else parameter.grad.clone()
     return twin

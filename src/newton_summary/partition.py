@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import fnmatch
 from collections.abc import Iterable, Mapping, Sequence
+from functools import cached_property
 from typing import Any, TypeAlias
 
 import torch
@@ -109,7 +110,7 @@ class Partition:
     def chunks(cls, model: nn.Module, count: int) -> Partition:
         """``count`` chunks of consecutive layers, each split into its weights (all but biases) and its biases.
 
-        A layer is a module that owns trainable parameters.  Chunks are as even as can be, the first ones larger.
+        A layer is a module that owns trainable parameters.  Chunks are as even as can be, the first one the largest.
 
         Raises:
             ValueError: ``count`` is below 1 or above the number of layers.
@@ -141,8 +142,8 @@ class Partition:
         groups: dict[str, list[str]] = {name: [] for name in patterns}
         left: list[str] = []
         for name in trainable_parameters(model):
-            matching = (group for group, pattern in patterns.items() if fnmatch.fnmatchcase(name, pattern))
-            groups.get(next(matching, ""), left).append(name)
+            matching = (groups[group] for group, pattern in patterns.items() if fnmatch.fnmatchcase(name, pattern))
+            next(matching, left).append(name)
         for group, members in groups.items():
             if not members:
                 raise ValueError(
@@ -172,7 +173,7 @@ class Partition:
                     counts[group] += count
         return tuple(counts)
 
-    @property
+    @cached_property
     def groups_of(self) -> tuple[tuple[int, ...], ...]:
         """For each tensor the numbers of the groups that hold some of it, in ascending order."""
         return tuple((label,) if isinstance(label, int) else tuple(label.unique().tolist()) for label in self.labels)
@@ -224,25 +225,30 @@ class Partition:
 
         ``None`` stands for zeros.  Differentiable.
         """
-        total = torch.zeros(len(self), dtype=torch.float64, device=self.parameters[0].device)
-        whole: list[int] = []
-        sums: list[Tensor] = []
-        for label, tensor in zip(self.labels, tensors, strict=True):
+        return torch.stack(self.sums(tensors))
+
+    def sums(self, tensors: Sequence[Tensor | None]) -> list[Tensor]:
+        """What :meth:`reduce` gives, as S scalars.
+
+        Each has a graph of its own: a backward pass from one of them does not run through the graphs of all.
+        """
+        zeros = torch.zeros(len(self), dtype=torch.float64, device=self.parameters[0].device)
+        totals = list(zeros.unbind())
+        for label, groups, tensor in zip(self.labels, self.groups_of, tensors, strict=True):
             if tensor is None:
                 continue
             if isinstance(label, int):
-                whole.append(label)
-                sums.append(tensor.sum(dtype=torch.float64))
+                totals[label] = totals[label] + tensor.sum(dtype=torch.float64)
             else:
                 index = label.to(tensor.device).flatten()
-                total = total.index_add(0, index, tensor.flatten().to(torch.float64))
-        if whole:
-            total = total.index_add(0, torch.tensor(whole, device=total.device), torch.stack(sums))
-        return total
+                parts = zeros.index_add(0, index, tensor.flatten().to(torch.float64))
+                for group in groups:
+                    totals[group] = totals[group] + parts[group]
+        return totals
 
-    def dot(self, left: Sequence[Tensor | None], right: Sequence[Tensor]) -> Tensor:
-        """The inner product of two vectors of parameters, group by group: (S,) in float64.  ``None`` is zeros."""
-        return self.reduce([None if a is None else a * b for a, b in zip(left, right, strict=True)])
+    def dot(self, left: Sequence[Tensor | None], right: Sequence[Tensor]) -> list[Tensor]:
+        """The inner product of two vectors of parameters, group by group: S scalars.  ``None`` stands for zeros."""
+        return self.sums([None if a is None else a * b for a, b in zip(left, right, strict=True)])
 
     def spread(self, values: Sequence[float]) -> list[float | Tensor]:
         """One number for each group (S) to one factor for each tensor (I v): a number, or a tensor of its shape.
@@ -272,10 +278,12 @@ class Partition:
 def trainable_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
     """The parameters of a model that require gradients, by name; tied ones once, under their first name.
 
+    Those without entries are left out.
+
     Raises:
         ValueError: there are none.
     """
-    named = {name: p for name, p in unwrap(model).named_parameters() if p.requires_grad}
+    named = {name: p for name, p in unwrap(model).named_parameters() if p.requires_grad and p.numel()}
     if not named:
         raise ValueError(
             f"{type(model).__name__} has no trainable parameters: every requires_grad is False, or none exist"
@@ -284,9 +292,14 @@ def trainable_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
 
 
 def unwrap(model: nn.Module) -> nn.Module:
-    """The module itself, where ``model`` is what ``torch.compile`` made of it."""
+    """The module itself, where ``model`` is what ``torch.compile`` made of it.
+
+    Raises:
+        TypeError: it is no module.
+    """
     original = getattr(model, "_orig_mod", model)
-    assert isinstance(original, nn.Module)
+    if not isinstance(original, nn.Module):
+        raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
     return original
 
 
@@ -322,15 +335,23 @@ class _Assignment:
                 share = "" if missing == label.numel() else f"{missing} of {label.numel()} entries of "
                 raise ValueError(f"{share}parameter {name!r} {_shape(label)} in no group: add it to one, or freeze it")
         return tuple(
-            label if parts else int(label.flatten()[0]) if label.numel() else 0
+            label if parts else int(label.flatten()[0])
             for label, parts in zip(self.labels, self.has_parts, strict=True)
         )
 
     def _put(self, number: int, group: str, member: str | nn.Parameter | Part, names: list[str]) -> int:
         parameter, index = member if isinstance(member, tuple) else (member, ...)
+        if not isinstance(parameter, str | Tensor):
+            raise TypeError(f"group {group!r} holds a {type(parameter).__name__}: give parameters or their names")
         position = self._position(group, parameter)
         label = self.labels[position]
-        taken = label[index]
+        try:
+            taken = label[index]
+        except IndexError as error:
+            raise ValueError(
+                f"group {group!r}: no such part of parameter {self.names[position]!r}, of shape {tuple(label.shape)}: "
+                f"{error}"
+            ) from error
         if (taken != _UNASSIGNED).any():
             other = names[int(taken.max())]
             raise ValueError(
@@ -351,7 +372,9 @@ class _Assignment:
             raise ValueError(f"group {group!r}: the model has no parameter {what}; it has {known}")
         position = table[key]
         if position is None:
-            raise ValueError(f"group {group!r}: parameter {what} is frozen (requires_grad=False): leave it out")
+            raise ValueError(
+                f"group {group!r}: parameter {what} is frozen (requires_grad=False) or empty: leave it out"
+            )
         return position
 
 

@@ -5,30 +5,41 @@ from __future__ import annotations
 import copy
 import random
 from collections.abc import Iterable, Iterator, Sized
-from typing import Any, TypeGuard
+from typing import Any, TypeGuard, cast
 
 import numpy as np
 import torch
 from torch.utils import _pytree as pytree
-from torch.utils.data import BatchSampler, DataLoader, IterableDataset, RandomSampler, SequentialSampler
+from torch.utils.data import BatchSampler, DataLoader, Dataset, IterableDataset, RandomSampler, SequentialSampler
 
+from newton_summary._checks import check_not_negative
 from newton_summary.measure.loss import preserved_randomness
 
 
 class BatchStream:
     """Batches from an iterable, over and over, that leaves the user's loop and random states untouched.
 
-    A ``DataLoader`` over a map-style dataset is read through its dataset, its batch sampler and its collate function,
-    in this process; a sequential order is replaced by a random one, so that the stream is independent of the training
-    loop. Every pass is seeded by its number: the position in the stream is two integers, and resuming is exact.  For
-    other iterables a resumed stream skips what it had read, which is exact where the iterable repeats itself.
+    A ``DataLoader`` is read through its dataset and its collate function, in this process.  Over a map-style dataset
+    it follows a copy of the loader's batch sampler that draws from a generator of the stream's own; a sequential order
+    is replaced by a random one, so that the stream is independent of the training loop.  Every pass is seeded by its
+    number: the position in the stream is two integers, and resuming is exact.  For other iterables a resumed stream
+    skips what it had read, which is exact where the iterable repeats itself.
 
     Args:
         data: an iterable of batches that can be iterated more than once.
-        seed: fixes the order.
+        seed: fixes the order; not negative.
 
     Raises:
+        TypeError: it is no iterable.
         ValueError: the iterable is empty or can be read only once.
+
+    Example:
+        >>> loader = DataLoader(torch.arange(10.0), batch_size=5)
+        >>> stream = BatchStream(loader)
+        >>> [len(stream.next(torch.device("cpu"))) for _ in range(3)]
+        [5, 5, 5]
+        >>> stream.state_dict()
+        {'seed': 0, 'epoch': 1, 'position': 1}
     """
 
     def __init__(self, data: Iterable[Any], seed: int = 0) -> None:
@@ -38,12 +49,13 @@ class BatchStream:
             )
         if not isinstance(data, Iterable):
             raise TypeError(f"curvature_data must be an iterable of batches, got {type(data).__name__}")
+        check_not_negative("seed", seed)
         self.data = data
         self.seed = seed
         self.epoch, self.position = 0, 0
         self._batches: Iterator[Any] | None = None
-        samples: Any = data.dataset if _is_map_style(data) else data
-        if isinstance(samples, Sized) and len(samples) == 0:
+        samples: Any = data.dataset if isinstance(data, DataLoader) else data
+        if _is_sized(samples) and len(samples) == 0:
             raise ValueError("curvature_data is empty")
 
     def next(self, device: torch.device) -> Any:
@@ -78,7 +90,8 @@ class BatchStream:
         batch = next(self._batches, _END)
         if batch is _END:
             if self.position == 0:
-                raise ValueError("curvature_data is empty: a pass over it gave no batch")
+                again = " again: it can be read only once" if self.epoch else ""
+                raise ValueError(f"curvature_data is empty{again}: a pass over it gave no batch")
             self.epoch, self.position, self._batches = self.epoch + 1, 0, None
             return self._advance()
         self.position += 1
@@ -86,16 +99,19 @@ class BatchStream:
 
     def _reseed(self, position: int) -> None:
         """Makes what a dataset draws (augmentations) a function of the position in the stream."""
-        seed = hash((self.seed, self.epoch, position)) % 2**32
+        seed = self._seed_at(position)
         random.seed(seed)
         np.random.seed(seed)  # noqa: NPY002  (datasets draw from the legacy state)
         torch.default_generator.manual_seed(seed)
 
+    def _seed_at(self, position: int) -> int:
+        return int(np.random.SeedSequence((self.seed, self.epoch, position)).generate_state(1)[0])
+
     def _open(self, skip: int) -> Iterator[Any]:
-        """A new pass over the data, from its batch number ``skip``; what is skipped of a map-style set is not loaded."""
+        """A new pass over the data, from its batch number ``skip``; of a map-style set, no skipped batch is loaded."""
         loader = self.data if _is_map_style(self.data) else None
         self._reseed(0)
-        source = iter(self.data if loader is None else self._indices(loader))
+        source = iter(_own_loader(self.data) if loader is None else self._indices(loader))
         for position in range(skip):
             self._reseed(position)
             next(source, None)
@@ -103,22 +119,62 @@ class BatchStream:
 
     def _indices(self, loader: DataLoader[Any]) -> Iterable[Any]:
         """The indices of every batch of a pass, in an order that is a function of the seed and the epoch."""
-        generator = torch.Generator().manual_seed(torch.default_generator.initial_seed())
-        if isinstance(loader.sampler, SequentialSampler) and type(loader.batch_sampler) in (BatchSampler, type(None)):
-            order = RandomSampler(loader.dataset, generator=generator)  # type: ignore[arg-type]
-            return (
-                order if loader.batch_sampler is None else BatchSampler(order, loader.batch_size or 1, loader.drop_last)
-            )
-        sampler = loader.sampler if loader.batch_sampler is None else loader.batch_sampler
-        memo: dict[int, Any] = {id(loader.dataset): loader.dataset}
-        for owner in (sampler, loader.sampler):  # a copy draws from our generator, and leaves the user's where it is
-            theirs = getattr(owner, "generator", None)
-            if theirs is not None:
-                memo[id(theirs)] = generator
-        return copy.deepcopy(sampler, memo)
+        seed = self._seed_at(0)
+        batches: Any = loader.batch_sampler
+        sampler: Any = batches.sampler if type(batches) is BatchSampler else loader.sampler if batches is None else None
+        if not isinstance(sampler, SequentialSampler):
+            return cast(Iterable[Any], _reseeded_copy(sampler if batches is None else batches, loader.dataset, seed))
+        order = RandomSampler(sampler.data_source, generator=torch.Generator().manual_seed(seed))
+        return order if batches is None else BatchSampler(order, batches.batch_size, batches.drop_last)
 
 
 _END = object()
+
+
+def _reseeded_copy(sampler: Any, dataset: Any, seed: int) -> Any:
+    """A copy of a sampler, or of a batch sampler around one, that draws from generators of its own."""
+    memo: dict[int, Any] = {id(dataset): dataset}
+    for value in (value for layer in _layers(sampler) for value in getattr(layer, "__dict__", {}).values()):
+        if isinstance(value, torch.Generator):
+            memo[id(value)] = torch.Generator().manual_seed(seed)
+        elif isinstance(value, np.random.Generator):
+            memo[id(value)] = np.random.default_rng(seed)
+        elif isinstance(value, np.random.RandomState | random.Random):
+            memo[id(value)] = type(value)(seed)
+        elif isinstance(value, Dataset):
+            memo[id(value)] = value
+    twin = copy.deepcopy(sampler, memo)
+    for layer in _layers(twin):
+        if hasattr(layer, "set_epoch"):  # torch's DistributedSampler and its kind
+            layer.set_epoch(seed)
+    return twin
+
+
+def _layers(sampler: Any) -> tuple[Any, ...]:
+    """A sampler, and the one inside it if it has one."""
+    return (sampler, sampler.sampler) if hasattr(sampler, "sampler") else (sampler,)
+
+
+def _own_loader(data: Iterable[Any]) -> Iterable[Any]:
+    """A loader over an iterable-style dataset that shares neither workers nor a generator with the user's."""
+    if not isinstance(data, DataLoader):
+        return data
+    return DataLoader(
+        data.dataset,
+        batch_size=data.batch_size,
+        drop_last=data.drop_last,
+        collate_fn=data.collate_fn,
+        generator=torch.Generator(),
+    )
+
+
+def _is_sized(data: Any) -> TypeGuard[Sized]:
+    """Whether ``len(data)`` works: a loader over an iterable-style dataset has the method, but often no length."""
+    try:
+        len(data)
+    except TypeError:
+        return False
+    return True
 
 
 def _is_map_style(data: Any) -> TypeGuard[DataLoader[Any]]:

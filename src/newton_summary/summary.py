@@ -52,7 +52,11 @@ class Summary:
 
     def __post_init__(self) -> None:
         convert = {name: _double(getattr(self, name)) for name in ("loss", "gradient", "hessian", "third")}
-        names = tuple(self.names) or tuple(map(str, range(len(convert["gradient"]))))  # type: ignore[arg-type]
+        gradient = convert["gradient"]
+        if gradient is None or gradient.dim() != 1:
+            got = "None" if gradient is None else f"shape {tuple(gradient.shape)}"
+            raise ValueError(f"gradient must be a vector with an entry for each group, got {got}")
+        names = tuple(self.names) or tuple(map(str, range(len(gradient))))
         for name, value in {**convert, "names": names, "higher": tuple(map(_double, self.higher))}.items():
             object.__setattr__(self, name, value)
         _check_shapes(self)
@@ -120,14 +124,14 @@ class Summary:
         a = torch.as_tensor(factors, dtype=torch.float64, device=self.gradient.device)
         if a.shape != self.gradient.shape:
             raise ValueError(f"scale takes {len(self)} factors, one for each group, got shape {tuple(a.shape)}")
-        scaled = {"loss": self.loss}
+        scaled: dict[str, Tensor] = {}
         for key, value in self._tensors().items():
             if key == "third" and value.dim() == 1:
                 scaled[key] = value * a**3
-            elif key != "loss":
-                for axis in range(value.dim()):
-                    value = value * a.view(-1, *[1] * (value.dim() - 1 - axis))
-                scaled[key] = value
+                continue
+            for axis in range(value.dim()):
+                value = value * a.view(-1, *[1] * (value.dim() - 1 - axis))
+            scaled[key] = value
         return self._with(scaled)
 
     def merge(self, groups: Mapping[str, Sequence[str]]) -> Summary:
@@ -141,31 +145,31 @@ class Summary:
             has several old ones, its ``third`` is ``None``: that sum needs the entries off the diagonal.
 
         Raises:
-            ValueError: a group is unknown, missing, or in two new groups.
+            ValueError: a group is unknown, missing, or in two new groups; or a new group is empty.
         """
-        listed = [name for members in groups.values() for name in members]
-        for name in listed:
-            if name not in self.names:
-                raise ValueError(f"no group is called {name!r}: the groups are {', '.join(self.names)}")
-            if listed.count(name) > 1:
-                raise ValueError(f"group {name!r} is merged twice")
+        new: dict[str, int] = {}
+        for i, (group, members) in enumerate(groups.items()):
+            if not members:
+                raise ValueError(f"merged group {group!r} is empty")
+            for name in members:
+                if name not in self.names:
+                    raise ValueError(f"no group is called {name!r}: the groups are {', '.join(self.names)}")
+                if name in new:
+                    raise ValueError(f"group {name!r} is merged twice")
+                new[name] = i
         for name in self.names:
-            if name not in listed:
+            if name not in new:
                 raise ValueError(f"group {name!r} is in none of the merged groups")
-        new = {name: i for i, members in enumerate(groups.values()) for name in members}
-        matrix = torch.zeros(len(self), len(groups), dtype=torch.float64, device=self.gradient.device)
-        for row, name in enumerate(self.names):
-            matrix[row, new[name]] = 1.0
-        merged: dict[str, Tensor] = {"loss": self.loss}
+        index = torch.tensor([new[name] for name in self.names], device=self.gradient.device)
+        merged: dict[str, Tensor] = {}
         for key, value in self._tensors().items():
-            if key == "third" and value.dim() == 1:
-                if len(groups) == len(self):
-                    merged[key] = matrix.T @ value
-            elif key != "loss":
-                for _ in range(value.dim()):  # contract the first axis, append the new one: in the end all are new
-                    value = torch.tensordot(value, matrix, dims=([0], [0]))
-                merged[key] = value
-        return replace(self, names=tuple(groups), hessian=None, third=None, higher=())._with(merged)
+            if key == "third" and value.dim() == 1 and len(groups) < len(self):
+                continue
+            for axis in range(value.dim()):
+                shape = [*value.shape[:axis], len(groups), *value.shape[axis + 1 :]]
+                value = value.new_zeros(shape).index_add(axis, index, value)
+            merged[key] = value
+        return self._with({"third": None, **merged}, names=tuple(groups))
 
     # Moving and keeping -----------------------------------------------------------------------------------------------
 
@@ -194,8 +198,10 @@ class Summary:
         Raises:
             ValueError: the data is of another format.
         """
+        if not isinstance(data, Mapping):
+            raise ValueError(f"not a summary of format {_FORMAT}: it is a {type(data).__name__}")
         if data.get("format") != _FORMAT:
-            raise ValueError(f"not a summary of format {_FORMAT}: it has keys {sorted(data)}")
+            raise ValueError(f"not a summary of format {_FORMAT}: it has keys {sorted(map(str, data))}")
         higher = sorted((k for k in data if k.startswith("order")), key=lambda k: int(k.removeprefix("order")))
         return Summary(
             **{key: data[key] for key in ("loss", "gradient", "hessian", "third") if key in data},
@@ -215,7 +221,13 @@ class Summary:
         Raises:
             ValueError: the file holds something else.
         """
-        return Summary.from_dict(torch.load(path, weights_only=True))
+        try:
+            data = torch.load(path, weights_only=True)
+        except OSError:
+            raise
+        except Exception as error:  # torch.load raises errors of many kinds for a foreign file
+            raise ValueError(f"{path} is not a summary: {error}") from error
+        return Summary.from_dict(data)
 
     def plot(self, ax: Axes | None = None) -> Axes:
         """H̄ as a heatmap, signed; needs the extra ``plots``.  Returns the axes."""
@@ -229,11 +241,11 @@ class Summary:
         named |= {f"order{4 + i}": value for i, value in enumerate(self.higher)}
         return {key: value for key, value in named.items() if value is not None}
 
-    def _with(self, tensors: Mapping[str, Tensor]) -> Summary:
-        """The same groups and weight with other tensors."""
+    def _with(self, tensors: Mapping[str, Tensor | None], **changes: Any) -> Summary:
+        """The same groups and weight, or other ones, with other tensors."""
         higher = tuple(value for key, value in tensors.items() if key.startswith("order"))
-        low: dict[str, Any] = {key: value for key, value in tensors.items() if not key.startswith("order")}
-        return replace(self, higher=higher, **low)
+        low = {key: value for key, value in tensors.items() if not key.startswith("order")}
+        return replace(self, higher=higher, **low, **changes)  # type: ignore[arg-type]
 
 
 def _double(value: Any) -> Tensor | None:

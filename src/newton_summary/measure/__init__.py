@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, Literal, Protocol, TypeAlias
 
 import torch
 from torch import Tensor, nn
+from torch.utils import _pytree as pytree
 from tqdm import tqdm
 
 from newton_summary.directions import next_step
 from newton_summary.measure.loss import Loss, LossFunction, batch_size, check_dependence, preserved_randomness
 from newton_summary.measure.nested import NestedEngine, taylor
-from newton_summary.partition import Partition
+from newton_summary.partition import Partition, unwrap
 from newton_summary.summary import Summary
 
 __all__ = [
@@ -77,7 +79,7 @@ def summarize(
         partition: S groups.  Default: one for each tensor.
         direction: u, in the parameters' own units: tensors in the partition's order, a dictionary by name, or a
             ``torch.optim.Optimizer`` whose next step it is (after ``backward()``).  Default: the gradient over the same
-            batches, which then must allow for two passes.
+            batches, which are then gone through twice, in the same random state.
         order: the highest order of derivatives, from 1.  Above 3 every order is measured in full, by nested passes.
         third: the diagonal of the third order, or all S³ entries.
         engine: ``"auto"`` or ``"nested"``, or an :class:`Engine`.
@@ -87,8 +89,9 @@ def summarize(
         A :class:`~newton_summary.Summary` in float64, on the model's device.
 
     Raises:
-        ValueError: there are no batches; the loss is not a scalar, not finite or does not depend on the parameters; the
-            direction does not fit; the order is below 1.
+        ValueError: there are no batches, or they can be read only once where they are needed twice; the loss is not a
+            scalar, not finite or does not depend on the parameters; the direction does not fit or is not finite; the
+            partition is of another model; the order is below 1.
 
     Example:
         >>> model = nn.Sequential(nn.Linear(4, 3), nn.Tanh(), nn.Linear(3, 1))
@@ -97,25 +100,24 @@ def summarize(
         >>> summary.hessian.shape
         torch.Size([4, 4])
     """
-    _check_request(order, third, batches)
+    _check_request(order, third, batches, direction)
     chosen = resolve_engine(engine) if order <= 3 else NestedEngine()
     partition = partition or Partition.canonical(model)
     _check_partition(partition, model)
     loss = Loss(loss_fn, model)
-    with preserved_randomness({partition.device}):
+    with torch.inference_mode(False), _rewinding(batches, partition.device):
         if direction is None:
-            resolved = _mean_gradient(loss, partition, _counted(batches, progress, "gradient"))
-        else:
-            resolved = resolve_direction(direction, partition)
+            direction = _mean_gradient(loss, partition, _counted(batches, progress, "gradient"))
+        along = resolve_direction(direction, partition)
+    with torch.inference_mode(False), _rewinding(batches, partition.device):
         parts = [
-            chosen.measure(loss, batch, partition, resolved, order, third)
+            chosen.measure(loss, batch, partition, along, order, third)
             for batch in _counted(batches, progress, "summary")
         ]
-    if not parts:
-        raise ValueError("there are no batches to measure on")
-    summary = Summary.mean(parts)
-    if not bool(summary.loss.isfinite()):
-        raise ValueError(f"the loss is {summary.loss.item()}: look for it in the data, or lower the learning rate")
+        if not parts:
+            raise ValueError("there are no batches to measure on")
+        summary = Summary.mean(parts)
+    _check_finite(summary.loss)
     return summary
 
 
@@ -126,7 +128,7 @@ def resolve_direction(direction: Direction, partition: Partition) -> list[Tensor
         ValueError: a tensor is missing, unknown, of another shape or device, or not finite.
     """
     if isinstance(direction, torch.optim.Optimizer):
-        return next_step(direction, partition.parameters)
+        direction = next_step(direction, partition.parameters)
     if isinstance(direction, Mapping):
         unknown = [name for name in direction if name not in partition.parameter_names]
         missing = [name for name in partition.parameter_names if name not in direction]
@@ -134,7 +136,7 @@ def resolve_direction(direction: Direction, partition: Partition) -> list[Tensor
             what = f"has no parameter {unknown[0]!r}" if unknown else f"needs a direction for {missing[0]!r}"
             raise ValueError(f"direction: the partition {what}")
         direction = [direction[name] for name in partition.parameter_names]
-    tensors = list(direction or ())
+    tensors = [direction] if isinstance(direction, Tensor) else list(direction or ())
     if len(tensors) != len(partition.parameters):
         raise ValueError(f"direction has {len(tensors)} tensors, the partition {len(partition.parameters)} parameters")
     for name, parameter, tensor in zip(partition.parameter_names, partition.parameters, tensors, strict=True):
@@ -147,22 +149,26 @@ def resolve_direction(direction: Direction, partition: Partition) -> list[Tensor
         if not bool(tensor.isfinite().all()):
             raise ValueError(f"direction for {name!r}, of shape {tuple(tensor.shape)}, has entries that are not finite")
     return [
-        tensor.detach().to(parameter.dtype) for tensor, parameter in zip(tensors, partition.parameters, strict=True)
+        _ordinary(tensor.detach().to(parameter.dtype))
+        for tensor, parameter in zip(tensors, partition.parameters, strict=True)
     ]
 
 
 def _mean_gradient(loss: Loss, partition: Partition, batches: Iterable[Any]) -> list[Tensor]:
     """The gradient of the mean loss over all samples."""
-    total: list[Tensor] = [torch.zeros_like(p) for p in partition.parameters]
+    total = [torch.zeros_like(p, requires_grad=False) for p in partition.parameters]
     weight = 0
     for batch in batches:
         with loss.undisturbed():
             aliases = [p.detach().requires_grad_() for p in partition.parameters]
             value = loss(batch, dict(zip(partition.parameter_names, aliases, strict=True)))
-            check_dependence(value)
-            gradients = torch.autograd.grad(value, aliases, allow_unused=True, materialize_grads=True)
+            _check_finite(value)
+            gradients = torch.autograd.grad(value, aliases, allow_unused=True) if value.requires_grad else ()
+            check_dependence(gradients)
         size = batch_size(batch)
-        torch._foreach_add_(total, gradients, alpha=size)
+        for mean, gradient in zip(total, gradients, strict=True):
+            if gradient is not None:
+                mean.add_(gradient, alpha=size)
         weight += size
     if not weight:
         raise ValueError("there are no batches to measure on")
@@ -171,23 +177,54 @@ def _mean_gradient(loss: Loss, partition: Partition, batches: Iterable[Any]) -> 
 
 
 def _counted(batches: Iterable[Any], progress: bool, what: str) -> Iterator[Any]:
-    yield from tqdm(batches, desc=what, disable=not progress, leave=False)
+    for batch in tqdm(batches, desc=what, disable=not progress, leave=False):
+        yield pytree.tree_map(_ordinary, batch)
 
 
-def _check_request(order: int, third: str, batches: Iterable[Any]) -> None:
+def _ordinary(value: Any) -> Any:
+    """The same, where it is a tensor made in inference mode as one that autograd takes."""
+    return value.clone() if isinstance(value, Tensor) and value.is_inference() else value
+
+
+@contextlib.contextmanager
+def _rewinding(batches: Iterable[Any], device: torch.device) -> Iterator[None]:
+    """Restores random states afterwards, those of a loader's own generators too: each pass sees the same batches."""
+    sampler = getattr(batches, "batch_sampler", None)
+    owners: tuple[Any, ...] = (batches, getattr(batches, "sampler", None), sampler, getattr(sampler, "sampler", None))
+    generators = [owner.generator for owner in owners if isinstance(getattr(owner, "generator", None), torch.Generator)]
+    states = [generator.get_state() for generator in generators]
+    try:
+        with preserved_randomness({device}):
+            yield
+    finally:
+        for generator, state in zip(generators, states, strict=True):
+            generator.set_state(state)
+
+
+def _check_finite(loss: Tensor) -> None:
+    if not bool(loss.isfinite()):
+        raise ValueError(f"the loss is {loss.item()}: look for it in the data, or lower the learning rate")
+
+
+def _check_request(order: int, third: str, batches: Iterable[Any], direction: Direction) -> None:
     if order < 1:
         raise ValueError(f"order must be at least 1, got {order}")
     if third not in ("diagonal", "full"):
         raise ValueError(f"third must be 'diagonal' or 'full', got {third!r}")
     if isinstance(batches, Tensor | Mapping) or (
-        isinstance(batches, tuple) and all(isinstance(item, Tensor) for item in batches)
+        isinstance(batches, tuple) and batches and all(isinstance(item, Tensor) for item in batches)
     ):
         raise ValueError(f"batches must be an iterable of batches, got one {type(batches).__name__}: pass [batch]")
+    if direction is None and isinstance(batches, Iterator):
+        raise ValueError(
+            f"batches is a one-shot {type(batches).__name__}, and is gone through twice, for the gradient and for the "
+            "summary along it: pass a list or a DataLoader, or a direction"
+        )
 
 
 def _check_partition(partition: Partition, model: nn.Module) -> None:
-    own = {id(p) for p in model.parameters()}
+    own = dict(unwrap(model).named_parameters(remove_duplicate=False))
     for name, parameter in zip(partition.parameter_names, partition.parameters, strict=True):
-        if id(parameter) not in own:
+        if own.get(name) is not parameter:
             raise ValueError(f"parameter {name!r} of the partition is not in this model: make the partition from it")
     _ = partition.device

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import random
-from collections.abc import Callable, Iterator, Mapping
+import sys
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any, TypeAlias
 
 import numpy as np
@@ -42,11 +43,9 @@ class Loss:
         Raises:
             ValueError: the loss is not a scalar.
         """
-        replaced: dict[str, Tensor] = {name: buffer.clone() for name, buffer in self.model.named_buffers()}
-        replaced |= parameters or {}
-        value = torch.func.functional_call(
-            self._module, {f"model.{name}": tensor for name, tensor in replaced.items()}, (batch,)
-        )
+        replaced = {name: buffer.clone() for name, buffer in self._module.named_buffers()}
+        replaced |= {f"model.{name}": tensor for name, tensor in (parameters or {}).items()}
+        value = torch.func.functional_call(self._module, replaced, (batch,))
         if not isinstance(value, Tensor) or value.numel() != 1:
             got = f"a tensor of shape {tuple(value.shape)}" if isinstance(value, Tensor) else type(value).__name__
             raise ValueError(f"the loss must be a scalar tensor, got {got}: reduce it, for example by .mean()")
@@ -54,7 +53,10 @@ class Loss:
 
     @contextlib.contextmanager
     def undisturbed(self) -> Iterator[None]:
-        """A block with gradients on, that leaves random states as they were and uses twice differentiable kernels."""
+        """A block with gradients on, that leaves random states as they were and uses twice differentiable kernels.
+
+        What ``torch.compile`` made runs uncompiled: it has no second derivatives.
+        """
         devices = {p.device for p in self.model.parameters() if p.device.type not in ("cpu", "meta")}
         with (
             preserved_randomness(devices),
@@ -62,6 +64,7 @@ class Loss:
             torch.enable_grad(),
             sdpa_kernel(SDPBackend.MATH),
             _differentiable_recurrence(self.model),
+            _uncompiled(),
         ):
             yield
 
@@ -98,13 +101,28 @@ def _differentiable_recurrence(model: nn.Module) -> Iterator[None]:
     if not any(isinstance(module, nn.RNNBase) for module in model.modules()):
         yield
         return
-    with torch.backends.mkldnn.flags(enabled=False), torch.backends.cudnn.flags(enabled=False):
+    backends: tuple[Any, ...] = (
+        torch.backends.mkldnn,
+        torch.backends.cudnn,
+    )  # their flags() would touch more than this one switch
+    before = [backend.enabled for backend in backends]
+    try:
+        for backend in backends:
+            backend.enabled = False
         yield
+    finally:
+        for backend, enabled in zip(backends, before, strict=True):
+            backend.enabled = enabled
 
 
-def check_dependence(value: Tensor) -> None:
-    """Raises where a loss has no gradient."""
-    if not value.requires_grad:
+def _uncompiled() -> contextlib.AbstractContextManager[Any]:
+    """Switches ``torch.compile`` off, where it was ever used."""
+    return torch.compiler.set_stance("force_eager") if "torch._dynamo" in sys.modules else contextlib.nullcontext()
+
+
+def check_dependence(gradients: Iterable[Tensor | None]) -> None:
+    """Raises where a loss has no gradient: ``None`` for every parameter."""
+    if all(gradient is None for gradient in gradients):
         raise ValueError(
             "the loss does not depend on the parameters: compute it with the model that the loss function is given"
         )

@@ -43,11 +43,9 @@ class NestedEngine:
         with loss.undisturbed():
             aliases = [p.detach().requires_grad_() for p in partition.parameters]
             value = loss(batch, dict(zip(partition.parameter_names, aliases, strict=True)))
-            if order > 0:
-                check_dependence(value)
             tensors = _Nesting(partition, aliases, direction, order, third == "diagonal").run(value)
         first_orders = dict(zip(("loss", "gradient", "hessian", "third"), tensors, strict=False))
-        first_orders.setdefault("gradient", torch.zeros(len(partition)))
+        first_orders.setdefault("gradient", torch.zeros(len(partition), device=partition.device))
         return Summary(
             **first_orders, names=partition.names, higher=tuple(tensors[4:]), weight=float(batch_size(batch))
         )
@@ -92,7 +90,11 @@ class _Nesting:
         last = depth == self.order
         first = prefix[-1] if prefix else 0
         only_diagonal = self.diagonal and depth == 3
-        row = self._differentiate(scalar, range(first, first + 1 if only_diagonal else len(self.partition)), not last)
+        groups = range(first, first + 1 if only_diagonal else len(self.partition))
+        gradients = self._gradients(scalar, groups, not last)
+        if not prefix:
+            check_dependence(gradients)
+        row = self.partition.dot(gradients, self.direction)
         if only_diagonal:
             self.tensors[3][first] = row[first].detach()
             return
@@ -103,8 +105,8 @@ class _Nesting:
             if not last and not (self.diagonal and depth == 2 and group != first):
                 self._descend(row[group], index)
 
-    def _differentiate(self, scalar: Tensor, groups: range, keep_graph: bool) -> Tensor:
-        """The derivatives of a scalar according to these groups, as a vector (S,); those of other groups are void."""
+    def _gradients(self, scalar: Tensor, groups: range, keep_graph: bool) -> list[Tensor | None]:
+        """The gradients of a scalar with respect to the tensors of these groups; ``None`` for all other tensors."""
         chosen = [i for i, members in enumerate(self.groups_of) if any(g in groups for g in members)]
         results: list[Tensor | None] = [None] * len(self.aliases)
         if scalar.requires_grad:
@@ -113,4 +115,4 @@ class _Nesting:
             )
             for i, gradient in zip(chosen, gradients, strict=True):
                 results[i] = gradient
-        return self.partition.dot(results, self.direction)
+        return results
