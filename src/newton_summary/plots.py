@@ -24,7 +24,7 @@ try:
 except ImportError as error:  # pragma: no cover - a test runs it in a process of its own
     raise ImportError("plots need matplotlib: pip install 'newton-summary[plots]'") from error
 
-__all__ = ["curves", "heatmap", "interactions", "rates"]
+__all__ = ["curves", "heatmap", "interactions", "rates", "stack"]
 
 SERIES = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 """Colours for lines: the palette of Okabe and Ito, darkest first."""
@@ -184,6 +184,12 @@ def rates(
     return ax
 
 
+def stack(count: int) -> tuple[Figure, list[Axes]]:
+    """A figure with ``count`` panels, one above the other, each fit for :func:`rates`."""
+    figure = Figure(figsize=(8.0, 4.5 * count), layout="constrained")
+    return figure, [figure.add_subplot(count, 1, number + 1) for number in range(count)]
+
+
 def curves(runs: Mapping[str, Sequence[Sequence[Mapping[str, Any]]]], title: str = "") -> Figure:
     """Training loss against epochs and against seconds, on a logarithmic scale.
 
@@ -231,9 +237,9 @@ def _signed_scale(values: torch.Tensor) -> tuple[Normalize, str]:
 
 
 def _signed_decades(norm: SymLogNorm) -> list[float]:
-    """Ticks at 0 and at powers of ten of both signs, down to one decade above the linear part."""
+    """Ticks at 0 and at powers of ten of both signs, down to just above the linear part."""
     top = math.floor(math.log10(norm.vmax or 1.0))
-    bottom = math.ceil(math.log10(norm.linthresh)) + 1
+    bottom = math.ceil(math.log10(3 * norm.linthresh))
     powers = [10.0**k for k in range(min(bottom, top), top + 1)]
     return [*(-p for p in reversed(powers)), 0.0, *powers]
 

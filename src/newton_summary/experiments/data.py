@@ -12,6 +12,7 @@ import hashlib
 import importlib
 import os
 import zipfile
+import zlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -189,9 +190,11 @@ def load(source: Source, path: Path) -> dict[str, Array]:
             classes that do not exist.
     """
     try:
-        with np.load(path, allow_pickle=False) as file:
+        with path.open("rb") as stream, zipfile.ZipFile(stream):  # numpy leaves a broken file open
+            stream.seek(0)
+            file = np.load(stream, allow_pickle=False)
             arrays = {key: file[key] for key in _KEYS if key in file.files}
-    except (OSError, ValueError, EOFError, AttributeError, zipfile.BadZipFile) as error:
+    except (OSError, ValueError, EOFError, zipfile.BadZipFile, zlib.error) as error:
         raise UsageError(f"{path} is truncated, or no .npz file ({error})\n{cure(source)}") from error
     fault = _fault(source, arrays)
     if fault:

@@ -5,17 +5,20 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from matplotlib.figure import Figure
 from torch import nn
 
-from newton_summary import plots
+from newton_summary import plots  # says how to get matplotlib where it is missing
 from newton_summary.experiments.data import Data
 from newton_summary.experiments.files import write_atomically
 from newton_summary.experiments.tasks import Task
 from newton_summary.experiments.training import Run
 from newton_summary.measure import summarize
 from newton_summary.summary import Summary
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 _BATCH = 1000
 
@@ -44,8 +47,7 @@ def draw_rates(runs: Sequence[Run], folder: Path) -> Path | None:
     first = {run.config.optimizer: run for run in reversed(runs) if any(row.rates for row in run.rows)}
     if not first:
         return None
-    figure = Figure(figsize=(8.0, 4.5 * len(first)), layout="constrained")
-    panels = figure.subplots(len(first), 1, squeeze=False).flat
+    figure, panels = plots.stack(len(first))
     for ax, run in zip(panels, reversed(first.values()), strict=True):
         rows = [row for row in run.rows if row.rates]
         history = {name: [row.rates[name] for row in rows] for name in rows[0].rates}

@@ -72,7 +72,7 @@ TASKS = {
             name="digits",
             build=lambda: mlp([64, 128, 64, 32, 10]),
             epochs=75,
-            rates={"adam": 1e-3, "sgd": 0.1, "newton-summary-paper": 0.3},
+            rates={"adam": 1e-2, "sgd": 0.3, "newton-summary-paper": 0.3},
         ),
         Task(
             name="mlp-mnist",

@@ -1,0 +1,301 @@
+"""The command line, as a user meets it: what it writes, what it says, and how it ends."""
+
+import dataclasses
+import json
+import signal
+from importlib.metadata import entry_points
+
+import pytest
+import torch
+
+from newton_summary import Summary, cli
+from newton_summary.experiments import tasks
+from newton_summary.experiments.data import MNIST
+from newton_summary.experiments.models import mlp
+from newton_summary.experiments.tasks import Task, cross_entropy
+
+TINY = Task("tiny", lambda: mlp([64, 12, 10]), epochs=2)
+
+
+@pytest.fixture(autouse=True)
+def workplace(tmp_path, monkeypatch):
+    """An empty folder to work in, a tiny task, and no data files."""
+    threads = torch.get_num_threads()
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setitem(tasks.TASKS, "tiny", TINY)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    monkeypatch.delenv("NEWTON_SUMMARY_DATA", raising=False)
+    yield tmp_path
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture
+def run(capsys):
+    """Runs a command line: its exit code, output and errors."""
+
+    def call(line):
+        try:
+            code = cli.main(line.split())
+        except SystemExit as exit_:
+            code = exit_.code
+        out, err = capsys.readouterr()
+        assert "Traceback" not in out + err
+        return code, out, err
+
+    return call
+
+
+def files_under(folder):
+    return sorted(str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file())
+
+
+def interrupt_after(monkeypatch, count):
+    """Presses Ctrl-C in the training step with this number."""
+    calls = [0]
+
+    def loss_fn(model, batch):
+        calls[0] += torch.is_grad_enabled()
+        if calls[0] == count and torch.is_grad_enabled():
+            signal.raise_signal(signal.SIGINT)
+        return cross_entropy(model, batch)
+
+    monkeypatch.setitem(tasks.TASKS, "tiny", dataclasses.replace(TINY, loss_fn=loss_fn))
+
+
+def test_the_entry_point_is_this_function():
+    (script,) = entry_points(group="console_scripts", name="newton-summary")
+    assert script.load() is cli.main
+
+
+@pytest.mark.parametrize("command", ["", "train", "compare", "interactions", "data"])
+def test_help_is_there(command, run):
+    code, out, _ = run(f"{command} --help")
+    assert code == 0
+    assert "Exit codes" in out
+    assert "130" in out
+
+
+# train ----------------------------------------------------------------------------------------------------------------
+
+
+def test_train_writes_a_run_and_says_where(run, workplace):
+    code, out, err = run("train tiny --threads 1")
+    assert code == 0
+    assert files_under(workplace / "runs" / "tiny-newton-summary-seed0") == [
+        "checkpoint.pt",
+        "curves.png",
+        "metrics.jsonl",
+        "rates.png",
+    ]
+    assert "runs/tiny-newton-summary-seed0/rates.png" in out
+    assert "32/32" in err
+    run("train tiny --threads 1")
+    assert (workplace / "runs" / "tiny-newton-summary-seed0-2" / "metrics.jsonl").exists()
+
+
+def test_train_takes_its_options(run, workplace):
+    code, _, _ = run("train tiny --optimizer sgd --lr 0.05 --epochs 1 --seed 3 --out here --threads 1")
+    assert code == 0
+    header = json.loads((workplace / "here" / "metrics.jsonl").read_text().splitlines()[0])
+    assert header["config"] == {"task": "tiny", "optimizer": "sgd", "lr": 0.05, "epochs": 1, "seed": 3}
+    assert header["environment"]["threads"] == 1
+
+
+def test_train_goes_on_after_ctrl_c(run, workplace, monkeypatch):
+    run("train tiny --optimizer adam --threads 1 --out whole")
+    interrupt_after(monkeypatch, 20)
+    code, _, err = run("train tiny --optimizer adam --threads 1 --out stopped")
+    assert code == 130
+    assert "newton-summary train --resume stopped" in err
+    monkeypatch.setitem(tasks.TASKS, "tiny", TINY)
+    torch.set_num_threads(2)
+    code, _, _ = run("train --resume stopped")
+    assert code == 0
+    assert torch.get_num_threads() == 1  # as the run was started
+    whole, stopped = (torch.load(workplace / name / "checkpoint.pt")["model"] for name in ("whole", "stopped"))
+    assert all(torch.equal(whole[name], stopped[name]) for name in whole)
+
+
+def test_a_diverged_run_has_an_exit_code_of_its_own(run):
+    code, out, err = run("train tiny --optimizer sgd --lr 1e30 --threads 1")
+    assert code == 1
+    assert "diverged at step" in err
+    assert "wrote" in out
+
+
+def test_failed_measurements_are_reported(run, monkeypatch):
+    def loss_fn(model, batch):
+        own = isinstance(next(model.parameters()), torch.nn.Parameter)
+        loss = cross_entropy(model, batch)
+        calls[0] += not own
+        return loss if own or calls[0] == 1 else loss * torch.nan
+
+    calls = [0]
+    monkeypatch.setitem(tasks.TASKS, "tiny", dataclasses.replace(TINY, loss_fn=loss_fn))
+    code, out, _ = run("train tiny --optimizer newton-summary-paper --lr 0.01 --threads 1")
+    assert code == 0
+    assert "newton-summary-paper, seed 0: 3 of 4 measurements failed; the rates stayed as they were" in out
+
+
+MISTAKES = {
+    "train mnist": "unknown task 'mnist': choose one of digits, mlp-mnist, lenet-cifar10",
+    "train": "name a task: digits",
+    "train tiny --optimizer kfac": "unknown optimizer 'kfac': choose one of adam, sgd, newton-summary",
+    "train tiny --lr 0": "learning rate must be above 0",
+    "train tiny --epochs 0": "epochs must be at least 1",
+    "train tiny --threads 0": "must be a number, at least 1, got '0'",
+    "train --resume nowhere": "there is no run in nowhere",
+    "train mlp-mnist": "Looked for",
+    "train tiny --out occupied": "occupied is not empty",
+    "train tiny --out occupied/file/run": "cannot write occupied/file/run/checkpoint.pt",
+    "train digits --resume run": "run was started with task tiny, not digits",
+    "train --resume run --optimizer sgd": "run was started with optimizer adam, not sgd",
+    "train --resume run --epochs 5": "run was started with epochs 1, not 5",
+    "train --resume run --out other": "leave out --out",
+    "compare tiny --optimizers adam kfac": "unknown optimizer 'kfac'",
+    "compare --resume run": "there is no comparison in run",
+    "interactions": "TASK",
+    "interactions nothing": "unknown task",
+    "interactions digits --run run": "holds a run of task 'tiny', not 'digits'",
+    "interactions tiny --run nowhere": "there is no run in nowhere",
+    "data nothing": "unknown task",
+    "data mlp-mnist --data nowhere": "nowhere/mnist.npz",
+    "fly": "invalid choice",
+}
+
+
+@pytest.mark.parametrize("line", MISTAKES)
+def test_mistakes_are_explained_and_nothing_is_lost(line, run, workplace):
+    (workplace / "occupied").mkdir()
+    (workplace / "occupied" / "file").write_text("mine")
+    if " run" in line:
+        run("train tiny --optimizer adam --epochs 1 --out run --threads 1")
+    before = {path: path.read_bytes() for path in workplace.rglob("*") if path.is_file()}
+    code, out, err = run(line)
+    assert code == 2
+    assert MISTAKES[line] in err
+    assert not out
+    assert {path: path.read_bytes() for path in workplace.rglob("*") if path.is_file()} == before
+
+
+def test_a_missing_extra_is_named(run, monkeypatch):
+    import sys
+
+    monkeypatch.delitem(sys.modules, "newton_summary.experiments.figures", raising=False)
+    monkeypatch.delitem(sys.modules, "newton_summary.plots", raising=False)
+    monkeypatch.delattr("newton_summary.plots", raising=False)
+    monkeypatch.delattr("newton_summary.experiments.figures", raising=False)
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+    code, _, err = run("train tiny")
+    assert code == 2
+    assert "pip install 'newton-summary[plots]'" in err
+
+
+# compare --------------------------------------------------------------------------------------------------------------
+
+
+def test_compare_ends_with_a_table_and_the_paths(run, workplace):
+    code, out, _ = run("compare tiny --optimizers adam sgd newton-summary --seeds 0 1 --threads 1")
+    assert code == 0
+    folder = workplace / "runs" / "compare-tiny"
+    written = files_under(folder)
+    for name in ("curves.png", "interactions.png", "rates.png", "table.md", "comparison.json"):
+        assert name in written
+    for name in ("adam-seed0", "sgd-seed1", "newton-summary-seed1"):
+        assert f"{name}/metrics.jsonl" in written
+        assert f"runs/compare-tiny/{name}/metrics.jsonl" in out
+    table = [line for line in out.splitlines() if line.startswith("|")]
+    assert [cell.strip() for cell in table[0].split("|")[1:-1]] == [
+        "optimizer",
+        "rate",
+        "training loss",
+        "validation accuracy",
+        "seconds",
+        "diverged",
+    ]
+    assert [line.split("|")[1].strip() for line in table[2:]] == ["adam", "sgd", "newton-summary"]
+    assert len({len(line) for line in table}) == 1
+    assert (folder / "table.md").read_text().splitlines() == table
+    rows = [json.loads(line) for line in (folder / "adam-seed0" / "metrics.jsonl").read_text().splitlines()]
+    other = [json.loads(line) for line in (folder / "adam-seed1" / "metrics.jsonl").read_text().splitlines()]
+    losses = [rows[-1]["train_loss"], other[-1]["train_loss"]]
+    assert f"{sum(losses) / 2:.2e} (worst {max(losses):.2e})" in table[2]
+
+
+def test_compare_goes_on_where_it_was_interrupted(run, workplace, monkeypatch):
+    interrupt_after(monkeypatch, 40)
+    code, _, err = run("compare tiny --optimizers adam sgd --threads 1 --out both")
+    assert code == 130
+    assert "newton-summary compare --resume both" in err
+    first = (workplace / "both" / "adam-seed0" / "checkpoint.pt").read_bytes()
+    monkeypatch.setitem(tasks.TASKS, "tiny", TINY)
+    code, _, err = run("compare --resume both --optimizers adam")
+    assert code == 2
+    assert "was started with optimizers ['adam', 'sgd']" in err
+    code, out, _ = run("compare --resume both")
+    assert code == 0
+    run("compare tiny --optimizers adam sgd --threads 1 --out whole")
+    for name in ("adam-seed0", "sgd-seed0"):
+        ends = [torch.load(workplace / parent / name / "checkpoint.pt")["model"] for parent in ("both", "whole")]
+        assert all(torch.equal(tensor, ends[1][key]) for key, tensor in ends[0].items())
+    assert torch.load(workplace / "both" / "adam-seed0" / "checkpoint.pt")["place"] == _place(first, workplace)
+    assert "rates.png" not in out
+
+
+def _place(checkpoint, folder):
+    (folder / "copy.pt").write_bytes(checkpoint)
+    return torch.load(folder / "copy.pt")["place"]
+
+
+def test_a_run_that_diverged_is_in_the_table(run, monkeypatch):
+    monkeypatch.setitem(tasks.TASKS, "tiny", dataclasses.replace(TINY, rates={"sgd": 1e30}))
+    code, out, _ = run("compare tiny --optimizers adam sgd --threads 1")
+    assert code == 0
+    adam, sgd = [line.split("|") for line in out.splitlines() if line.startswith("|")][2:]
+    assert adam[6].strip() == "no"
+    assert sgd[6].strip() == "1 of 1"
+
+
+# interactions and data ------------------------------------------------------------------------------------------------
+
+
+def test_interactions_at_the_start_and_of_a_run(run, workplace):
+    code, out, _ = run("interactions tiny --threads 1 --out start")
+    assert code == 0
+    assert "start/interactions.png" in out
+    run("train tiny --optimizer adam --out run --threads 1")
+    assert run("interactions tiny --run run --threads 1")[0] == 0
+    first = Summary.load(workplace / "start" / "summary.pt")
+    last = Summary.load(workplace / "runs" / "interactions-tiny" / "summary.pt")
+    assert first.names == last.names == tuple(name for name, _ in TINY.make_model(0).named_parameters())
+    assert last.loss < first.loss
+    assert first.weight == 1600
+    # The sum of all entries is the second derivative along the gradient of the whole training set.
+    model, data = TINY.make_model(0).double(), TINY.read()
+    batch = data.train[0].double(), data.train[1]
+    parameters = list(model.parameters())
+    gradients = torch.autograd.grad(cross_entropy(model, batch), parameters, create_graph=True)
+    along = [g.detach() for g in gradients]
+    slope = sum((g * u).sum() for g, u in zip(gradients, along, strict=True))
+    products = torch.autograd.grad(slope, parameters)
+    curvature = sum((p * u).sum() for p, u in zip(products, along, strict=True))
+    assert first.hessian.sum().item() == pytest.approx(curvature.item(), rel=1e-4)
+
+
+def test_data_says_what_is_there(run, workplace, monkeypatch):
+    code, out, _ = run("data digits")
+    assert code == 0
+    assert "scikit-learn" in out
+    assert "1,600 to train on, 197 to validate" in out
+    from test_data import arrays, fake_hub
+
+    monkeypatch.setitem(__import__("sys").modules, "datasets", fake_hub(MNIST, arrays(MNIST)))
+    code, out, _ = run("data mlp-mnist --fetch --data here")
+    assert code == 0
+    assert "wrote here/mnist.npz" in out
+    assert "200 to train on, 30 to validate" in out
+    (workplace / "here" / "mnist.npz").write_bytes(b"PK")
+    code, _, err = run("data mlp-mnist --data here")
+    assert code == 2
+    assert "here/mnist.npz is truncated" in err
