@@ -1,0 +1,48 @@
+"""The fast engine where it works, the general one elsewhere."""
+
+from __future__ import annotations
+
+import warnings
+import weakref
+from collections.abc import Sequence
+from typing import Any
+
+from torch import Tensor, nn
+
+from newton_summary.measure.forward import ForwardEngine
+from newton_summary.measure.graph import Refusal
+from newton_summary.measure.loss import Loss
+from newton_summary.measure.nested import NestedEngine
+from newton_summary.partition import Partition
+from newton_summary.summary import Summary
+
+
+class AutoEngine:
+    """The forward engine, and nested differentiation for what that refuses, with one warning for each model."""
+
+    def __init__(self, forward: ForwardEngine | None = None) -> None:
+        self.forward = forward or ForwardEngine()
+        self.nested = NestedEngine()
+        self._warned: weakref.WeakKeyDictionary[nn.Module, set[str]] = weakref.WeakKeyDictionary()
+
+    def measure(
+        self, loss: Loss, batch: Any, partition: Partition, direction: Sequence[Tensor], order: int, third: str
+    ) -> Summary:
+        """The summary of one batch, by the first engine that can."""
+        if order > 3:
+            return self.nested.measure(loss, batch, partition, direction, order, third)
+        try:
+            return self.forward.measure(loss, batch, partition, direction, order, third)
+        except Refusal as refusal:
+            reason = str(refusal)
+        known = self._warned.setdefault(loss.model, set())
+        if reason not in known:
+            known.add(reason)
+            warnings.warn(f"measured by nested differentiation, which is slower: {reason}", stacklevel=3)
+        return self.nested.measure(loss, batch, partition, direction, order, third)
+
+
+FORWARD = ForwardEngine()
+"""Shared by everyone who asks for an engine by name, so that graphs are traced once."""
+
+AUTO = AutoEngine(FORWARD)

@@ -1,0 +1,362 @@
+"""Summaries at the price of forward passes: tangents of all groups weighted by adjoints (docs/engine.md).
+
+    H̄[i, j]        = Σ over operations of  v̄ · f''[ẋ_i, ẋ_j]
+    D^(3)[i, i, i] = Σ over operations of  v̄ · (f'''[ẋ_i, ẋ_i, ẋ_i] + 3 f''[ẋ_i, ẍ_i])
+
+where v̄ is the ordinary adjoint of an operation's result, and ẋ_i, ẍ_i are the derivatives of its arguments by the rate
+of group i.  One backward pass gives all adjoints, one sweep over the graph all tangents.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from newton_summary.measure.graph import Graph, Instruction, Ref, Refusal, first_line, trace
+from newton_summary.measure.inputs import Inputs, SameFunction
+from newton_summary.measure.loss import Loss, batch_size, check_dependence, preserved_randomness
+from newton_summary.measure.lowering import CONSTANT
+from newton_summary.measure.rules import Call, Jet, Place, Rule, Sums, rule_for
+from newton_summary.partition import Partition
+from newton_summary.summary import Summary
+
+_VALUE_TOLERANCE = {torch.float64: 1e-10, torch.float32: 1e-5}
+_DERIVATIVE_TOLERANCE = {torch.float64: 1e-7, torch.float32: 2e-3}
+_COARSE = 3e-2  # for types of half precision
+
+
+class ForwardEngine:
+    """Exact derivatives of orders 1 to 3 by forward tangents.
+
+    A graph of the loss is traced for each model, loss function and shape of the batch, and kept.  A new one is checked
+    against the gradient and one Hessian-vector product of the loss itself, and every measurement against its value.
+
+    Args:
+        graphs: how many graphs are kept for each model.
+    """
+
+    def __init__(self, graphs: int = 8) -> None:
+        self.graphs = graphs
+        self._known: weakref.WeakKeyDictionary[nn.Module, list[_Known]] = weakref.WeakKeyDictionary()
+
+    def measure(
+        self, loss: Loss, batch: Any, partition: Partition, direction: Sequence[Tensor], order: int, third: str
+    ) -> Summary:
+        """The summary of one batch, as the nested engine gives it.
+
+        Raises:
+            Refusal: the loss cannot be measured in this way: an operation, and the reason.
+            ValueError: the loss does not depend on the parameters.
+        """
+        if order > 3:
+            raise Refusal(f"order {order} is above 3")
+        with loss.undisturbed(), torch.autocast(partition.device.type, enabled=False):
+            inputs = Inputs(loss, batch, partition)
+            known = self._find(inputs)
+            request = _Request(partition, direction, order, third)
+            if known.graph is not None:
+                tape = _Tape(known.graph, inputs)
+                if known.checked and _close(tape.loss, _eager_value(inputs), _VALUE_TOLERANCE):
+                    return _summary(tape, request, inputs)
+            if known.refusal is not None:
+                raise known.refusal
+            return self._measure_anew(inputs, request, known)
+
+    def _find(self, inputs: Inputs) -> _Known:
+        """What is known of such inputs; the most recent comes first."""
+        entries = self._known.setdefault(inputs.loss.model, [])
+        key = inputs.key()
+        for i, entry in enumerate(entries):
+            if entry.key == key and entry.same(inputs.loss.loss_fn):
+                entries.insert(0, entries.pop(i))
+                return entry
+        entries.insert(0, _Known(key, SameFunction(inputs.loss.loss_fn)))
+        del entries[self.graphs :]
+        return entries[0]
+
+    def _measure_anew(self, inputs: Inputs, request: _Request, known: _Known) -> Summary:
+        """Traces the loss in one way after the other, until its derivatives agree."""
+        expected = _Expected(inputs, request)
+        reasons = []
+        known.graph = None
+        for above_autograd in (True, False):
+            try:
+                with preserved_randomness(inputs.devices):
+                    graph = trace(inputs.function, inputs.tensors(), above_autograd)
+                tape = _Tape(graph, inputs, with_gradient=True)
+                expected.check_gradient(tape)
+                summary = _summary(tape, replace(request, order=max(request.order, 2)), inputs)
+                expected.check_hessian(summary)
+            except Refusal as reason:
+                reasons.append(reason)
+                continue
+            known.graph, known.checked = graph, expected.is_finite
+            return summary if request.order > 1 else replace(summary, hessian=None)
+        known.refusal = reasons[0] if "tracing" not in str(reasons[0]) else reasons[-1]
+        raise known.refusal
+
+
+@dataclass(slots=True)
+class _Known:
+    """A graph that was made, or why it could not be."""
+
+    key: Any
+    same: SameFunction
+    graph: Graph | None = None
+    checked: bool = False
+    refusal: Refusal | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class _Request:
+    """What is asked for."""
+
+    partition: Partition
+    direction: Sequence[Tensor]
+    order: int
+    third: str
+
+    @property
+    def diagonal(self) -> bool:
+        return self.order == 3 and self.third == "diagonal"
+
+    @property
+    def full(self) -> bool:
+        return self.order == 3 and self.third == "full"
+
+    def jets(self) -> list[Jet]:
+        """The parameters' tangents: u, split by groups."""
+        result = []
+        for label, groups, u in zip(self.partition.labels, self.partition.groups_of, self.direction, strict=True):
+            rows = (
+                u.unsqueeze(0)
+                if isinstance(label, int)
+                else torch.stack([torch.where(label.to(u.device) == g, u, 0.0) for g in groups])
+            )
+            result.append(Jet((), groups, rows.detach()))
+        return result
+
+
+# Checks ---------------------------------------------------------------------------------------------------------------
+
+
+def _eager_value(inputs: Inputs) -> Tensor:
+    """The loss itself, from the same random state that a graph then starts from."""
+    with preserved_randomness(inputs.devices):
+        tensors = inputs.tensors()
+        return inputs.function(*(t.detach() for t in tensors[: inputs.count]), *tensors[inputs.count :]).detach()
+
+
+def _close(value: Tensor, expected: Tensor, tolerances: dict[torch.dtype, float], scale: float | None = None) -> bool:
+    """Whether they agree up to rounding; numbers that are not finite agree with each other."""
+    x, y = value.detach().double(), expected.detach().double()
+    if not bool(y.isfinite().all()):
+        return not bool(x.isfinite().all())
+    tolerance = tolerances.get(expected.dtype, _COARSE)
+    size = max(float(torch.linalg.vector_norm(y)), scale or 0.0)
+    return float(torch.linalg.vector_norm(x - y)) <= tolerance * size + 1e-30
+
+
+class _Expected:
+    """Value, gradient and one Hessian-vector product of a loss by nested differentiation."""
+
+    def __init__(self, inputs: Inputs, request: _Request) -> None:
+        self.names = inputs.partition.parameter_names
+        with preserved_randomness(inputs.devices):
+            tensors = inputs.tensors()
+            parameters = tensors[: inputs.count]
+            self.loss = inputs.function(*tensors)
+            self.gradient: list[Tensor | None] = [None] * inputs.count
+            if self.loss.requires_grad:
+                self.gradient = list(torch.autograd.grad(self.loss, parameters, create_graph=True, allow_unused=True))
+            check_dependence(self.gradient)
+            self.rows = self._hessian_rows(parameters, request)
+        self.is_finite = bool(self.loss.isfinite())
+
+    def _hessian_rows(self, parameters: Sequence[Tensor], request: _Request) -> Tensor | None:
+        """H̄ times a vector of ones, or nothing where the loss is not twice differentiable by autograd."""
+        moving = [(g, u) for g, u in zip(self.gradient, request.direction, strict=True) if g is not None]
+        slope = sum((g * u).sum() for g, u in moving)
+        if not isinstance(slope, Tensor) or not slope.requires_grad:
+            return torch.zeros(len(request.partition), dtype=torch.float64, device=request.partition.device)
+        try:
+            product = torch.autograd.grad(slope, parameters, allow_unused=True)
+        except RuntimeError:
+            return None
+        return request.partition.reduce(
+            [None if h is None else h * u for h, u in zip(product, request.direction, strict=True)]
+        )
+
+    def check_gradient(self, tape: _Tape) -> None:
+        """Compares a graph's loss and its gradient, tensor by tensor."""
+        if not _close(tape.loss, self.loss, _VALUE_TOLERANCE):
+            raise Refusal(f"the traced graph gives a loss of {tape.loss.item()}, the model {self.loss.item()}")
+        norm = max(float(torch.linalg.vector_norm(g.detach())) for g in self.gradient if g is not None)
+        for name, got, expected in zip(self.names, tape.gradient, self.gradient, strict=True):
+            if got is None and expected is None:
+                continue
+            known = got if got is not None else expected
+            assert known is not None
+            g, e = (torch.zeros_like(known) if x is None else x for x in (got, expected))
+            if not _close(g, e, _DERIVATIVE_TOLERANCE, scale=1e-3 * norm):
+                raise Refusal(
+                    f"the traced graph has another gradient for {name!r} than the model, as custom autograd functions "
+                    "and reentrant checkpoints have it"
+                )
+
+    def check_hessian(self, summary: Summary) -> None:
+        """Compares H̄ times ones."""
+        if self.rows is None or not bool(self.rows.isfinite().all()):
+            return
+        assert summary.hessian is not None
+        tolerance = _DERIVATIVE_TOLERANCE.get(self.loss.dtype, _COARSE)
+        sizes = summary.hessian.abs().sum(1)
+        excess = (summary.hessian.sum(1) - self.rows).abs() - tolerance * (sizes + 1e-3 * sizes.max()) - 1e-30
+        if not bool((excess <= 0).all()):
+            worst = int(excess.nan_to_num(nan=torch.inf).argmax())
+            raise Refusal(
+                f"the traced graph has another Hessian-vector product for group {summary.names[worst]!r} than the model"
+            )
+
+
+# Sweeps ---------------------------------------------------------------------------------------------------------------
+
+
+@dataclass(slots=True)
+class _Step:
+    """What an operation of a graph does to tangents."""
+
+    rule: Rule
+    places: tuple[tuple[Place, int], ...]
+    curved: bool
+
+
+_UNKNOWN = Jet((), (), torch.empty(0))
+
+
+class _Tape:
+    """A graph's values and adjoints at one point.
+
+    Args:
+        graph: the loss.
+        inputs: what it is run on, from the present random state, which stays as it is.
+        with_gradient: whether the gradient by the parameters is wanted, too.
+    """
+
+    def __init__(self, graph: Graph, inputs: Inputs, with_gradient: bool = False) -> None:
+        tensors = inputs.tensors()
+        self.graph = graph
+        with preserved_randomness(inputs.devices):
+            self.values = graph.run(tensors)
+        self.loss: Tensor = self.values[graph.result]
+        self.steps = _plan(graph, self.values)
+        self.adjoints, self.gradient = self._differentiate(tensors[: inputs.count], with_gradient)
+
+    def _differentiate(self, tensors: list[Tensor], with_gradient: bool) -> tuple[dict[int, Any], list[Tensor | None]]:
+        """Adjoints of the results of all curved operations, by slot, and the gradient."""
+        slots = [s.out for s, step in zip(self.graph.instructions, self.steps, strict=True) if step and step.curved]
+        wanted: list[Tensor] = []
+        for slot in slots:
+            value = self.values[slot]
+            wanted += [v for v in ([value] if isinstance(value, Tensor) else value) if _moves(v)]
+        leaves = tensors if with_gradient else []
+        found: list[Tensor | None] = [None] * (len(wanted) + len(leaves))
+        if self.loss.requires_grad and found:
+            found = list(torch.autograd.grad(self.loss, [*wanted, *leaves], allow_unused=True))
+        rest = iter(found)
+        adjoints: dict[int, Any] = {}
+        for slot in slots:
+            value = self.values[slot]
+            several = [next(rest) if _moves(v) else None for v in ([value] if isinstance(value, Tensor) else value)]
+            if any(a is not None for a in several):
+                adjoints[slot] = several[0] if isinstance(value, Tensor) else several
+        return adjoints, list(rest)
+
+
+def _moves(value: Any) -> bool:
+    return isinstance(value, Tensor) and value.requires_grad
+
+
+def _plan(graph: Graph, values: Sequence[Any]) -> list[_Step | None]:
+    """The rule of each operation that moves with the parameters; made once for each graph."""
+    if graph.plan is None:
+        reached = {graph.result}
+        for instruction in reversed(graph.instructions):
+            if instruction.out in reached and instruction.op is not CONSTANT:
+                reached.update(instruction.reads)
+        graph.plan = [_step(i, values) if i.out in reached else None for i in graph.instructions]
+    return graph.plan
+
+
+def _step(instruction: Instruction, values: Sequence[Any]) -> _Step | None:
+    out = values[instruction.out]
+    if instruction.op is CONSTANT or not any(_moves(v) for v in ([out] if isinstance(out, Tensor) else out)):
+        return None
+    places = tuple((place, slot) for place, slot in _places(instruction) if _any_moves(values[slot]))
+    if any(isinstance(values[s], Tensor) and values[s].is_complex() for _, s in places):
+        raise Refusal(f"{instruction.op} takes complex numbers")
+    moving = dict.fromkeys((place for place, _ in places), _UNKNOWN)
+    call = Call(instruction.op, instruction.arguments(values), instruction.kwargs, out, moving)
+    rule = rule_for(call)
+    return _Step(rule, places, rule.is_curved(call))
+
+
+def _any_moves(value: Any) -> bool:
+    return _moves(value) if isinstance(value, Tensor) else any(_moves(v) for v in value)
+
+
+def _places(instruction: Instruction) -> list[tuple[Place, int]]:
+    places: list[tuple[Place, int]] = []
+    for i, argument in enumerate(instruction.args):
+        if isinstance(argument, Ref):
+            places.append((i, argument.slot))
+        elif isinstance(argument, list | tuple):
+            places += [((i, j), a.slot) for j, a in enumerate(argument) if isinstance(a, Ref)]
+    return places
+
+
+def _summary(tape: _Tape, request: _Request, inputs: Inputs) -> Summary:
+    """One sweep over a graph with its values and adjoints known."""
+    size, device = len(request.partition), request.partition.device
+    sums = Sums(size, device, request.diagonal, request.full)
+    with torch.no_grad():
+        final = _push(tape, request, sums)
+    gradient = torch.zeros(size, dtype=torch.float64, device=device)
+    if final is not None:
+        gradient[list(final.first)] = final.dot.double()
+    return Summary(
+        loss=tape.loss.detach(),
+        gradient=gradient,
+        hessian=sums.hessian if request.order > 1 else None,
+        third=sums.diagonal if request.diagonal else sums.third if request.full else None,
+        names=request.partition.names,
+        weight=float(batch_size(inputs.batch)),
+    )
+
+
+def _push(tape: _Tape, request: _Request, sums: Sums) -> Jet | None:
+    """Pushes all tangents to the loss, frees what is no longer used, and gives the loss's own."""
+    graph, values, adjoints = tape.graph, tape.values, tape.adjoints
+    jets: list[Any] = [None] * graph.slots
+    for slot, jet in zip(graph.inputs, request.jets(), strict=False):
+        jets[slot] = jet
+    for instruction, step in zip(graph.instructions, tape.steps, strict=True):
+        if step is not None:
+            found = {place: jets[slot] for place, slot in step.places if jets[slot] is not None}
+            if found:
+                args = instruction.arguments(values)
+                call = Call(instruction.op, args, instruction.kwargs, values[instruction.out], found, request.diagonal)
+                adjoint = adjoints.pop(instruction.out, None) if request.order > 1 else None
+                try:
+                    jets[instruction.out] = step.rule.push(call, adjoint, sums)
+                except (RuntimeError, NotImplementedError) as error:
+                    raise Refusal(f"{instruction.op} ({step.rule.kind}): {first_line(error)}") from error
+        for slot in instruction.last_use:
+            jets[slot] = values[slot] = None
+    result: Jet | None = jets[graph.result]
+    return result

@@ -1,0 +1,160 @@
+"""What each operation does to tangents (docs/engine.md): a registry that users can extend."""
+
+from __future__ import annotations
+
+import operator
+from typing import Any
+
+import torch
+from typing_extensions import override
+
+from newton_summary.measure.rules import linear as lin
+from newton_summary.measure.rules.base import Call, Place, Rule, Sums
+from newton_summary.measure.rules.bilinear import Bilinear, Convolution, Entrywise, MatrixProduct
+from newton_summary.measure.rules.elementwise import TABLE, Elementwise
+from newton_summary.measure.rules.general import General
+from newton_summary.measure.rules.jets import Groups, Jet, Part, combine
+from newton_summary.measure.rules.linear import Concatenation, Linear, Selection
+
+__all__ = [
+    "Bilinear",
+    "Call",
+    "Elementwise",
+    "General",
+    "Groups",
+    "Jet",
+    "Linear",
+    "Part",
+    "Place",
+    "Rule",
+    "Sums",
+    "combine",
+    "has_rule",
+    "register_rule",
+    "rule_for",
+]
+
+aten = torch.ops.aten
+
+_RULES: dict[Any, Rule] = {
+    **TABLE,
+    aten.mm.default: Bilinear(MatrixProduct()),
+    aten.bmm.default: Bilinear(MatrixProduct()),
+    aten.addmm.default: Bilinear(MatrixProduct(), left=1, right=2, bias=0),
+    aten.mul.Tensor: Bilinear(Entrywise()),
+    aten.convolution.default: Bilinear(Convolution(), bias=2),
+    aten.cat.default: Concatenation(0),
+    aten.stack.default: Concatenation(0),
+    aten.max_pool2d_with_indices.default: Selection(lin.pooled),
+    aten.add.Tensor: Linear(0, 1, rows=lin.added),
+    aten.sub.Tensor: Linear(0, 1, rows=lin.added),
+    aten.where.self: Linear(1, 2, rows=lin.chosen),
+    aten.masked_fill.Scalar: Linear(0, 2, rows=lin.filled),
+    aten.masked_fill.Tensor: Linear(0, 2, rows=lin.filled),
+    aten.constant_pad_nd.default: Linear(0, 2, rows=lin.padded),
+}
+_RULES |= {op: Selection(lin.along_dim) for op in (aten.max.dim, aten.min.dim, aten.topk.default, aten.sort.default)}
+_RULES |= {
+    op: Linear(0, rows=rows)
+    for rows, ops in {
+        lin.reshaped: (
+            aten.view.default,
+            aten._unsafe_view.default,
+            aten.reshape.default,
+            aten.unsqueeze.default,
+            aten.squeeze.default,
+            aten.squeeze.dim,
+            aten.squeeze.dims,
+            aten.alias.default,
+            aten.clone.default,
+            aten.lift_fresh_copy.default,
+        ),
+        lin.expanded: (aten.expand.default,),
+        lin.same: (aten.neg.default, aten.tril.default, aten.triu.default),
+        lin.scaled: (aten.mul.Scalar, aten.div.Scalar),
+        lin.cast: (aten._to_copy.default,),
+        lin.transposed: (aten.t.default, aten.transpose.int),
+        lin.permuted: (aten.permute.default,),
+        lin.summed: (aten.sum.default, aten.sum.dim_IntList, aten.mean.default, aten.mean.dim),
+        lin.at_dim(): (aten.select.int, aten.slice.Tensor, aten.index_select.default, aten.cumsum.default),
+        lin.flipped: (aten.flip.default,),
+        lin.gathered: (aten.gather.default,),
+        lin.indexed: (aten.index.Tensor,),
+        lin.embedded: (aten.embedding.default,),
+        lin.folded(2): (aten.avg_pool2d.default, aten._adaptive_avg_pool2d.default),
+    }.items()
+    for op in ops
+}
+_RULES |= {
+    op: Linear(*places)
+    for places, ops in {
+        (0,): (
+            aten.diagonal.default,
+            aten.roll.default,
+            aten.as_strided.default,
+            aten.unfold.default,
+            aten.im2col.default,
+            aten.upsample_nearest2d.vec,
+            aten.upsample_bilinear2d.vec,
+            aten.reflection_pad2d.default,
+            aten.replication_pad2d.default,
+            aten.repeat.default,
+            aten.trace.default,
+        ),
+        (0, 1): (aten.select_scatter.default, aten.slice_scatter.default, aten.copy.default),
+        (0, 2): (aten.index_put.default, aten._unsafe_index_put.default),
+        (0, 3): (aten.scatter.src, aten.scatter_add.default, aten.index_add.default),
+    }.items()
+    for op in ops
+}
+
+_GENERAL = General()
+
+
+class _Item(Rule):
+    """Taking one of several results."""
+
+    kind = "linear"
+
+    @override
+    def takes(self, places: set[Place]) -> bool:
+        return True
+
+    @override
+    def is_curved(self, call: Call) -> bool:
+        return False
+
+    @override
+    def push(self, call: Call, adjoint: Any, sums: Sums) -> Any:
+        return call.jets[0][call.args[1]]  # type: ignore[index]
+
+    @override
+    def pull(self, call: Call, adjoint: Any, moving: Any, sums: Sums, wanted: Any) -> dict[Place, Any]:
+        raise NotImplementedError
+
+
+_RULES[operator.getitem] = _Item()
+
+
+def register_rule(op: Any, rule: Rule) -> None:
+    """Says what an operation does to tangents.
+
+    Args:
+        op: an operator such as ``torch.ops.mylib.myop.default``.
+        rule: :class:`Linear`, :class:`Bilinear`, :class:`Elementwise` or another :class:`Rule`.
+
+    Example:
+        >>> register_rule(torch.ops.aten.erfinv.default, Elementwise())
+    """
+    _RULES[op] = rule
+
+
+def has_rule(op: Any) -> bool:
+    """Whether there is a rule for this very operation."""
+    return op in _RULES
+
+
+def rule_for(call: Call) -> Rule:
+    """The rule of an operation; the general one where none takes the arguments that move."""
+    rule = _RULES.get(call.op, _GENERAL)
+    return rule if rule.takes(set(call.jets)) else _GENERAL

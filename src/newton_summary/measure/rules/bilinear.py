@@ -1,0 +1,222 @@
+"""Products: operations that are linear in each of two arguments, with a bias perhaps."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+from typing_extensions import override
+
+from newton_summary.measure.rules.base import Call, Place, Rule, Sums, index
+from newton_summary.measure.rules.jets import Groups, Jet, Part, combine, lift
+
+aten = torch.ops.aten
+
+
+class Product(Protocol):
+    """A product f(a, b) and its transposes, with rows of directions on either side or on both.
+
+    In every method a flag says which of the two arguments has rows in front; where both have, row goes with row.
+    """
+
+    def apply(self, call: Call, a: Tensor, b: Tensor, rows: tuple[bool, bool], out: Tensor | None = None) -> Tensor:
+        """f(a, b), with rows in front; into ``out`` if it is given."""
+        ...
+
+    def to_left(self, call: Call, v: Tensor, b: Tensor, rows: tuple[bool, bool]) -> Tensor:
+        """The a-gradient of v · f(a, b)."""
+        ...
+
+    def to_right(self, call: Call, a: Tensor, v: Tensor, rows: tuple[bool, bool]) -> Tensor:
+        """The b-gradient of v · f(a, b)."""
+        ...
+
+
+class Bilinear(Rule):
+    """An operation f(a, b) + bias.
+
+    Args:
+        product: how it multiplies.
+        left: the position of a.
+        right: the position of b.
+        bias: the position of the bias.
+    """
+
+    kind = "multilinear"
+
+    def __init__(self, product: Product, left: int = 0, right: int = 1, bias: int | None = None) -> None:
+        self.product, self.left, self.right, self.bias = product, left, right, bias
+
+    @override
+    def takes(self, places: set[Place]) -> bool:
+        return places <= {self.left, self.right, self.bias}
+
+    @override
+    def is_curved(self, call: Call) -> bool:
+        return self.left in call.jets and self.right in call.jets
+
+    # Forward ----------------------------------------------------------------------------------------------------------
+
+    @override
+    def push(self, call: Call, adjoint: Any, sums: Sums) -> Any:
+        a, b = call.jets.get(self.left), call.jets.get(self.right)
+        parts = self._products(call, a, b)
+        if self.bias is not None and self.bias in call.jets:
+            jet = call.jets[self.bias]
+            parts.append(Part(jet.second, jet.first, self._bias_rows(call, jet.rows)))
+        if a is not None and b is not None and adjoint is not None:
+            self._contract(call, adjoint, a, b, sums)
+        return combine(sorted(parts, key=lambda p: -len(p.first)), call.out)
+
+    def _products(self, call: Call, a: Jet | None, b: Jet | None) -> list[Part]:
+        product, left, right = self.product, call.args[self.left], call.args[self.right]
+        parts: list[Part] = []
+        if a is not None:
+            parts.append(Part(a.second, a.first, lambda out: product.apply(call, a.rows, right, (True, False), out)))
+        if b is not None:
+            parts.append(Part(b.second, b.first, lambda out: product.apply(call, left, b.rows, (False, True), out)))
+        if a is not None and b is not None and call.third:
+            common = tuple(g for g in a.first if g in b.first)
+            if common:
+                pair = product.apply(call, chosen(a.dot, a.first, common), chosen(b.dot, b.first, common), (True, True))
+                parts.append(Part(common, (), 2 * pair))
+        return parts
+
+    def _bias_rows(self, call: Call, rows: Tensor) -> Tensor:
+        if call.op is aten.convolution.default:
+            return rows.view(len(rows), -1, *[1] * (call.out.dim() - 2))
+        return lift(rows, call.out.dim())
+
+    def _contract(self, call: Call, adjoint: Tensor, a: Jet, b: Jet, sums: Sums) -> None:
+        """v̄ · f(ȧ_i, ḃ_j), and with second rows v̄ · (f(ä_i, ḃ_i) + f(ȧ_i, b̈_i))."""
+        if self._contract_right(a, b):
+            gradient = self.product.to_right(call, a.rows, adjoint, (True, False))
+            cross = gradient.flatten(1) @ b.rows.flatten(1).T
+        else:
+            gradient = self.product.to_left(call, adjoint, b.rows, (False, True))
+            cross = a.rows.flatten(1) @ gradient.flatten(1).T
+        m, n = len(a.second), len(b.second)
+        sums.add_cross(a.first, b.first, cross[m:, n:])
+        if not call.third:
+            return
+        for seconds, firsts, rows in ((a.second, b.first, cross[:m, n:]), (b.second, a.first, cross[m:, :n].T)):
+            both = tuple(g for g in seconds if g in firsts)
+            if both:
+                i = index(tuple(seconds.index(g) for g in both), rows.device)
+                j = index(tuple(firsts.index(g) for g in both), rows.device)
+                sums.add_diagonal(both, 3 * rows[i, j])
+
+    def _contract_right(self, a: Jet, b: Jet) -> bool:
+        if isinstance(self.product, Entrywise):
+            return a.rows[0].numel() >= b.rows[0].numel()
+        return len(a.rows) < len(b.rows)
+
+    # Backward ---------------------------------------------------------------------------------------------------------
+
+    @override
+    def pull(self, call: Call, adjoint: Any, moving: Any, sums: Sums, wanted: Sequence[Place]) -> dict[Place, Tensor]:
+        raise NotImplementedError
+
+
+def chosen(rows: Tensor, groups: Groups, some: Groups) -> Tensor:
+    """The rows of some of the groups."""
+    if groups == some:
+        return rows
+    return rows.index_select(0, index(tuple(groups.index(g) for g in some), rows.device))
+
+
+def _each(function: Callable[..., Tensor], x: Tensor, y: Tensor, rows: tuple[bool, bool], out: Tensor | None) -> Tensor:
+    """A function applied row by row."""
+    n = len(x) if rows[0] else len(y)
+    results = [function(x[i] if rows[0] else x, y[i] if rows[1] else y) for i in range(n)]
+    return torch.stack(results) if out is None else torch.stack(results, out=out)
+
+
+def multiply(a: Tensor, b: Tensor, rows: tuple[bool, bool], out: Tensor | None = None) -> Tensor:
+    """Matrix products, plain (2 dimensions) or in batches (3)."""
+    if rows == (True, False) and b.dim() == 2:
+        n, p, q = a.shape
+        flat = None if out is None else out.view(n * p, b.shape[1])
+        return torch.mm(a.reshape(n * p, q), b, out=flat).view(n, p, b.shape[1])
+    n = len(a) if rows[0] else len(b)
+    if out is None:
+        shape = (a.shape[-2], b.shape[-1])
+        batch = () if b.dim() - rows[1] == 2 else (a.shape[-3],)
+        out = a.new_empty((n, *batch, *shape))
+    for i in range(n):
+        torch.matmul(a[i] if rows[0] else a, b[i] if rows[1] else b, out=out[i])
+    return out
+
+
+class MatrixProduct(Product):
+    """``mm``, ``bmm``, and ``addmm``'s product."""
+
+    @override
+    def apply(self, call: Call, a: Tensor, b: Tensor, rows: tuple[bool, bool], out: Tensor | None = None) -> Tensor:
+        return multiply(a, b, rows, out)
+
+    @override
+    def to_left(self, call: Call, v: Tensor, b: Tensor, rows: tuple[bool, bool]) -> Tensor:
+        return multiply(v, b.mT, rows)
+
+    @override
+    def to_right(self, call: Call, a: Tensor, v: Tensor, rows: tuple[bool, bool]) -> Tensor:
+        return multiply(a.mT, v, rows)
+
+
+class Entrywise(Product):
+    """``mul``, with broadcasting."""
+
+    @override
+    def apply(self, call: Call, a: Tensor, b: Tensor, rows: tuple[bool, bool], out: Tensor | None = None) -> Tensor:
+        dims = call.out.dim()
+        a = lift(a, dims) if rows[0] else a
+        b = lift(b, dims) if rows[1] else b
+        if out is None:
+            return torch.mul(a, b)
+        return out.copy_(a * b) if a.dtype != out.dtype or b.dtype != out.dtype else torch.mul(a, b, out=out)
+
+    @override
+    def to_left(self, call: Call, v: Tensor, b: Tensor, rows: tuple[bool, bool]) -> Tensor:
+        return self._reduce(call, v, b, rows, call.args[0].shape)
+
+    @override
+    def to_right(self, call: Call, a: Tensor, v: Tensor, rows: tuple[bool, bool]) -> Tensor:
+        return self._reduce(call, a, v, rows, call.args[1].shape)
+
+    def _reduce(self, call: Call, x: Tensor, y: Tensor, rows: tuple[bool, bool], shape: torch.Size) -> Tensor:
+        """The product, summed over what was broadcast."""
+        product = self.apply(call, x, y, rows)
+        dims = call.out.dim()
+        padded = (1,) * (dims - len(shape)) + tuple(shape)
+        summed = [i + 1 for i, (s, t) in enumerate(zip(padded, call.out.shape, strict=True)) if s == 1 and t != 1]
+        if summed:
+            product = product.sum(summed, keepdim=True)
+        return product.reshape(len(product), *shape)
+
+
+class Convolution(Product):
+    """``convolution``, also transposed."""
+
+    @override
+    def apply(self, call: Call, a: Tensor, b: Tensor, rows: tuple[bool, bool], out: Tensor | None = None) -> Tensor:
+        options = call.args[3:]
+        if rows == (True, False):
+            result = aten.convolution.default(a.flatten(0, 1), b, None, *options).view(len(a), *call.out.shape)
+            return result if out is None else out.copy_(result)
+        return _each(lambda x, w: aten.convolution.default(x, w, None, *options), a, b, rows, out)
+
+    @override
+    def to_left(self, call: Call, v: Tensor, b: Tensor, rows: tuple[bool, bool]) -> Tensor:
+        return _each(lambda g, w: self._backward(call, g, call.args[0], w, 0), v, b, rows, None)
+
+    @override
+    def to_right(self, call: Call, a: Tensor, v: Tensor, rows: tuple[bool, bool]) -> Tensor:
+        return _each(lambda x, g: self._backward(call, g, x, call.args[1], 1), a, v, rows, None)
+
+    def _backward(self, call: Call, v: Tensor, x: Tensor, w: Tensor, which: int) -> Tensor:
+        mask = [which == 0, which == 1, False]
+        result: Tensor = aten.convolution_backward.default(v, x, w, None, *call.args[3:], mask)[which]
+        return result

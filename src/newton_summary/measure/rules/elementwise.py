@@ -1,0 +1,275 @@
+"""Operations that act on every entry by itself, with derivatives f', f'', f''' as tensors of the value's shape."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from typing import Any, TypeAlias
+
+import torch
+from torch import Tensor
+from typing_extensions import override
+
+from newton_summary.measure.rules.base import Call, Place, Rule, Sums, index
+from newton_summary.measure.rules.jets import Jet
+
+aten = torch.ops.aten
+
+Slope: TypeAlias = Tensor | None
+"""A derivative, entry by entry; ``None`` where it is zero everywhere."""
+
+Derivatives: TypeAlias = Callable[[Call, int], tuple[Slope, ...]]
+"""The derivatives of orders 1 to the given one."""
+
+
+class Elementwise(Rule):
+    """An operation on every entry of its first argument.
+
+    Args:
+        derivatives: the operation at work and the highest order to its derivatives by entry.  Default: nested
+            forward differentiation.
+        piecewise_linear: whether every second derivative is zero.
+    """
+
+    kind = "elementwise"
+
+    def __init__(self, derivatives: Derivatives | None = None, piecewise_linear: bool = False) -> None:
+        self.derivatives = derivatives or nested
+        self.piecewise_linear = piecewise_linear
+
+    @override
+    def takes(self, places: set[Place]) -> bool:
+        return places == {0}
+
+    @override
+    def is_curved(self, call: Call) -> bool:
+        return not self.piecewise_linear
+
+    @override
+    def push(self, call: Call, adjoint: Any, sums: Sums) -> Any:
+        jet = call.jets[0]
+        order = 1 if self.piecewise_linear else 3 if call.third else 2
+        slopes = (*self.derivatives(call, order), None, None)[:3]
+        d1, d2, d3 = slopes
+        if d2 is not None and adjoint is not None:
+            contract(jet, adjoint * d2, None if d3 is None else adjoint * d3, sums, call.third)
+        return pushed(jet, d1, d2, call.third)
+
+    @override
+    def pull(self, call: Call, adjoint: Any, moving: Any, sums: Sums, wanted: Sequence[Place]) -> dict[Place, Tensor]:
+        raise NotImplementedError
+
+
+def contract(jet: Jet, bend: Tensor, twist: Tensor | None, sums: Sums, third: bool) -> None:
+    """Adds Σ v̄ f'' ẋ_i ẋ_j to H̄ and Σ v̄ (f''' ẋ_i³ + 3 f'' ẋ_i ẍ_i) to the third diagonal.
+
+    Args:
+        jet: the argument's tangents.
+        bend: v̄ f''.
+        twist: v̄ f'''.
+        sums: where it goes.
+        third: whether the third order is wanted.
+    """
+    dot = jet.dot.flatten(1)
+    bent = dot * bend.flatten()
+    sums.add_square(jet.first, bent @ dot.T)
+    if not third:
+        return
+    if jet.second:
+        place = index(tuple(jet.first.index(g) for g in jet.second), dot.device)
+        partner = bent if jet.second == jet.first else bent[place]
+        sums.add_diagonal(jet.second, 3 * _row_dots(partner, jet.ddot.flatten(1)))
+    if twist is not None:
+        sums.add_diagonal(jet.first, _row_dots(dot * twist.flatten(), dot.square()))
+
+
+def pushed(jet: Jet, d1: Slope, d2: Slope, third: bool) -> Jet:
+    """The tangents of the result: f' ẋ, and f' ẍ + f'' ẋ²."""
+    if not third or d2 is None:
+        return jet.like(torch.zeros_like(jet.rows) if d1 is None else jet.rows * d1)
+    n = len(jet.first)
+    rows = jet.rows.new_empty((2 * n, *jet.rows.shape[1:]))
+    ddot, dot = rows[:n], rows[n:]
+    torch.mul(jet.dot, jet.dot, out=ddot)
+    ddot.mul_(d2)
+    if d1 is None:
+        dot.zero_()
+    else:
+        torch.mul(jet.dot, d1, out=dot)
+        place = [jet.first.index(g) for g in jet.second]
+        if place == list(range(len(place))):
+            ddot[: len(place)].addcmul_(jet.ddot, d1)
+        else:
+            ddot.index_add_(0, index(tuple(place), rows.device), jet.ddot * d1)
+    return Jet(jet.first, jet.first, rows)
+
+
+def _row_dots(a: Tensor, b: Tensor) -> Tensor:
+    return torch.bmm(a.unsqueeze(1), b.unsqueeze(2)).flatten()
+
+
+# Derivatives ----------------------------------------------------------------------------------------------------------
+
+
+def nested(call: Call, order: int) -> tuple[Slope, ...]:
+    """Derivatives of any function by forward differentiation of forward differentiation."""
+
+    def value(x: Tensor) -> Any:
+        return call.with_arguments({0: x})
+
+    def slope(f: Callable[[Tensor], Any]) -> Callable[[Tensor], Any]:
+        return lambda x: torch.func.jvp(f, (x,), (torch.ones_like(x),))[1]
+
+    results = []
+    function = value
+    for _ in range(order):
+        function = slope(function)
+        results.append(function(call.args[0]))
+    return tuple(results)
+
+
+def _tanh(call: Call, order: int) -> tuple[Slope, ...]:
+    y = call.out
+    d1 = 1 - y * y
+    if order == 1:
+        return (d1,)
+    d2 = -2 * y * d1
+    return (d1, d2) if order == 2 else (d1, d2, -2 * d1 * (1 - 3 * y * y))
+
+
+def _sigmoid(call: Call, order: int) -> tuple[Slope, ...]:
+    y = call.out
+    d1 = y * (1 - y)
+    if order == 1:
+        return (d1,)
+    d2 = d1 * (1 - 2 * y)
+    return (d1, d2) if order == 2 else (d1, d2, d1 * (1 - 6 * d1))
+
+
+def _exp(call: Call, order: int) -> tuple[Slope, ...]:
+    return (call.out,) * order
+
+
+def _power(exponent: float, call: Call, order: int) -> tuple[Slope, ...]:
+    x = call.args[0]
+    slopes: list[Slope] = []
+    factor = 1.0
+    for k in range(order):
+        factor *= exponent - k
+        slopes.append(None if factor == 0 else factor * x.pow(exponent - k - 1))
+    return tuple(slopes)
+
+
+def power(exponent: float) -> Derivatives:
+    """The derivatives of a power."""
+    return lambda call, order: _power(exponent, call, order)
+
+
+def _pow_scalar(call: Call, order: int) -> tuple[Slope, ...]:
+    return _power(call.args[1], call, order)
+
+
+def _log(call: Call, order: int) -> tuple[Slope, ...]:
+    r = call.args[0].reciprocal()
+    return (r, -r.square(), 2 * r.pow(3))[:order]
+
+
+def _sin(call: Call, order: int) -> tuple[Slope, ...]:
+    x = call.args[0]
+    cos = x.cos()
+    return (cos, -call.out, -cos)[:order]
+
+
+def _cos(call: Call, order: int) -> tuple[Slope, ...]:
+    sin = call.args[0].sin()
+    return (-sin, -call.out, sin)[:order]
+
+
+def _relu(call: Call, order: int) -> tuple[Slope, ...]:
+    return ((call.out > 0).to(call.out.dtype),)
+
+
+def _elu(call: Call, order: int) -> tuple[Slope, ...]:
+    x = call.args[0]
+    alpha, scale, slope = (*call.args[1:], *(1.0, 1.0, 1.0)[len(call.args) - 1 :])
+    below = torch.where(x > 0, 0.0, alpha * scale * slope * torch.exp(torch.clamp(x, max=0.0) * slope))
+    first = torch.where(x > 0, scale, below)
+    return (first, slope * below, slope**2 * below)[:order]
+
+
+def _silu(call: Call, order: int) -> tuple[Slope, ...]:
+    x = call.args[0]
+    s = torch.sigmoid(x)
+    s1 = s * (1 - s)
+    s2 = s1 * (1 - 2 * s)
+    return (s + x * s1, 2 * s1 + x * s2, 3 * s2 + x * s1 * (1 - 6 * s1))[:order]
+
+
+def _gelu(call: Call, order: int) -> tuple[Slope, ...]:
+    if call.kwargs.get("approximate", "none") != "none":
+        return nested(call, order)
+    x = call.args[0]
+    density = torch.exp(-0.5 * x * x) * (1 / math.sqrt(2 * math.pi))
+    square = x * x
+    first = 0.5 * (1 + torch.erf(x * math.sqrt(0.5))) + x * density
+    return (first, (2 - square) * density, (square - 4) * x * density)[:order]
+
+
+TABLE: dict[Any, Elementwise] = {
+    aten.tanh.default: Elementwise(_tanh),
+    aten.sigmoid.default: Elementwise(_sigmoid),
+    aten.exp.default: Elementwise(_exp),
+    aten.expm1.default: Elementwise(lambda call, order: (call.out + 1,) * order),
+    aten.log.default: Elementwise(_log),
+    aten.sin.default: Elementwise(_sin),
+    aten.cos.default: Elementwise(_cos),
+    aten.square.default: Elementwise(power(2)),
+    aten.sqrt.default: Elementwise(power(0.5)),
+    aten.rsqrt.default: Elementwise(power(-0.5)),
+    aten.reciprocal.default: Elementwise(power(-1)),
+    aten.pow.Tensor_Scalar: Elementwise(_pow_scalar),
+    aten.elu.default: Elementwise(_elu),
+    aten.silu.default: Elementwise(_silu),
+    aten.gelu.default: Elementwise(_gelu),
+    aten.relu.default: Elementwise(_relu, piecewise_linear=True),
+}
+TABLE |= {
+    op: Elementwise(piecewise_linear=True)
+    for op in (
+        aten.leaky_relu.default,
+        aten.hardtanh.default,
+        aten.threshold.default,
+        aten.abs.default,
+        aten.clamp.default,
+        aten.clamp_min.default,
+        aten.clamp_max.default,
+        aten.relu6.default,
+    )
+}
+TABLE |= {
+    op: Elementwise()
+    for op in (
+        aten.log1p.default,
+        aten.log2.default,
+        aten.log10.default,
+        aten.exp2.default,
+        aten.softplus.default,
+        aten.log_sigmoid_forward.default,
+        aten.erf.default,
+        aten.erfc.default,
+        aten.atan.default,
+        aten.asin.default,
+        aten.acos.default,
+        aten.sinh.default,
+        aten.cosh.default,
+        aten.asinh.default,
+        aten.acosh.default,
+        aten.atanh.default,
+        aten.tan.default,
+        aten.lgamma.default,
+        aten.digamma.default,
+        aten.hardswish.default,
+        aten.hardsigmoid.default,
+        aten.mish.default,
+    )
+}
