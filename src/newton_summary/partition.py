@@ -368,7 +368,7 @@ class _Assignment:
         key = parameter if isinstance(parameter, str) else id(parameter)
         what = repr(parameter) if isinstance(parameter, str) else f"of shape {tuple(parameter.shape)}"
         if key not in table:
-            known = ", ".join(self.names[:8]) + (", …" if len(self.names) > 8 else "")
+            known = ", ".join(self.names[:6]) + (", …" if len(self.names) > 6 else "")
             raise ValueError(f"group {group!r}: the model has no parameter {what}; it has {known}")
         position = table[key]
         if position is None:
