@@ -75,11 +75,10 @@ def test_labels_do_not_crowd(size):
         assert max(box.height for box in boxes) < 1.3 * gap
 
 
-def test_a_matrix_of_another_shape_is_refused():
-    with pytest.raises(ValueError, match=r"shape \(3, 3\); 2 groups need \(2, 2\)"):
-        plots.heatmap(summary_of(torch.eye(2)), matrix=torch.eye(3))
+@pytest.mark.parametrize("draw", [plots.heatmap, plots.interactions])
+def test_a_summary_without_hessian_is_refused(draw):
     with pytest.raises(ValueError, match="order 2 was not measured"):
-        plots.heatmap(Summary(loss=1.0, gradient=[1.0]))
+        draw(Summary(loss=1.0, gradient=[1.0]))
 
 
 def test_interactions_sort_groups_into_blocks():

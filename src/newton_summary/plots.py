@@ -34,60 +34,29 @@ _MOST_LABELS = 40
 _MOST_IN_LEGEND = 24
 
 
-def heatmap(
-    summary: Summary,
-    ax: Axes | None = None,
-    *,
-    matrix: torch.Tensor | None = None,
-    order: Sequence[int] | None = None,
-    labels: Sequence[str] | None = None,
-    lines: Sequence[int] = (),
-    title: str = "H̄",
-) -> Axes:
-    """H̄, or another matrix over the same groups, as a signed heatmap whose colour scale is symmetric about 0.
+def heatmap(summary: Summary, ax: Axes | None = None, title: str = "H̄") -> Axes:
+    """H̄ as a signed heatmap, with the groups' names, on a colour scale that is symmetric about 0.
 
     Where entries span more than 1.5 decades, the scale is logarithmic but for a linear part about 0, four decades below
     the largest entry; the colour bar says so.
 
     Args:
-        summary: S groups.
+        summary: S groups, with H̄.
         ax: where to draw.  Default: a new figure.
-        matrix: what to draw, shape (S, S).  Default: the summary's H̄.
-        order: the groups to show, by number, in this order.  Default: all of them, in theirs.
-        labels: a name for each group shown.  Default: the groups' names.
-        lines: positions before which a line separates the rows and columns.
         title: of the panel.
 
     Raises:
-        ValueError: the summary has no H̄, or the matrix has another shape.
+        ValueError: the summary has no H̄.
 
     Example:
         >>> summary = Summary(loss=1.0, gradient=[1.0, 0.5], hessian=[[2.0, -0.1], [-0.1, 1.0]], names=["body", "head"])
         >>> heatmap(summary).get_title()
         'H̄'
     """
-    values = (summary.tensor(2) if matrix is None else matrix).detach().cpu()
-    if values.shape != (len(summary), len(summary)):
-        raise ValueError(
-            f"the matrix has shape {tuple(values.shape)}; {len(summary)} groups need {(len(summary),) * 2}"
-        )
-    shown = list(range(len(summary))) if order is None else list(order)
-    names = [summary.names[i] for i in shown] if labels is None else list(labels)
+    hessian = summary.tensor(2).detach().cpu()
     ax = ax or Figure(figsize=(6.0, 5.2), layout="constrained").subplots()
-    values = values[shown][:, shown]
-    norm, scale = _signed_scale(values)
-    cmap = colormaps["RdBu_r"].with_extremes(bad="0.6")
-    image = ax.imshow(values.numpy(), cmap=cmap, norm=norm, interpolation="nearest", aspect="equal")
-    _label_groups(ax, names)
-    for position in lines:
-        ax.axhline(position - 0.5, color="black", linewidth=0.8)
-        ax.axvline(position - 0.5, color="black", linewidth=0.8)
-    ax.set_title(title, pad=18 if lines else 6)
-    bar = _figure_of(ax).colorbar(image, ax=ax, shrink=0.85)
-    if isinstance(norm, SymLogNorm):
-        bar.set_ticks(_signed_decades(norm), minor=False)
-    bar.set_label(f"units of the loss, {scale} scale", fontsize=8)
-    bar.ax.tick_params(labelsize=7)
+    _draw_matrix(ax, hessian, summary.names, "units of the loss")
+    ax.set_title(title)
     return ax
 
 
@@ -95,34 +64,36 @@ def interactions(summary: Summary, title: str = "") -> Figure:
     """H̄ and H̄⁻¹ side by side, in blocks: weights with weights, weights with biases, biases with biases.
 
     Groups stand in the order of the model within each kind; groups whose name ends in ``bias`` or ``biases`` are
-    biases.
+    biases.  Scales are those of :func:`heatmap`.
 
     Args:
         summary: with H̄.
         title: above both panels.
+
+    Raises:
+        ValueError: the summary has no H̄.
     """
     hessian = summary.tensor(2).detach().cpu()
     biases = [_is_bias(name) for name in summary.names]
     order = sorted(range(len(summary)), key=lambda i: biases[i])
     first_bias = biases.count(False)
     split = 0 < first_bias < len(order)
-    labels = [_layer(summary.names[i]) if split else summary.names[i] for i in order]
+    names = [_layer(summary.names[i]) if split else summary.names[i] for i in order]
     figure = Figure(figsize=(11.0, 5.2), layout="constrained")
     left, right = figure.subplots(1, 2)
-    inverse = _inverse(hessian)
-    for ax, matrix, name in ((left, hessian, "H̄"), (right, inverse, "H̄⁻¹")):
+    panels = (
+        (left, "H̄", hessian, "units of the loss"),
+        (right, "H̄⁻¹", _inverse(hessian), "1 / units of the loss"),
+    )
+    for ax, name, matrix, unit in panels:
         if matrix is None:
             ax.set_axis_off()
             ax.text(0.5, 0.5, "H̄ has no inverse:\nit is singular or not finite", ha="center", va="center")
             continue
-        lines = [first_bias] if split else []
-        heatmap(summary, ax, matrix=matrix, order=order, labels=labels, lines=lines, title=name)
+        _draw_matrix(ax, matrix[order][:, order], names, unit)
+        ax.set_title(name, pad=18 if split else 6)
         if split:
-            _name_blocks(ax, first_bias, len(order))
-    right_unit = "1 / units of the loss"
-    if inverse is not None:
-        bar = figure.axes[-1]
-        bar.set_ylabel(bar.get_ylabel().replace("units of the loss", right_unit))
+            _separate_blocks(ax, first_bias, len(order))
     if title:
         figure.suptitle(title)
     return figure
@@ -224,6 +195,21 @@ def curves(runs: Mapping[str, Sequence[Sequence[Mapping[str, Any]]]], title: str
 # Parts ----------------------------------------------------------------------------------------------------------------
 
 
+def _draw_matrix(ax: Axes, values: torch.Tensor, names: Sequence[str], unit: str) -> None:
+    """A square matrix as a heatmap, with names on both axes and a colour bar."""
+    norm, scale = _signed_scale(values)
+    cmap = colormaps["RdBu_r"].with_extremes(bad="0.6")
+    image = ax.imshow(values.numpy(), cmap=cmap, norm=norm, interpolation="nearest", aspect="equal")
+    _label_groups(ax, names)
+    figure = ax.get_figure(root=True)
+    assert figure is not None
+    bar = figure.colorbar(image, ax=ax, shrink=0.85)
+    if isinstance(norm, SymLogNorm):
+        bar.set_ticks(_signed_decades(norm), minor=False)
+    bar.set_label(f"{unit}, {scale} scale", fontsize=8)
+    bar.ax.tick_params(labelsize=7)
+
+
 def _signed_scale(values: torch.Tensor) -> tuple[Normalize, str]:
     """A colour scale that is symmetric about 0, and its name."""
     sizes = values.abs()[values.isfinite() & (values != 0)]
@@ -255,7 +241,10 @@ def _label_groups(ax: Axes, names: Sequence[str]) -> None:
     ax.tick_params(length=2)
 
 
-def _name_blocks(ax: Axes, first_bias: int, count: int) -> None:
+def _separate_blocks(ax: Axes, first_bias: int, count: int) -> None:
+    """A line between weights and biases, and the names of both at the edges."""
+    ax.axhline(first_bias - 0.5, color="black", linewidth=0.8)
+    ax.axvline(first_bias - 0.5, color="black", linewidth=0.8)
     for name, start, stop in (("weights", 0, first_bias), ("biases", first_bias, count)):
         middle = (start + stop) / 2 / count
         ax.annotate(name, (middle, 1.01), xycoords="axes fraction", ha="center", va="bottom", fontsize=8)
@@ -290,9 +279,3 @@ def _quiet(ax: Axes) -> None:
     ax.grid(True, which="major", color="0.9", linewidth=0.6)
     ax.set_axisbelow(True)
     ax.spines[["top", "right"]].set_visible(False)
-
-
-def _figure_of(ax: Axes) -> Figure:
-    figure = ax.get_figure(root=True)
-    assert figure is not None
-    return figure
