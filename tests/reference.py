@@ -24,7 +24,7 @@ def dense_derivatives(loss_fn, model: nn.Module, batch, partition: ns.Partition,
 
     def phi(eta: Tensor) -> Tensor:
         moved = {
-            f"inner.{name}": p + u * (eta[label] if isinstance(label, int) else eta[label])
+            f"inner.{name}": p + u * eta[label]
             for name, p, u, label in zip(names, tensors, direction, partition.labels, strict=True)
         }
         return torch.func.functional_call(
@@ -40,7 +40,7 @@ def dense_derivatives(loss_fn, model: nn.Module, batch, partition: ns.Partition,
 
 
 def cubic_by_bisection(gradient, hessian, third, regularization: float) -> np.ndarray:
-    """The minimiser of the cubic model where every D_s is positive, by bisection on r = ‖D η‖ (docs/method.md, section 2)."""
+    """The minimiser of the cubic model where every D_s is positive, by bisection on r = ‖D η‖."""
     g, h = (np.asarray(x, dtype=float) for x in (gradient, hessian))
     d2 = np.abs(np.asarray(third, dtype=float)) ** (2 / 3)
     lowest = np.linalg.eigvalsh(h / np.sqrt(np.outer(d2, d2)))[0]

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import copy
+import gc
 import io
+import itertools
 import logging
 
 import numpy as np
@@ -225,7 +227,7 @@ def test_rates_at_most_double_between_measurements() -> None:
     for t in range(60):
         run(model, optimizer, batches, 1, t)
         seen.append(torch.tensor(list(optimizer.rates.values())))
-    grown = [b[a > 0] / a[a > 0] for a, b in zip(seen, seen[1:], strict=False)]
+    grown = [b[a > 0] / a[a > 0] for a, b in itertools.pairwise(seen)]
     assert max(float(g.max()) for g in grown) <= 2 + 1e-12
     assert any(float(g.max()) > 1.5 for g in grown), "no rate ever grew: the limit was not at work"
 
@@ -688,8 +690,6 @@ def test_param_groups_show_names_and_rates() -> None:
 
 
 def test_memory_is_flat_over_200_steps() -> None:
-    import gc
-
     model, batches = make_model(), make_batches()
     optimizer = ns.NewtonSummary(model, loss_fn, curvature_data=batches, every=2)
 
