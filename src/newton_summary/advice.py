@@ -1,0 +1,391 @@
+"""From repeated measurements to advice: how each group's learning rate should change, and how sure that is.
+
+Pure functions of summaries along one direction, an optimizer's next step: a factor of 1 keeps a group's learning rate
+as it is.  Nothing here knows a model.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, TypeAlias
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from scipy import special
+from torch import Tensor
+
+from newton_summary import solve
+from newton_summary._checks import check_not_negative
+from newton_summary.solve import Status
+from newton_summary.summary import Summary
+
+Array: TypeAlias = NDArray[Any]
+
+NOTABLE = 1.5
+"""A factor this far from 1, either way, is put into words; so is an interval that leaves 1 out."""
+
+STRONG = 0.5
+"""A correlation of this size between two groups is put into words."""
+
+_REACH = 1e6  # an interval is searched this far on both sides of its scale; beyond lie 0 and infinity
+_GRID = 400
+_HALVINGS = 55
+_MOST_PAIRS = 5
+
+
+@dataclass(frozen=True)
+class GroupAdvice:
+    """What one group is told.
+
+    Args:
+        name: of the group.
+        alone: the factor on its learning rate that is best when all other groups stand still.  0: no descent; inf:
+            nothing in the model limits it.
+        low: the lower end of the interval of ``alone``; NaN where a single batch was measured.
+        high: the upper end.
+        joint: its factor where all groups change together, their interactions counted.  NaN where that has no solution.
+        words: what to do, in words; empty where there is nothing to say.
+    """
+
+    name: str
+    alone: float
+    low: float
+    high: float
+    joint: float
+    words: str
+
+    @property
+    def off(self) -> float:
+        """How far from 1 the factor is at the least: the distance of log10 of the interval's nearer end from 0.
+
+        0 where the interval holds 1; that of the factor itself where there is no interval.
+        """
+        low, high = (self.alone, self.alone) if math.isnan(self.low) else (self.low, self.high)
+        return _decades(low) if low > 1 else -_decades(high) if high < 1 else 0.0
+
+
+@dataclass(frozen=True)
+class Pair:
+    """Two groups that interact strongly: H̄_ij / √|H̄_ii H̄_jj| is their correlation."""
+
+    first: str
+    second: str
+    correlation: float
+
+    @property
+    def words(self) -> str:
+        """What that means for their rates."""
+        if self.correlation > 0:
+            return f"`{self.first}` and `{self.second}` pull against each other ({self.correlation:+.2f})"
+        return f"`{self.first}` and `{self.second}` help each other ({self.correlation:+.2f})"
+
+
+@dataclass(frozen=True)
+class Advice:
+    """Advice for every group of a partition.
+
+    Args:
+        groups: one entry for each group.
+        pairs: the strongest interactions, the strongest first.
+        predicted_decrease: of the loss, in the quadratic model, by the step as it is (all factors 1).
+        joint_decrease: of the loss, in the cubic model, by the step with all joint factors.
+        status: how the joint solve ended.
+        batches: how many batches were measured.
+        level: the confidence of the intervals.
+    """
+
+    groups: tuple[GroupAdvice, ...]
+    pairs: tuple[Pair, ...]
+    predicted_decrease: float
+    joint_decrease: float
+    status: Status
+    batches: int
+    level: float
+
+    def __len__(self) -> int:
+        return len(self.groups)
+
+    def __getitem__(self, name: str) -> GroupAdvice:
+        for group in self.groups:
+            if group.name == name:
+                return group
+        raise KeyError(f"no group is called {name!r}: the groups are {', '.join(g.name for g in self.groups)}")
+
+    def ranked(self) -> list[GroupAdvice]:
+        """The groups, those whose rates are surely the furthest off first; ties by the factor itself."""
+        return sorted(self.groups, key=lambda g: (g.off, abs(_decades(g.alone))), reverse=True)
+
+    def sentences(self) -> list[str]:
+        """Everything that is worth saying, the most important first."""
+        return [g.words for g in self.ranked() if g.words] + [p.words for p in self.pairs]
+
+    def __repr__(self) -> str:
+        interval = f"{self.level:.0%} interval"
+        rows = [("group", "alone", interval, "jointly")]
+        rows += [(g.name, _times(g.alone), _interval(g.low, g.high), _times(g.joint)) for g in self.groups]
+        widths = [max(len(row[i]) for row in rows) for i in range(4)]
+        lines = [f"Advice from {self.batches} batch{'es' if self.batches != 1 else ''}: factors on the learning rates"]
+        lines += [f"  {a:<{widths[0]}}  {b:>{widths[1]}}  {c:>{widths[2]}}  {d:>{widths[3]}}" for a, b, c, d in rows]
+        return "\n".join(lines + [f"  {sentence}" for sentence in self.sentences()])
+
+
+def advise(summaries: Sequence[Summary], *, regularization: float = 1.0, level: float = 0.9) -> Advice:
+    """Advice from summaries of several batches, all along one direction: the optimizer's next step.
+
+    The factor of a group alone minimises its own cubic model −ḡ_s η + ½ H̄_ss η² + (λ_int / 6) |D_sss| |η|³ of the mean
+    of the summaries; scaling a group's direction by c divides it by c.  The joint factors minimise the cubic model of
+    all groups over η ≥ 0 (docs/method.md, section 2).
+
+    Intervals invert a t-test: η is in the interval of group s unless the slope of the cubic model at η, which is linear
+    in each batch's derivatives, differs from 0 over the batches (Fieller's method, with a cubic term).  So they need no
+    approximation of a quotient, may reach 0 (descent is not sure) or infinity (curvature is not sure), and are
+    right for few batches as far as the derivatives of a batch are normal.  The batches must be independent of the
+    direction and of each other.
+
+    Args:
+        summaries: of batches, with H̄, over the same groups; each counts by its weight.
+        regularization: λ_int, the weight of the cubic term.
+        level: the confidence of the intervals, between 0 and 1.
+
+    Raises:
+        ValueError: there are no summaries, H̄ was not measured, an entry is not finite, or the level is out of range.
+
+    Example:
+        >>> batches = [Summary(1.0, [0.6 + e], [[0.1]], [0.0], ["head"]) for e in (-0.02, 0.0, 0.02)]
+        >>> advise(batches)["head"].words
+        '`head`: rate 6× too small (5.7–6.3×)'
+    """
+    check_not_negative("regularization", regularization)
+    if not 0 < level < 1:
+        raise ValueError(f"level must be between 0 and 1, got {level}")
+    parts = [summary.cpu() for summary in summaries]
+    mean = Summary.mean(parts)
+    hessian = mean.tensor(2)
+    if not all(part.is_finite() for part in parts):
+        raise ValueError("a summary has entries that are not finite: leave it out")
+    slopes = _slopes(parts, mean, regularization)
+    alone = _best(mean, regularization)
+    low, high = _intervals(slopes, np.array([part.weight for part in parts]), alone, level)
+    step = solve.cubic(mean, regularization if mean.third is not None else 0.0, nonnegative=True)
+    groups = tuple(
+        GroupAdvice(name, *numbers, words=_words(name, *numbers[:3], moves=moves))
+        for name, numbers, moves in zip(
+            mean.names,
+            zip(alone.tolist(), low.tolist(), high.tolist(), step.sizes.tolist(), strict=True),
+            ((mean.gradient != 0) | (hessian.diagonal() != 0)).tolist(),
+            strict=True,
+        )
+    )
+    return Advice(
+        groups=groups,
+        pairs=_strong_pairs(parts, mean, level),
+        predicted_decrease=float(mean.gradient.sum() - hessian.sum() / 2),
+        joint_decrease=step.predicted_decrease,
+        status=step.status,
+        batches=len(parts),
+        level=level,
+    )
+
+
+def alone(summary: Summary, regularization: float = 1.0) -> Tensor:
+    """The factor of each group when all others stand still, shape (S,), float64 on the host.
+
+    0 where the loss does not fall along the group's direction, infinity where nothing limits the step.
+    """
+    return torch.from_numpy(_best(summary.cpu(), regularization))
+
+
+def correlations(summary: Summary) -> Tensor:
+    """H̄_ij / √|H̄_ii H̄_jj|, shape (S, S): the interactions of groups, free of the lengths of their directions.
+
+    Beyond ±1 only where H̄ is not positive semidefinite; 0 where a diagonal entry is 0.
+    """
+    hessian = summary.tensor(2)
+    scale = hessian.diagonal().abs().sqrt()
+    product = scale * scale[:, None]
+    return torch.where(product > 0, hessian / product, 0.0)
+
+
+# The factor of one group ----------------------------------------------------------------------------------------------
+
+
+def _best(summary: Summary, regularization: float) -> Array:
+    """The minimiser over η ≥ 0 of each group's cubic model, shape (S,), by a quadratic formula free of cancellation."""
+    gradient, curvature, cubic = _own_terms(summary, regularization)
+    root = np.sqrt(curvature**2 + 4 * cubic * np.maximum(gradient, 0))
+    with np.errstate(divide="ignore", invalid="ignore"):
+        bent = 2 * gradient / (curvature + root)
+        straight = (root - curvature) / (2 * cubic)  # where curvature is negative
+    best = np.where(curvature >= 0, bent, straight)
+    return np.where(gradient > 0, best, 0.0)
+
+
+def _own_terms(summary: Summary, regularization: float) -> tuple[Array, Array, Array]:
+    """ḡ_s, H̄_ss and (λ_int / 2) |D_sss|: the slope of group s at η is ḡ_s − H̄_ss η − (λ_int / 2) |D_sss| η²."""
+    third = summary.third_diagonal
+    gradient, curvature = summary.gradient.numpy(), summary.tensor(2).diagonal().numpy()
+    cubic = np.zeros_like(gradient) if third is None else regularization / 2 * third.abs().numpy()
+    return gradient, curvature, cubic
+
+
+def _slopes(parts: Sequence[Summary], mean: Summary, regularization: float) -> Array:
+    """For each batch and group the coefficients of its slope, a polynomial in η: shape (batches, S, 3).
+
+    The sign of the third derivative is that of the mean, so that the mean of the slopes is the slope of the mean.
+    """
+    rows = []
+    sign = 1.0 if mean.third_diagonal is None else torch.where(mean.third_diagonal < 0, -1.0, 1.0)
+    for part in parts:
+        third = torch.zeros_like(part.gradient) if part.third_diagonal is None else part.third_diagonal
+        rows.append(torch.stack([part.gradient, -part.tensor(2).diagonal(), -regularization / 2 * sign * third], 1))
+    return torch.stack(rows).numpy()
+
+
+def _intervals(slopes: Array, weights: Array, centre: Array, level: float) -> tuple[Array, Array]:
+    """Both ends of each group's interval, shape (S,); NaN from a single batch.
+
+    They are the nearest points on both sides of the centre, the root of the mean slope, from which on the slope is
+    surely positive (below) or surely negative (above); where there is none, 0 and infinity.
+    """
+    count = len(slopes)
+    if count < 2:
+        return np.full_like(centre, np.nan), np.full_like(centre, np.nan)
+    shares = (weights / weights.sum())[:, None, None]
+    mean = (shares * slopes).sum(0)
+    deviations = shares * (slopes - mean)
+    covariance = count / (count - 1) * np.einsum("bsi,bsj->sij", deviations, deviations)
+    test = _Test(mean, covariance * _quantile(level, count) ** 2)
+    scale = _scale(mean, test.spread)
+    known = (scale > 0) & np.isfinite(scale)
+    grid = np.where(known, scale, 1.0)[:, None] * np.geomspace(1 / _REACH, _REACH, _GRID)
+    grid = np.concatenate([np.zeros((len(grid), 1)), grid, np.full((len(grid), 1), np.inf)], 1)
+    high = test.end(grid, centre, -1.0)
+    low = test.end(grid[:, ::-1], centre, 1.0)
+    low = np.where(centre == 0, 0.0, low)
+    return np.where(known, low, centre), np.where(known, high, centre)
+
+
+@dataclass(frozen=True)
+class _Test:
+    """A t-test of the sign of the slope at η, for all groups at once.
+
+    Args:
+        mean: the slope's coefficients, shape (S, 3).
+        spread: their covariance times the square of the t-quantile, shape (S, 3, 3).
+    """
+
+    mean: Array
+    spread: Array
+
+    def is_sure(self, eta: Array, sign: float) -> Array:
+        """Whether the slope at η, shape (S, n), is surely of this sign."""
+        powers = np.stack([np.ones_like(eta), eta, eta * eta])
+        with np.errstate(invalid="ignore"):  # at infinity nothing is sure
+            variance = np.einsum("isn,sij,jsn->sn", powers, self.spread, powers)
+            slope = sign * np.einsum("si,isn->sn", self.mean, powers)
+            result: Array = slope > np.sqrt(np.maximum(variance, 0.0))
+        return result
+
+    def end(self, grid: Array, centre: Array, sign: float) -> Array:
+        """The first point beyond the centre where the slope is surely of this sign, shape (S,).
+
+        Args:
+            grid: points to look at, shape (S, n), in the order in which to look; the last is where the axis ends.
+            centre: where the interval begins, shape (S,).
+            sign: −1 on the way up, +1 on the way down.
+        """
+        beyond = (grid >= centre[:, None]) if sign < 0 else (grid <= centre[:, None])
+        found = self.is_sure(grid, sign) & beyond
+        rows, first = np.arange(len(grid)), found.argmax(1)
+        outside = grid[rows, first]
+        before = np.maximum(first - 1, 0)
+        inside = np.where(beyond[rows, before], grid[rows, before], centre)
+        unlimited = np.isinf(inside)
+        for _ in range(_HALVINGS):
+            middle = np.where(unlimited, outside, (outside + inside) / 2)
+            sure = self.is_sure(middle[:, None], sign)[:, 0]
+            outside, inside = np.where(sure, middle, outside), np.where(sure, inside, middle)
+        return np.where(found.any(1), np.where(unlimited, np.inf, inside), grid[:, -1])
+
+
+def _quantile(level: float, count: int) -> float:
+    """How many standard errors a mean of this many batches may be from the truth at this level (Student's t)."""
+    return float(special.stdtrit(count - 1, (1 + level) / 2))
+
+
+def _scale(mean: Array, spread: Array) -> Array:
+    """A step size for each group that moves with its units: where its slope is used up by curvature, sizes for both."""
+    slope, curvature, cubic = (np.abs(mean) + np.sqrt(np.einsum("sii->si", spread))).T
+    bottom = curvature + np.sqrt(curvature**2 + 4 * cubic * slope)
+    result: Array = np.divide(2 * slope, bottom, out=np.full_like(slope, np.inf), where=bottom > 0)
+    return result
+
+
+# Words ----------------------------------------------------------------------------------------------------------------
+
+
+def _words(name: str, factor: float, low: float, high: float, *, moves: bool) -> str:
+    """What to do about a group's rate, where its interval warrants it."""
+    single = math.isnan(low)
+    if not moves:
+        return f"`{name}`: this step does not move it"
+    if factor == 0 and (single or high == 0):
+        return f"`{name}`: no descent along this step"
+    if factor == 0:
+        return f"`{name}`: no descent along this step that can be told from noise"
+    if factor >= NOTABLE and (single or low > 1):
+        if math.isinf(factor):
+            least = "" if single or math.isinf(low) else f" (at least {_short(low)}×)"
+            return f"`{name}`: rate too small: nothing in the model limits it{least}"
+        return f"`{name}`: rate {_short(factor)}× too small{_range(low, high)}"
+    if factor <= 1 / NOTABLE and (single or high < 1):
+        return f"`{name}`: rate {_short(1 / factor)}× too large{_range(_inverse(high), _inverse(low))}"
+    return ""
+
+
+def _range(low: float, high: float) -> str:
+    if math.isnan(low):
+        return ""
+    return f" (at least {_short(low)}×)" if math.isinf(high) else f" ({_short(low)}–{_short(high)}×)"
+
+
+def _strong_pairs(parts: Sequence[Summary], mean: Summary, level: float) -> tuple[Pair, ...]:
+    """The strongest interactions whose sign is the same beyond chance."""
+    matrix = correlations(mean)
+    candidates = torch.triu(matrix.abs() >= STRONG, diagonal=1)
+    if len(parts) > 1:
+        weights = torch.tensor([part.weight for part in parts], dtype=torch.float64)
+        shares = (weights / weights.sum())[:, None, None]
+        deviations = shares * (torch.stack([part.tensor(2) for part in parts]) - mean.tensor(2))
+        error = (deviations.square().sum(0) * len(parts) / (len(parts) - 1)).sqrt()
+        candidates &= mean.tensor(2).abs() > _quantile(level, len(parts)) * error
+    found = [Pair(mean.names[i], mean.names[j], float(matrix[i, j])) for i, j in candidates.nonzero().tolist()]
+    return tuple(sorted(found, key=lambda pair: -abs(pair.correlation))[:_MOST_PAIRS])
+
+
+def _decades(factor: float) -> float:
+    return math.log10(factor) if factor > 0 else -math.inf
+
+
+def _inverse(factor: float) -> float:
+    return 1 / factor if factor else math.inf
+
+
+def _short(value: float) -> str:
+    """Two digits: 0.62, 6, 6.3, 63, 630."""
+    if value == 0 or not math.isfinite(value):
+        return {0.0: "0", math.inf: "∞"}.get(value, "?")
+    digits = 1 - math.floor(math.log10(abs(value)))
+    rounded = round(value, digits)
+    return f"{rounded:g}" if 1e-3 <= rounded < 1e5 else f"{rounded:.1e}"
+
+
+def _times(value: float) -> str:
+    return "–" if math.isnan(value) else f"{_short(value)}×"
+
+
+def _interval(low: float, high: float) -> str:
+    return "–" if math.isnan(low) else f"{_short(low)}–{_short(high)}×"

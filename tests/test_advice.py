@@ -1,0 +1,252 @@
+"""Advice from repeated summaries: closed forms, equivariance, intervals and words."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from scipy import optimize, stats
+
+from newton_summary import Summary
+from newton_summary.advice import advise, alone, correlations
+from newton_summary.solve import Status, cubic
+
+
+def one(gradient: float, curvature: float, third: float = 0.0, weight: float = 1.0, name: str = "g") -> Summary:
+    return Summary(1.0, [gradient], [[curvature]], [third], [name], weight=weight)
+
+
+def sampled(count: int, seed: int, size: int = 3, noise: float = 0.2) -> list[Summary]:
+    """Summaries of batches around one indefinite truth."""
+    generator = np.random.default_rng(seed)
+    root = generator.normal(size=(size, size))
+    truth = (generator.normal(size=size), root @ root.T - 0.3 * np.eye(size), generator.normal(size=size))
+    return [
+        Summary(
+            1.0,
+            truth[0] + noise * generator.normal(size=size),
+            truth[1] + noise * np.diag(generator.normal(size=size)),
+            truth[2] + noise * generator.normal(size=size),
+            [f"g{i}" for i in range(size)],
+        )
+        for _ in range(count)
+    ]
+
+
+# The factor -----------------------------------------------------------------------------------------------------------
+
+
+@given(
+    gradient=st.floats(-2, 2),
+    curvature=st.floats(-3, 3),
+    third=st.floats(-4, 4),
+    regularization=st.floats(0.1, 5),
+)
+@settings(max_examples=200, deadline=None)
+def test_alone_minimises_the_cubic_model_of_one_group(gradient, curvature, third, regularization) -> None:
+    if abs(gradient) < 1e-3 or abs(third) < 1e-3:
+        return
+
+    def model(eta: float) -> float:
+        return -gradient * eta + curvature * eta**2 / 2 + regularization / 6 * abs(third) * abs(eta) ** 3
+
+    factor = alone(one(gradient, curvature, third), regularization).item()
+    if gradient < 0:
+        assert factor == 0
+        return
+    bound = 2 * (
+        abs(curvature) * 2 / (regularization * abs(third)) + math.sqrt(gradient / (regularization * abs(third)))
+    )
+    grid = np.linspace(0, 2 * bound, 2001)
+    start = grid[np.argmin([model(x) for x in grid])]
+    found = optimize.minimize_scalar(model, bounds=(0, start + bound), method="bounded", options={"xatol": 1e-12})
+    assert model(factor) <= found.fun + 1e-9 * (1 + abs(found.fun))
+    slope = gradient - curvature * factor - regularization / 2 * abs(third) * factor**2
+    assert abs(slope) <= 1e-12 * (gradient + abs(curvature) * factor + abs(third) * regularization * factor**2)
+
+
+@pytest.mark.parametrize(
+    ("gradient", "curvature", "third", "expected"),
+    [
+        (6.0, 2.0, 0.0, 3.0),
+        (1.0, 0.0, 2.0, 1.0),
+        (1.0, -1.0, 4.0, 1.0),
+        (1.0, 0.0, 0.0, math.inf),
+        (1.0, -1.0, 0.0, math.inf),
+        (0.0, 1.0, 1.0, 0.0),
+        (-1.0, 1.0, 1.0, 0.0),
+        (0.0, 0.0, 0.0, 0.0),
+        (1.0, -1e8, 1e-8, 2e16),
+    ],
+)
+def test_alone_in_closed_form(gradient, curvature, third, expected) -> None:
+    assert alone(one(gradient, curvature, third)).item() == pytest.approx(expected, rel=1e-14)
+
+
+@pytest.mark.parametrize("scale", [1e-6, 1 / 30, 3.0, 1e5])
+def test_scaling_a_group_divides_its_factor_and_interval(scale: float) -> None:
+    parts = sampled(5, seed=3)
+    before = advise(parts)
+    after = advise([part.scale([1.0, scale, 1.0]) for part in parts])
+    for a, b, factor in zip(before.groups, after.groups, (1.0, scale, 1.0), strict=True):
+        for key in ("alone", "low", "high", "joint"):
+            assert getattr(b, key) * factor == pytest.approx(getattr(a, key), rel=1e-9), (key, a.name)
+        assert b.alone * factor == pytest.approx(a.alone, rel=1e-13)
+
+
+def test_joint_is_the_non_negative_solve_of_the_mean() -> None:
+    parts = sampled(4, seed=1)
+    advice = advise(parts, regularization=2.0)
+    step = cubic(Summary.mean(parts), regularization=2.0, nonnegative=True)
+    assert advice.status is Status.SOLVED
+    assert [g.joint for g in advice.groups] == step.sizes.tolist()
+    assert advice.joint_decrease == step.predicted_decrease
+
+
+def test_batches_count_by_their_weight() -> None:
+    heavy = advise([one(2.0, 1.0, weight=3.0), one(6.0, 1.0, weight=1.0)])
+    assert heavy["g"].alone == pytest.approx(3.0)
+    assert heavy.predicted_decrease == pytest.approx(3.0 - 0.5)
+
+
+# Intervals ------------------------------------------------------------------------------------------------------------
+
+
+def t_of_slope(parts: list[Summary], eta: float, sign: float, regularization: float = 1.0) -> float:
+    """The t-statistic of the slope at η of one group, batch by batch."""
+    slopes = [
+        p.gradient.item() - p.hessian.item() * eta - regularization / 2 * sign * p.third.item() * eta**2 for p in parts
+    ]
+    return float(stats.ttest_1samp(slopes, 0.0).statistic)
+
+
+@pytest.mark.parametrize("seed", range(12))
+def test_the_ends_of_the_interval_are_where_a_t_test_just_rejects(seed: int) -> None:
+    generator = np.random.default_rng(seed)
+    parts = [
+        one(1 + 0.2 * generator.normal(), 0.5 + 0.1 * generator.normal(), -0.3 + 0.1 * generator.normal())
+        for _ in range(5)
+    ]
+    group = advise(parts, level=0.8)["g"]
+    assert 0 < group.low < group.alone < group.high < math.inf
+    quantile = stats.t.ppf(0.9, 4)
+    assert t_of_slope(parts, group.low, -1.0) == pytest.approx(quantile, rel=1e-6)
+    assert t_of_slope(parts, group.high, -1.0) == pytest.approx(-quantile, rel=1e-6)
+    for eta in np.linspace(group.low, group.high, 7)[1:-1]:
+        assert abs(t_of_slope(parts, eta, -1.0)) < quantile
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("truth", "noise"),
+    [((1.0, 0.5, 0.2), 0.3), ((1.0, 2.0, 0.0), 0.5), ((0.3, -0.5, 1.0), 0.1)],
+)
+def test_intervals_cover_the_truth(truth, noise) -> None:
+    generator = np.random.default_rng(0)
+    expected = alone(one(*truth)).item()
+    covered = 0
+    for _ in range(400):
+        draws = np.asarray(truth) + noise * np.asarray([1, 0.7, 0.5]) * generator.normal(size=(4, 3))
+        if truth[2] == 0:
+            draws[:, 2] = 0
+        group = advise([one(*row) for row in draws])["g"]
+        covered += group.low <= expected <= group.high
+    assert 0.85 <= covered / 400 <= 0.99
+
+
+def test_no_interval_from_one_batch_and_none_of_length_from_equal_ones() -> None:
+    single = advise([one(3.0, 1.0)])["g"]
+    assert math.isnan(single.low)
+    assert math.isnan(single.high)
+    assert single.words == "`g`: rate 3× too small"
+    equal = advise([one(3.0, 1.0, 0.5)] * 3)["g"]
+    assert equal.low == pytest.approx(equal.alone, rel=1e-12)
+    assert equal.high == pytest.approx(equal.alone, rel=1e-12)
+
+
+def test_the_interval_reaches_zero_and_infinity() -> None:
+    unsure_descent = advise([one(1.0, 1.0), one(-0.8, 1.0), one(0.3, 1.0)])["g"]
+    assert unsure_descent.low == 0
+    unsure_curvature = advise([one(1.0, 1.0), one(1.1, -0.9), one(0.9, 0.2)])["g"]
+    assert unsure_curvature.high == math.inf
+    assert unsure_curvature.low > 0
+    uphill = advise([one(-1.0, 1.0), one(-1.1, 1.0), one(-0.9, 1.0)])["g"]
+    assert (uphill.alone, uphill.low, uphill.high) == (0, 0, 0)
+    unlimited = advise([one(1.0, -1.0), one(1.1, -1.1), one(0.9, -0.9)])["g"]
+    assert (unlimited.alone, unlimited.low, unlimited.high) == (math.inf,) * 3
+    perhaps_unlimited = advise([one(1.0, 0.8), one(1.1, -1.1), one(0.9, -0.9)])["g"]
+    assert perhaps_unlimited.alone == math.inf
+    assert 0.3 < perhaps_unlimited.low < 3
+
+
+# Words ----------------------------------------------------------------------------------------------------------------
+
+
+def words(*parts: Summary) -> str:
+    return advise(parts)["g"].words
+
+
+def test_words_for_one_group() -> None:
+    assert words(one(5.8, 1), one(6, 1), one(6.2, 1)) == "`g`: rate 6× too small (5.7–6.3×)"
+    assert words(one(0.1, 1), one(0.11, 1), one(0.09, 1)) == "`g`: rate 10× too large (8.6–12×)"
+    assert words(one(1.0, 1), one(1.1, 1), one(0.9, 1)) == ""
+    assert words(one(6.0, 1), one(-5.0, 1), one(8.0, 1)) == ""
+    assert words(one(-1, 1), one(-1.1, 1), one(-0.9, 1)) == "`g`: no descent along this step"
+    assert words(one(-1, 1), one(0.9, 1), one(-0.9, 1)) == "`g`: no descent along this step that can be told from noise"
+    assert words(one(0, 0), one(0, 0)) == "`g`: this step does not move it"
+    assert "nothing in the model limits it" in words(one(1, -1), one(1.1, -1))
+    assert words(one(6.0, 0.1), one(7.0, -0.05), one(6.5, 0.11)).endswith("×)")
+
+
+def test_pairs_are_named_where_their_interaction_is_strong_and_sure() -> None:
+    def pair(c: float) -> Summary:
+        return Summary(1.0, [1.0, 1.0], [[2.0, c], [c, 0.5]], [0.0, 0.0], ["conv1", "fc1"])
+
+    assert [p.words for p in advise([pair(0.9), pair(0.94)]).pairs] == [
+        "`conv1` and `fc1` pull against each other (+0.92)"
+    ]
+    assert [p.words for p in advise([pair(-0.8)]).pairs] == ["`conv1` and `fc1` help each other (-0.80)"]
+    assert advise([pair(0.3), pair(0.31)]).pairs == ()
+    assert advise([pair(0.9), pair(-0.2), pair(1.2)]).pairs == ()
+
+
+def test_ranking_puts_what_is_surely_off_first() -> None:
+    def batch(noise: float) -> Summary:
+        return Summary(
+            1.0, [1.0, 30.0 + 25 * noise, 0.1 + 0.01 * noise], np.eye(3), [0.0] * 3, ["right", "unsure", "large"]
+        )
+
+    ranked = advise([batch(e) for e in (-1.0, 0.0, 1.0)]).ranked()
+    assert [g.name for g in ranked] == ["large", "unsure", "right"]
+    assert ranked[0].off > 0 == ranked[1].off
+
+
+def test_the_table_is_readable() -> None:
+    text = repr(advise(sampled(4, seed=5)))
+    lines = text.splitlines()
+    assert lines[0] == "Advice from 4 batches: factors on the learning rates"
+    assert lines[1].split() == ["group", "alone", "90%", "interval", "jointly"]
+    assert [line.split()[0] for line in lines[2:5]] == ["g0", "g1", "g2"]
+
+
+def test_correlations() -> None:
+    summary = Summary(1.0, [1.0] * 3, [[4.0, -1.0, 0.0], [-1.0, -1.0, 2.0], [0.0, 2.0, 0.0]])
+    expected = torch.tensor([[1.0, -0.5, 0.0], [-0.5, -1.0, 0.0], [0.0, 0.0, 0.0]], dtype=torch.float64)
+    assert torch.equal(correlations(summary), expected)
+
+
+def test_misuse_is_refused() -> None:
+    with pytest.raises(ValueError, match="no summaries"):
+        advise([])
+    with pytest.raises(ValueError, match="not finite"):
+        advise([one(math.nan, 1.0)])
+    with pytest.raises(ValueError, match="level"):
+        advise([one(1.0, 1.0)], level=90)
+    with pytest.raises(ValueError, match="order 2 was not measured"):
+        advise([Summary(1.0, [1.0])])
+    with pytest.raises(KeyError, match="no group is called 'x': the groups are g"):
+        advise([one(1.0, 1.0)])["x"]
