@@ -1,0 +1,249 @@
+"""The cubic model within a box: projected Newton steps along exact curvature (``docs/method.md``, section 2).
+
+The model may be nonconvex, and finding its global minimiser in a box is then hard in general.  What is found
+
+* satisfies the first-order conditions of Karush, Kuhn and Tucker to rounding: the slope is 0 where a rate is free and
+  points out of the box where it is not;
+* has no direction of negative curvature among the rates strictly inside their bounds;
+* is the global minimiser where H̄ is positive semidefinite;
+* lies no higher than the unconstrained solution does after clipping, or after clipping and a line search.
+
+Each step takes the coordinates whose slope does not hold them at a bound, and bends their Newton step along the walls
+of the box (Bertsekas 1982); where curvature is not positive it also tries the lowest eigenvector, both ways.  All
+lengths at which a wall is met are tried at once.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import ArrayLike
+from torch import Tensor
+
+from newton_summary.solve import secular
+from newton_summary.solve.line_search import best_length
+from newton_summary.solve.linear import EPSILON, Array, backward, cholesky, equilibrate, forward, rounding
+from newton_summary.solve.model import ACCEPTED_ERROR, Model
+from newton_summary.solve.step import Status, Step
+
+Bounds = tuple[float | Tensor | ArrayLike, float | Tensor | ArrayLike]
+"""The lower and the upper bound: a number for all groups or one for each, infinite where there is none."""
+
+_LENGTHS = 4.0 ** np.arange(-24, 25)
+_ROUNDS = 1000
+_POWERS = 100
+_FLAT = 1e-12
+_TINY = 1e-280
+
+
+@dataclass(frozen=True)
+class Box:
+    """Bounds of every coordinate, shape (n,) each."""
+
+    lower: Array
+    upper: Array
+
+    @staticmethod
+    def of(size: int, nonnegative: bool, bounds: Bounds | None) -> Box | None:
+        """The box that a solver's arguments ask for; ``None`` where there are no bounds.
+
+        Raises:
+            ValueError: a bound has another shape, is NaN, or leaves no room.
+        """
+        if not nonnegative and bounds is None:
+            return None
+        low, high = (-np.inf, np.inf) if bounds is None else bounds
+        lower, upper = _bound("lower", low, size), _bound("upper", high, size)
+        if nonnegative:
+            lower = np.maximum(lower, 0.0)
+        wrong = ~((lower <= upper) & (lower < np.inf) & (upper > -np.inf))
+        if wrong.any():
+            s = int(np.argmax(wrong))
+            raise ValueError(f"bounds leave no room for group {s}: lower {lower[s]:g}, upper {upper[s]:g}")
+        return Box(lower, upper)
+
+    def clip(self, x: Array) -> Array:
+        """The nearest point of the box, or of every row."""
+        return np.clip(x, self.lower, self.upper)
+
+    def scaled(self, factors: Array) -> Box:
+        """The box of x / factors."""
+        return Box(self.lower / factors, self.upper / factors)
+
+    def restricted(self, mask: Array) -> Box:
+        """The box of some of the coordinates."""
+        return Box(self.lower[mask], self.upper[mask])
+
+    def blocked(self, x: Array, direction: Array) -> Array:
+        """The mask of the coordinates that the direction moves out of the box at once."""
+        result: Array = ((x <= self.lower) & (direction < 0)) | ((x >= self.upper) & (direction > 0))
+        return result
+
+    def walls(self, x: Array, direction: Array) -> Array:
+        """The lengths at which each coordinate meets its bound along the direction; infinite where it never does."""
+        room = np.where(direction > 0, self.upper - x, x - self.lower)
+        result: Array = np.divide(room, np.abs(direction), out=np.full(len(x), np.inf), where=direction != 0)
+        return result
+
+
+def _bound(what: str, value: float | Tensor | ArrayLike, size: int) -> Array:
+    if isinstance(value, Tensor):
+        value = value.detach().cpu().numpy()
+    array = np.asarray(value, dtype=float)
+    if array.shape not in ((), (size,)):
+        raise ValueError(f"the {what} bound has shape {array.shape}; {size} groups need () or ({size},)")
+    if np.isnan(array).any():
+        raise ValueError(f"the {what} bound has entries that are NaN: use -inf or inf where there is none")
+    result: Array = np.broadcast_to(array, (size,))
+    return result
+
+
+def solve(model: Model, box: Box | None) -> Step:
+    """The step that minimises the model, within the box if there is one."""
+    if not model.is_finite():
+        return Step.failed(len(model), Status.NOT_FINITE)
+    return model.step(*(secular.minimise(model) if box is None else minimise(model, box)))
+
+
+def minimise(model: Model, box: Box) -> tuple[Array, Status]:
+    """A minimiser in the box as the module describes it, shape (n,), and whether there is one.
+
+    Coordinates on which nothing depends get the number in their bounds that is nearest to 0.
+    """
+    with np.errstate(all="ignore"):  # what overflows fails the check at the end
+        target, status = secular.minimise(model)
+        if status is Status.SOLVED and (box.clip(target) == target).all():
+            return target, status
+        origin = box.clip(np.zeros(len(model)))
+        if status is not Status.SOLVED:
+            target = origin
+        seen = model.seen()
+        part = model.restricted(seen, origin)
+        units = equilibrate(np.abs(part.hessian) + np.diag(secular.guess(part) * part.cubic**2))
+        x, status = _minimise(part.scaled(units), box.restricted(seen).scaled(units), target[seen] / units)
+        origin[seen] = x * units
+        return box.clip(origin), status
+
+
+def _minimise(model: Model, box: Box, target: Array) -> tuple[Array, Status]:
+    """The minimiser, from a model whose curvature is about 1 and its solution without the box."""
+    if _recedes(model, box):
+        return target, Status.UNBOUNDED
+    convex = cholesky(model.hessian + rounding(len(model)) * np.eye(len(model))) is not None
+    origin, clipped = box.clip(np.zeros(len(model))), box.clip(target)
+    starts = [origin, clipped]
+    if not origin.any():
+        starts.append(best_length(model, clipped, 1.0) * clipped)
+    starts.sort(key=model.decrease, reverse=True)
+    ends = []
+    for start in starts[:1] if convex else starts:
+        x, status = _descend(model, box, start)
+        if status is not Status.SOLVED:
+            return x, status
+        ends.append(_polished(model, box, x))
+    x = max(ends, key=model.decrease)
+    return x, Status.SOLVED if _is_stationary(model, box, x) else Status.NOT_CONVERGED
+
+
+def _descend(model: Model, box: Box, x: Array) -> tuple[Array, Status]:
+    """Steps downhill until none is left."""
+    for _ in range(_ROUNDS):
+        slope = model.slope(x)
+        free = ~box.blocked(x, -slope)
+        moves = []
+        for direction in _directions(model, x, slope, free):
+            if _is_ray(model, box, x, direction):
+                return x, Status.UNBOUNDED
+            moves.append(_path(box, x, direction) - x)
+        if not moves:
+            break
+        every = np.concatenate(moves)
+        noise = 4 * EPSILON * np.abs(every) @ model.magnitude(x)
+        changes = model.change(x, every) + noise
+        best = int(np.argmin(changes))
+        if not changes[best] < 0:
+            break
+        x = box.clip(x + every[best])
+    return x, Status.SOLVED
+
+
+def _directions(model: Model, x: Array, slope: Array, free: Array) -> list[Array]:
+    """Newton's direction in the free coordinates; where the curvature is not positive, several that go downhill."""
+    curvature, pull = model.curvature(x)[np.ix_(free, free)], -slope[free]
+    if not free.any():
+        return []
+    factor = cholesky(curvature)
+    if factor is not None:
+        found = [backward(factor, forward(factor, pull))]
+    else:
+        values, vectors = np.linalg.eigh(curvature)
+        size = max(float(np.max(np.abs(values))), _TINY)
+        parts = vectors.T @ pull
+        flat = np.abs(values) <= rounding(len(values)) * size
+        found = [vectors @ (parts / np.maximum(np.abs(values), rounding(len(values)) * size))]
+        found += [vectors[:, 0], -vectors[:, 0], vectors @ (parts * flat), pull]
+    full = np.zeros((len(found), len(x)))
+    full[:, free] = found
+    return [direction for direction in full if direction.any()]
+
+
+def _path(box: Box, x: Array, direction: Array) -> Array:
+    """Points on the way along a direction that slides along the walls, one a row: every wall and a range of lengths."""
+    walls = box.walls(x, direction)
+    lengths = np.concatenate([_LENGTHS, walls[np.isfinite(walls)]])[:, None]
+    ends = np.where(direction > 0, box.upper, box.lower)
+    return np.where(lengths >= walls, ends, x + lengths * direction)
+
+
+def _is_ray(model: Model, box: Box, x: Array, direction: Array) -> bool:
+    """Whether the model falls for ever along the part of a direction that meets no wall."""
+    walls = box.walls(x, direction)
+    ray = np.where(np.isinf(walls), direction, 0.0)
+    if not ray.any() or (model.cubic * ray).any():
+        return False
+    curvature = ray @ model.hessian @ ray
+    tolerance = rounding(len(x)) * (np.abs(ray) @ np.abs(model.hessian) @ np.abs(ray))
+    if abs(curvature) > tolerance:
+        return bool(curvature < 0)
+    last = x + direction * np.max(walls, where=np.isfinite(walls), initial=0.0)
+    start = np.where(np.isinf(walls), last, np.where(direction > 0, box.upper, box.lower))
+    return bool(ray @ model.slope(start) < -_FLAT * (np.abs(ray) @ model.magnitude(start)))
+
+
+def _recedes(model: Model, box: Box) -> bool:
+    """Whether a direction of negative curvature without a cubic term is found that never leaves the box.
+
+    To decide it for certain is to decide whether a matrix is copositive, which is NP-hard.  This is the power iteration
+    for the lowest eigenvector, projected on the directions that stay in the box, from many starts.
+    """
+    down, up = (np.where((model.cubic == 0) & np.isinf(bound), np.inf, 0.0) for bound in (box.lower, box.upper))
+    open_ = (down > 0) | (up > 0)
+    block = model.hessian[np.ix_(open_, open_)]
+    if not open_.any() or cholesky(block) is not None:
+        return False
+    size = np.max(np.sum(np.abs(block), axis=1))
+    rays = np.concatenate([np.eye(len(block)), -np.eye(len(block)), *(s * np.linalg.eigh(block)[1].T for s in (1, -1))])
+    for _ in range(_POWERS):
+        rays = np.clip(rays, -down[open_], up[open_])
+        lengths = np.linalg.norm(rays, axis=1)
+        rays = rays[lengths > 0] / lengths[lengths > 0, None]
+        if (np.sum((rays @ block) * rays, axis=1) < -rounding(len(block)) * size).any():
+            return True
+        rays = rays @ (size * np.eye(len(block)) - block)
+    return False
+
+
+def _polished(model: Model, box: Box, x: Array) -> Array:
+    """The same with the coordinates strictly inside their bounds made exact, where that keeps them inside."""
+    inside = (x > box.lower) & (x < box.upper)
+    new = x.copy()
+    new[inside] = secular.polish(model.restricted(inside, x), x[inside])
+    return new if (box.clip(new) == new).all() else x
+
+
+def _is_stationary(model: Model, box: Box, x: Array) -> bool:
+    """Whether the first-order conditions hold."""
+    slope = model.slope(x)
+    small = np.abs(slope) <= ACCEPTED_ERROR * model.magnitude(x)
+    return bool((small | box.blocked(x, -slope)).all() and np.isfinite(x).all())

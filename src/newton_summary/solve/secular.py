@@ -1,0 +1,203 @@
+"""The global minimiser of the cubic model over R^n, by one scalar equation (``docs/method.md``, section 2).
+
+A point x is a global minimiser exactly if A(r) x = g with A(r) = H + r D² positive semidefinite and r the norm of x:
+Moré & Sorensen 1983 for balls, Nesterov & Polyak 2006 and Cartis, Gould & Toint 2011 for the cubic term.  So r solves
+
+    ψ(r) = r   with   ψ(r) = √(‖D A(r)⁻¹ g‖² + c²),   which falls with r where A(r) is positive definite.
+
+D may spread over many decades and have zeros, and at the solution A may be singular (the hard case).  Three steps take
+care of that, none of which depends on the units of the groups:
+
+1. Cholesky factors, graded as A is, bracket r.  The *base* b is the upper bound, where A is positive definite.
+2. With A(b) = L Lᵀ and N = L⁻¹ D, an eigendecomposition of N Nᵀ makes ψ a sum.  Its largest eigenvalue e is the
+   reciprocal of the distance from b to the singular matrix, so the unknown is the *gap* γ = 1 + (r − b) e in (0, 1],
+   by its logarithm: it keeps all its digits where r loses them.
+3. A few Newton steps on the model itself remove what the base's condition has cost.
+
+The conditions at the top are then checked on the result, which makes it a certificate.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+
+import numpy as np
+from scipy.optimize import brentq
+
+from newton_summary.solve.linear import EPSILON, Array, backward, cholesky, forward, rounding
+from newton_summary.solve.model import ACCEPTED_ERROR, Model
+from newton_summary.solve.step import Status
+
+_RATIO = 2.0  # the bracket of r that is narrow enough for a base
+_SMALLEST_GAP = 1e-20  # far below rounding errors of A
+_HARD_GAP = 1e-15  # the hard case, to rounding ...
+_HARD_FORCE = 1e-14  # ... and the part of the force, relative to all of it, that does not decide on a sign
+_TINY = 1e-280
+_ROUNDS = 400  # a bound on loops that end by themselves
+
+
+def minimise(model: Model) -> tuple[Array, Status]:
+    """The global minimiser, shape (n,), and whether there is one.
+
+    Coordinates on which nothing depends get 0.  In the hard case there are two minimisers: the one with the larger
+    Σ D_s x_s is taken.
+    """
+    seen = model.seen()
+    x = np.zeros(len(model))
+    with np.errstate(all="ignore"):  # what overflows fails the check at the end
+        part = model.restricted(seen, x)
+        status = _flat_status(part)
+        if status is Status.SOLVED:
+            x[seen] = polish(part, _solve(part))
+            status = Status.SOLVED if is_minimiser(part, x[seen]) else Status.NOT_CONVERGED
+    return x, status
+
+
+def is_minimiser(model: Model, x: Array) -> bool:
+    """Whether the sufficient conditions for a global minimiser hold, to rounding."""
+    if not (np.isfinite(x).all() and model.error(x) <= ACCEPTED_ERROR):
+        return False
+    matrix = model.shifted(model.radius(x))
+    scale = np.abs(np.diag(model.hessian)) + model.radius(x) * model.cubic**2
+    return cholesky(matrix + np.diag(rounding(len(x)) * scale)) is not None
+
+
+def polish(model: Model, x: Array, rounds: int = 6) -> Array:
+    """Newton steps towards the stationary point next to x, as long as they reduce its backward error.
+
+    The Hessian of the model is used, which at a minimiser is positive definite also where A is singular.
+    """
+    best, error = x, model.error(x)
+    for _ in range(rounds):
+        if not error > EPSILON:
+            break
+        matrix = model.curvature(best)
+        factor = cholesky(matrix)
+        if factor is None:
+            factor = cholesky(matrix + np.diag(rounding(len(x)) * np.abs(np.diag(matrix))))
+        if factor is None:
+            break
+        new = best - backward(factor, forward(factor, model.slope(best)))
+        new_error = model.error(new)
+        if not new_error < error:
+            break
+        best, error = new, new_error
+    return best
+
+
+def _flat_status(model: Model) -> Status:
+    """Whether the coordinates without a cubic term have a minimiser, given the others: H positive definite on them."""
+    flat = model.cubic == 0
+    if not flat.any():
+        return Status.SOLVED
+    block = model.hessian[np.ix_(flat, flat)]
+    curvatures = np.diag(block)
+    if (curvatures <= 0).any():  # a row of zeros among the others' is seen through g or H: the model falls for ever
+        return Status.UNBOUNDED
+    scales = 1 / np.sqrt(curvatures)
+    values, vectors = np.linalg.eigh(block * np.outer(scales, scales))
+    tolerance = rounding(len(scales))
+    if values[0] > tolerance:
+        return Status.SOLVED
+    if values[0] < -tolerance:
+        return Status.UNBOUNDED
+    null = scales[:, None] * vectors[:, values <= tolerance]
+    pulls = np.column_stack([model.gradient[flat], model.hessian[np.ix_(flat, ~flat)]])
+    sizes = np.abs(null).T @ np.abs(pulls)
+    return Status.SINGULAR if (np.abs(null.T @ pulls) <= tolerance * sizes).all() else Status.UNBOUNDED
+
+
+def _solve(model: Model) -> Array:
+    """The minimiser before it is polished."""
+    low, base = _bracket(model)
+    factor = cholesky(model.shifted(base))
+    if factor is None:  # overflow, or a bracket that rounding errors have spoilt
+        return np.full(len(model), math.nan)
+    whitened = forward(factor, model.gradient)
+    if low < base:
+        whitened = _from_base(model, low, base, factor, whitened)
+    return backward(factor, whitened)
+
+
+def _bracket(model: Model) -> tuple[float, float]:
+    """Bounds of the solution r within a factor of 2, or both next to 0; A is positive definite at the upper one.
+
+    Wherever A(r) is positive definite, the solution lies between r and ψ(r); where it is not, above r.
+    """
+    low, high, r, stride = model.offset, math.inf, model.offset, 2.0
+    for _ in range(_ROUNDS):
+        factor = cholesky(model.shifted(r))
+        if factor is None:
+            low = r
+        else:
+            size = model.radius(backward(factor, forward(factor, model.gradient)))
+            low, high = max(low, min(r, size)), min(high, max(r, size))
+        if high <= _RATIO * low or high < _TINY:
+            break
+        if math.isinf(high):
+            r, stride = max(r * stride, guess(model)), stride**2
+        elif low > 0:
+            r = math.sqrt(low) * math.sqrt(high)
+        elif r < high:
+            r = high
+        else:
+            r, stride = high / stride, stride**2
+    return low, high
+
+
+def guess(model: Model) -> float:
+    """A size for r, never 0: the largest of those that each coordinate would have by itself."""
+    curved = model.cubic > 0
+    cubic = model.cubic[curved]
+    stiffness = np.diag(model.hessian)[curved] / cubic**2
+    force = np.abs(model.gradient)[curved] / cubic
+    alone = (np.sqrt(stiffness**2 + 4 * force) - stiffness) / 2
+    return float(np.max(alone, initial=0.0)) or float(np.max(np.abs(stiffness), initial=0.0)) or 1.0
+
+
+def _from_base(model: Model, low: float, base: float, factor: Array, whitened: Array) -> Array:
+    """Lᵀ x for the solution x, from L and L⁻¹ g at the base (step 2 above)."""
+    transfer = forward(factor, np.diag(model.cubic))
+    eigenvalues, vectors = np.linalg.eigh(transfer @ transfer.T)
+    eigenvalues = eigenvalues.clip(0.0)
+    largest = float(eigenvalues[-1])
+    if largest == 0:
+        return whitened
+    ratios = eigenvalues / largest
+    force = vectors.T @ whitened
+
+    def coefficients(gap: float) -> Array:
+        result: Array = force / ((1 - ratios) + gap * ratios)
+        return result
+
+    def r(gap: float) -> float:
+        return base - (1 - gap) / largest
+
+    def excess(log_gap: float) -> float:  # log ψ(r) / r falls, and is nearly straight
+        gap = math.exp(log_gap)
+        return math.log(max(_norm(eigenvalues, coefficients(gap), model.offset), _TINY) / r(gap))
+
+    smallest = max(_SMALLEST_GAP, 1 - (base - low) * largest)
+    gap = math.exp(_root(excess, math.log(smallest), 0.0))
+    parts = coefficients(gap)
+    if gap < _HARD_GAP:  # a multiple of the eigenvector of the largest eigenvalue fills up the norm
+        others = _norm(eigenvalues[:-1], parts[:-1], model.offset)
+        noise = abs(force[-1]) <= _HARD_FORCE * np.linalg.norm(force)
+        sign = vectors[:, -1] @ transfer.sum(axis=1) if noise else force[-1]
+        parts[-1] = math.copysign(math.sqrt(max(r(gap) ** 2 - others**2, 0.0) / largest), sign)
+    result: Array = vectors @ parts
+    return result
+
+
+def _norm(eigenvalues: Array, coefficients: Array, offset: float) -> float:
+    return math.hypot(math.sqrt(float(np.sum(eigenvalues * coefficients**2))), offset)
+
+
+def _root(falling: Callable[[float], float], left: float, right: float) -> float:
+    """The root of a falling function; the nearer end where there is none."""
+    if falling(left) <= 0:
+        return left
+    if falling(right) >= 0:
+        return right
+    return float(brentq(falling, left, right, xtol=1e-14, rtol=4 * EPSILON))
