@@ -8,6 +8,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import permutations, product
 from typing import Any
+from unittest.mock import patch
 
 import numpy as np
 import torch
@@ -178,6 +179,19 @@ class Polynomial(nn.Module):
         return total
 
 
+class Normalised(nn.Module):
+    """Weight, instance and group normalisation around one another, on channels of a signal."""
+
+    def __init__(self):
+        super().__init__()
+        self.first = nn.utils.parametrizations.weight_norm(nn.Conv1d(2, 2, 1))
+        self.instance = nn.InstanceNorm1d(2, affine=True, track_running_stats=True)
+        self.group = nn.GroupNorm(1, 2)
+
+    def forward(self, x):
+        return self.group(torch.tanh(self.instance(self.first(x)))).tanh()
+
+
 def frozen_body():
     model = nn.Sequential(nn.Linear(3, 3), nn.Tanh(), nn.Linear(3, 2), nn.Tanh(), nn.Linear(2, 2))
     model[2].requires_grad_(False)
@@ -206,6 +220,7 @@ _BUILDERS: dict[str, tuple[Callable[[], nn.Module], Callable[[Any, Any], Tensor]
         squared_error,
         lambda: (normal(5, 3), normal(5, 2)),
     ),
+    "normalised": (Normalised, squared_error, lambda: (normal(5, 2, 4), normal(5, 2, 4))),
     "dropout": (
         sequential(linear(3, 6), nn.Tanh, nn.Dropout, linear(6, 2)),
         squared_error,
@@ -279,9 +294,40 @@ def phi(case: Case, partition: Partition, direction: dict[str, Tensor]) -> Calla
             moved[name] = theta[name] + direction[name] * sum(e * c[name] for e, c in zip(eta, columns, strict=True))
         tensors = {**moved, **{name: b.clone() for name, b in case.model.named_buffers()}}
         wrapper = _Wrapper(case)
-        return torch.func.functional_call(wrapper, {f"model.{n}": t for n, t in tensors.items()}, (case.batch,))
+        with plain_normalisation():
+            return torch.func.functional_call(wrapper, {f"model.{n}": t for n, t in tensors.items()}, (case.batch,))
 
     return function
+
+
+@contextmanager
+def plain_normalisation() -> Iterator[None]:
+    """Replaces normalisations by their formulas: torch's own have wrong derivatives from the second or third order."""
+
+    def standardised(x, dims, eps):
+        centred = x - x.mean(dims, keepdim=True)
+        return centred / torch.sqrt(centred.square().mean(dims, keepdim=True) + eps)
+
+    def batch(x, mean, var, weight, bias, training, momentum, eps):
+        assert training
+        return standardised(x, 0, eps) * weight + bias
+
+    def instance(x, mean, var, weight, bias, use_input_stats, momentum, eps):
+        assert use_input_stats
+        return standardised(x, 2, eps) * weight[:, None] + bias[:, None]
+
+    def layer(x, shape, weight, bias, eps):
+        return standardised(x, -1, eps) * weight + bias
+
+    def weights(v, g, dim):
+        assert dim == 0
+        return g * v / torch.sqrt(v.square().sum((1, 2), keepdim=True))
+
+    with (
+        patch.multiple(F, batch_norm=batch, instance_norm=instance, layer_norm=layer),
+        patch.object(torch, "_weight_norm", weights),
+    ):
+        yield
 
 
 class _Wrapper(nn.Module):

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from newton_summary.measure.composed import Composed
 from newton_summary.measure.loss import Loss, batch_size, check_dependence
 from newton_summary.partition import Partition
 from newton_summary.summary import Summary
@@ -42,7 +43,8 @@ class NestedEngine:
         """
         with loss.undisturbed():
             aliases = [p.detach().requires_grad_() for p in partition.parameters]
-            value = loss(batch, dict(zip(partition.parameter_names, aliases, strict=True)))
+            with Composed():
+                value = loss(batch, dict(zip(partition.parameter_names, aliases, strict=True)))
             tensors = _Nesting(partition, aliases, direction, order, third == "diagonal").run(value)
         first_orders = dict(zip(("loss", "gradient", "hessian", "third"), tensors, strict=False))
         first_orders.setdefault("gradient", torch.zeros(len(partition), device=partition.device))
