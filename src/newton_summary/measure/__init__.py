@@ -12,17 +12,25 @@ from torch.utils import _pytree as pytree
 from tqdm import tqdm
 
 from newton_summary.directions import next_step
+from newton_summary.measure.auto import AUTO, FORWARD, AutoEngine
+from newton_summary.measure.forward import ForwardEngine
+from newton_summary.measure.graph import Refusal
 from newton_summary.measure.loss import Loss, LossFunction, batch_size, check_dependence, preserved_randomness
 from newton_summary.measure.nested import NestedEngine, taylor
+from newton_summary.measure.rules import register_rule
 from newton_summary.partition import Partition, unwrap
 from newton_summary.summary import Summary
 
 __all__ = [
+    "AutoEngine",
     "Engine",
+    "ForwardEngine",
     "Loss",
     "LossFunction",
     "NestedEngine",
+    "Refusal",
     "preserved_randomness",
+    "register_rule",
     "resolve_engine",
     "summarize",
     "taylor",
@@ -42,17 +50,17 @@ class Engine(Protocol):
 
 
 def resolve_engine(engine: str | Engine) -> Engine:
-    """An engine by its name.
+    """An engine by its name: ``"forward"``, ``"nested"``, or ``"auto"``, the first of them that works.
 
     Raises:
         ValueError: the name is unknown.
     """
     if not isinstance(engine, str):
         return engine
-    engines = {"auto": NestedEngine, "nested": NestedEngine}
+    engines: dict[str, Engine] = {"auto": AUTO, "forward": FORWARD, "nested": NestedEngine()}
     if engine not in engines:
         raise ValueError(f"unknown engine {engine!r}: choose one of {', '.join(engines)}")
-    return engines[engine]()
+    return engines[engine]
 
 
 def summarize(
@@ -82,7 +90,7 @@ def summarize(
             batches, which are then gone through twice, in the same random state.
         order: the highest order of derivatives, from 1.  Above 3 every order is measured in full, by nested passes.
         third: the diagonal of the third order, or all S³ entries.
-        engine: ``"auto"`` or ``"nested"``, or an :class:`Engine`.
+        engine: ``"auto"``, ``"forward"`` (which raises where it does not work) or ``"nested"``, or an :class:`Engine`.
         progress: whether to show a progress bar over the batches.
 
     Returns:

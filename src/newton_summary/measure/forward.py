@@ -59,13 +59,28 @@ class ForwardEngine:
             inputs = Inputs(loss, batch, partition)
             known = self._find(inputs)
             request = _Request(partition, direction, order, third)
-            if known.graph is not None:
-                tape = _Tape(known.graph, inputs)
-                if known.checked and _close(tape.loss, _eager_value(inputs), _VALUE_TOLERANCE):
-                    return _summary(tape, request, inputs)
+            if known.graph is not None and known.checked:
+                tape = _replayed(known.graph, inputs)
+                if tape is not None and _close(tape.loss, _eager_value(inputs), tape.graph.coarse, _VALUE_TOLERANCE):
+                    summary = _summary(tape, request, inputs)
+                    if not known.checked_third:
+                        _check_accelerations(tape, summary)
+                        known.checked_third = summary.third is not None
+                    return summary
             if known.refusal is not None:
                 raise known.refusal
             return self._measure_anew(inputs, request, known)
+
+    def __len__(self) -> int:
+        """How many graphs are kept."""
+        return sum(entry.graph is not None for entries in self._known.values() for entry in entries)
+
+    def kinds(self, loss: Loss) -> dict[str, str]:
+        """The kind of rule that each operation of a model's latest graph took, by the operation's name."""
+        graph = self._known[loss.model][0].graph
+        assert graph is not None
+        steps = zip(graph.instructions, graph.plan or (), strict=True)
+        return {str(i.op).removeprefix("aten."): step.rule.kind for i, step in steps if step is not None}
 
     def _find(self, inputs: Inputs) -> _Known:
         """What is known of such inputs; the most recent comes first."""
@@ -91,11 +106,13 @@ class ForwardEngine:
                 tape = _Tape(graph, inputs, with_gradient=True)
                 expected.check_gradient(tape)
                 summary = _summary(tape, replace(request, order=max(request.order, 2)), inputs)
-                expected.check_hessian(summary)
+                expected.check_hessian(summary, graph.coarse)
+                _check_accelerations(tape, summary)
             except Refusal as reason:
                 reasons.append(reason)
                 continue
             known.graph, known.checked = graph, expected.is_finite
+            known.checked_third = expected.is_finite and request.diagonal
             return summary if request.order > 1 else replace(summary, hessian=None)
         known.refusal = reasons[0] if "tracing" not in str(reasons[0]) else reasons[-1]
         raise known.refusal
@@ -109,6 +126,7 @@ class _Known:
     same: SameFunction
     graph: Graph | None = None
     checked: bool = False
+    checked_third: bool = False
     refusal: Refusal | None = None
 
 
@@ -152,13 +170,23 @@ def _eager_value(inputs: Inputs) -> Tensor:
         return inputs.function(*(t.detach() for t in tensors[: inputs.count]), *tensors[inputs.count :]).detach()
 
 
-def _close(value: Tensor, expected: Tensor, tolerances: dict[torch.dtype, float], scale: float | None = None) -> bool:
+def _replayed(graph: Graph, inputs: Inputs) -> _Tape | None:
+    """A known graph on new inputs, or nothing where a shape in it depends on what they are."""
+    try:
+        return _Tape(graph, inputs)
+    except (RuntimeError, IndexError):
+        return None
+
+
+def _close(
+    value: Tensor, expected: Tensor, coarse: bool, tolerances: dict[torch.dtype, float], scale: float = 0.0
+) -> bool:
     """Whether they agree up to rounding; numbers that are not finite agree with each other."""
     x, y = value.detach().double(), expected.detach().double()
     if not bool(y.isfinite().all()):
         return not bool(x.isfinite().all())
-    tolerance = tolerances.get(expected.dtype, _COARSE)
-    size = max(float(torch.linalg.vector_norm(y)), scale or 0.0)
+    tolerance = _COARSE if coarse else tolerances.get(expected.dtype, _COARSE)
+    size = max(float(torch.linalg.vector_norm(y)), scale)
     return float(torch.linalg.vector_norm(x - y)) <= tolerance * size + 1e-30
 
 
@@ -194,7 +222,7 @@ class _Expected:
 
     def check_gradient(self, tape: _Tape) -> None:
         """Compares a graph's loss and its gradient, tensor by tensor."""
-        if not _close(tape.loss, self.loss, _VALUE_TOLERANCE):
+        if not _close(tape.loss, self.loss, tape.graph.coarse, _VALUE_TOLERANCE):
             raise Refusal(f"the traced graph gives a loss of {tape.loss.item()}, the model {self.loss.item()}")
         norm = max(float(torch.linalg.vector_norm(g.detach())) for g in self.gradient if g is not None)
         for name, got, expected in zip(self.names, tape.gradient, self.gradient, strict=True):
@@ -203,18 +231,18 @@ class _Expected:
             known = got if got is not None else expected
             assert known is not None
             g, e = (torch.zeros_like(known) if x is None else x for x in (got, expected))
-            if not _close(g, e, _DERIVATIVE_TOLERANCE, scale=1e-3 * norm):
+            if not _close(g, e, tape.graph.coarse, _DERIVATIVE_TOLERANCE, scale=1e-3 * norm):
                 raise Refusal(
                     f"the traced graph has another gradient for {name!r} than the model, as custom autograd functions "
                     "and reentrant checkpoints have it"
                 )
 
-    def check_hessian(self, summary: Summary) -> None:
+    def check_hessian(self, summary: Summary, coarse: bool) -> None:
         """Compares H̄ times ones."""
         if self.rows is None or not bool(self.rows.isfinite().all()):
             return
         assert summary.hessian is not None
-        tolerance = _DERIVATIVE_TOLERANCE.get(self.loss.dtype, _COARSE)
+        tolerance = _COARSE if coarse else _DERIVATIVE_TOLERANCE.get(self.loss.dtype, _COARSE)
         sizes = summary.hessian.abs().sum(1)
         excess = (summary.hessian.sum(1) - self.rows).abs() - tolerance * (sizes + 1e-3 * sizes.max()) - 1e-30
         if not bool((excess <= 0).all()):
@@ -222,6 +250,26 @@ class _Expected:
             raise Refusal(
                 f"the traced graph has another Hessian-vector product for group {summary.names[worst]!r} than the model"
             )
+
+
+def _check_accelerations(tape: _Tape, summary: Summary) -> None:
+    """Compares the loss's own second derivatives, which the third order is made of, with the diagonal of H̄."""
+    if summary.third is None or tape.final is None or not tape.final.second:
+        return
+    assert summary.hessian is not None
+    expected = summary.hessian.diagonal()[list(tape.final.second)]
+    tolerance = _COARSE if tape.graph.coarse else _DERIVATIVE_TOLERANCE.get(tape.loss.dtype, _COARSE)
+    if bool(expected.isfinite().all()) and not bool(
+        ((tape.final.ddot - expected).abs() <= tolerance * expected.abs().max() + 1e-30).all()
+    ):
+        general = sorted(
+            {
+                str(i.op)
+                for i, s in zip(tape.graph.instructions, tape.steps, strict=True)
+                if s and s.rule.kind == "general"
+            }
+        )
+        raise Refusal(f"no reliable third derivatives of {', '.join(general) or 'some operation'}")
 
 
 # Sweeps ---------------------------------------------------------------------------------------------------------------
@@ -251,6 +299,7 @@ class _Tape:
     def __init__(self, graph: Graph, inputs: Inputs, with_gradient: bool = False) -> None:
         tensors = inputs.tensors()
         self.graph = graph
+        self.final: Jet | None = None
         with preserved_randomness(inputs.devices):
             self.values = graph.run(tensors)
         self.loss: Tensor = self.values[graph.result]
@@ -285,6 +334,7 @@ def _moves(value: Any) -> bool:
 def _plan(graph: Graph, values: Sequence[Any]) -> list[_Step | None]:
     """The rule of each operation that moves with the parameters; made once for each graph."""
     if graph.plan is None:
+        graph.coarse = any(isinstance(v, Tensor) and v.dtype in (torch.bfloat16, torch.float16) for v in values)
         reached = {graph.result}
         for instruction in reversed(graph.instructions):
             if instruction.out in reached and instruction.op is not CONSTANT:
@@ -325,7 +375,7 @@ def _summary(tape: _Tape, request: _Request, inputs: Inputs) -> Summary:
     size, device = len(request.partition), request.partition.device
     sums = Sums(size, device, request.diagonal, request.full)
     with torch.no_grad():
-        final = _push(tape, request, sums)
+        tape.final = final = _push(tape, request, sums)
     gradient = torch.zeros(size, dtype=torch.float64, device=device)
     if final is not None:
         gradient[list(final.first)] = final.dot.double()

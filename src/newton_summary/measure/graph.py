@@ -72,6 +72,7 @@ class Graph:
     slots: int
     origin: str = ""
     plan: list[Any] | None = None
+    coarse: bool = False
 
     def run(self, inputs: Sequence[Tensor]) -> list[Any]:
         """Every value, by slot.  Differentiable with respect to the inputs."""

@@ -178,8 +178,22 @@ def _nll_loss(
 
 @_lowers(aten.div.Tensor)
 def _div(x: Tensor, y: Any) -> Any:
-    """A quotient as a product; torch's own division stays where the divisor is a number or needs no derivative."""
-    return NotImplemented if not isinstance(y, Tensor) else x * y.reciprocal()
+    """A quotient of tensors as a product."""
+    if not isinstance(y, Tensor):
+        return NotImplemented
+    if not y.is_floating_point() and not y.is_complex():
+        y = y.to(x.dtype if x.is_floating_point() else torch.get_default_dtype())
+    return x * y.reciprocal()
+
+
+@_lowers(aten.maximum.default)
+def _maximum(x: Tensor, y: Tensor) -> Tensor:
+    return torch.where(x == y, (x + y) / 2, torch.where(x > y, x, y))
+
+
+@_lowers(aten.minimum.default)
+def _minimum(x: Tensor, y: Tensor) -> Tensor:
+    return torch.where(x == y, (x + y) / 2, torch.where(x < y, x, y))
 
 
 @_lowers(aten.huber_loss.default)
@@ -194,6 +208,12 @@ def _smooth_l1_loss(x: Tensor, y: Tensor, reduction: int = 1, beta: float = 1.0)
     if beta == 0:
         return _reduced((x - y).abs(), reduction)
     return _huber_loss(x, y, reduction, beta) / beta
+
+
+@_lowers(aten.binary_cross_entropy.default)
+def _binary_cross_entropy(x: Tensor, y: Tensor, weight: Tensor | None = None, reduction: int = 1) -> Tensor:
+    loss = (y - 1) * (-x).log1p().clamp_min(-100) - y * x.log().clamp_min(-100)
+    return _reduced(loss if weight is None else loss * weight, reduction)
 
 
 def _reduced(loss: Tensor, reduction: int) -> Tensor:

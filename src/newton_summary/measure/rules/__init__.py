@@ -71,7 +71,7 @@ _RULES |= {
         ),
         lin.expanded: (aten.expand.default,),
         lin.same: (aten.neg.default, aten.tril.default, aten.triu.default),
-        lin.scaled: (aten.mul.Scalar, aten.div.Scalar),
+        lin.scaled: (aten.mul.Scalar, aten.div.Scalar, aten.div.Tensor),
         lin.cast: (aten._to_copy.default,),
         lin.transposed: (aten.t.default, aten.transpose.int),
         lin.permuted: (aten.permute.default,),

@@ -10,7 +10,7 @@ from torch import Tensor
 from typing_extensions import override
 
 from newton_summary.measure.rules.base import Call, Place, Rule, Sums, index
-from newton_summary.measure.rules.jets import Groups, Jet, Part, combine, lift
+from newton_summary.measure.rules.jets import Groups, Jet, Part, combine, flat, lift
 
 aten = torch.ops.aten
 
@@ -93,10 +93,10 @@ class Bilinear(Rule):
         """v̄ · f(ȧ_i, ḃ_j), and with second rows v̄ · (f(ä_i, ḃ_i) + f(ȧ_i, b̈_i))."""
         if self._contract_right(a, b):
             gradient = self.product.to_right(call, a.rows, adjoint, (True, False))
-            cross = gradient.flatten(1) @ b.rows.flatten(1).T
+            cross = flat(gradient) @ flat(b.rows).T
         else:
             gradient = self.product.to_left(call, adjoint, b.rows, (False, True))
-            cross = a.rows.flatten(1) @ gradient.flatten(1).T
+            cross = flat(a.rows) @ flat(gradient).T
         m, n = len(a.second), len(b.second)
         sums.add_cross(a.first, b.first, cross[m:, n:])
         if not call.third:
@@ -176,7 +176,8 @@ class Entrywise(Product):
         b = lift(b, dims) if rows[1] else b
         if out is None:
             return torch.mul(a, b)
-        return out.copy_(a * b) if a.dtype != out.dtype or b.dtype != out.dtype else torch.mul(a, b, out=out)
+        result = torch.mul(a, b, out=out if torch.result_type(a, b) == out.dtype else None)
+        return result if result is out else out.copy_(result)
 
     @override
     def to_left(self, call: Call, v: Tensor, b: Tensor, rows: tuple[bool, bool]) -> Tensor:

@@ -11,7 +11,8 @@ from torch import Tensor
 from typing_extensions import override
 
 from newton_summary.measure.rules.base import Call, Place, Rule, Sums, index
-from newton_summary.measure.rules.jets import Jet
+from newton_summary.measure.rules.general import jvp
+from newton_summary.measure.rules.jets import Jet, flat
 
 aten = torch.ops.aten
 
@@ -70,7 +71,7 @@ def contract(jet: Jet, bend: Tensor, twist: Tensor | None, sums: Sums, third: bo
         sums: where it goes.
         third: whether the third order is wanted.
     """
-    dot = jet.dot.flatten(1)
+    dot = flat(jet.dot)
     bent = dot * bend.flatten()
     sums.add_square(jet.first, bent @ dot.T)
     if not third:
@@ -78,7 +79,7 @@ def contract(jet: Jet, bend: Tensor, twist: Tensor | None, sums: Sums, third: bo
     if jet.second:
         place = index(tuple(jet.first.index(g) for g in jet.second), dot.device)
         partner = bent if jet.second == jet.first else bent[place]
-        sums.add_diagonal(jet.second, 3 * _row_dots(partner, jet.ddot.flatten(1)))
+        sums.add_diagonal(jet.second, 3 * _row_dots(partner, flat(jet.ddot)))
     if twist is not None:
         sums.add_diagonal(jet.first, _row_dots(dot * twist.flatten(), dot.square()))
 
@@ -118,7 +119,7 @@ def nested(call: Call, order: int) -> tuple[Slope, ...]:
         return call.with_arguments({0: x})
 
     def slope(f: Callable[[Tensor], Any]) -> Callable[[Tensor], Any]:
-        return lambda x: torch.func.jvp(f, (x,), (torch.ones_like(x),))[1]
+        return lambda x: jvp(f, (x,), (torch.ones_like(x),))[1]
 
     results = []
     function = value

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import functools
+import importlib
+import warnings
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -10,7 +13,22 @@ from torch import Tensor
 from typing_extensions import override
 
 from newton_summary.measure.rules.base import Call, Place, Rule, Sums
-from newton_summary.measure.rules.jets import Groups, Jet
+from newton_summary.measure.rules.jets import Groups, Jet, flat
+
+
+@functools.cache
+def _load_formulas() -> None:
+    """Loads torch's forward formulas, which warns of a deprecation inside torch."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        importlib.import_module("torch._decomp.decompositions_for_jvp")
+
+
+def jvp(function: Callable[..., Any], point: tuple[Tensor, ...], direction: tuple[Tensor, ...]) -> tuple[Any, Any]:
+    """The value of a function and its derivative along a direction."""
+    _load_formulas()
+    value, slope = torch.func.jvp(function, point, direction)  # type: ignore[misc]  # a third only with has_aux
+    return value, slope
 
 
 class General(Rule):
@@ -37,7 +55,7 @@ class General(Rule):
         if adjoint is not None:
             self._contract(call, function, adjoint, first, (point, dots, ddots), sums)
         if not call.third:
-            return _jets(call, (), first, torch.vmap(lambda *v: torch.func.jvp(function, point, v)[1])(*dots), None)
+            return _jets(call, (), first, torch.vmap(lambda *v: jvp(function, point, v)[1])(*dots), None)
         one, two = torch.vmap(lambda v, w: _curve(function, point, v, w))(dots, ddots)
         return _jets(call, first, first, one, two)
 
@@ -45,15 +63,17 @@ class General(Rule):
         self, call: Call, function: Callable[..., Any], adjoint: Any, first: Groups, jets: Any, sums: Sums
     ) -> None:
         point, dots, ddots = jets
-        adjoints = [adjoint] if isinstance(adjoint, Tensor) else adjoint
+        outs = [call.out] if isinstance(call.out, Tensor) else call.out
+        weights = [adjoint] if isinstance(adjoint, Tensor) else adjoint
+        adjoints = [a for a, o in zip(weights, outs, strict=True) if o.is_floating_point()]
 
         def weighted(*x: Tensor) -> Tensor:
             values = function(*x)
             return sum((v * a).sum() for v, a in zip(values, adjoints, strict=True) if a is not None)  # type: ignore
 
         gradient = torch.func.grad(weighted, argnums=tuple(range(len(point))))
-        bent = torch.vmap(lambda *v: torch.func.jvp(gradient, point, v)[1])(*dots)
-        square = sum(b.flatten(1) @ d.flatten(1).T for b, d in zip(bent, dots, strict=True))
+        bent = torch.vmap(lambda *v: jvp(gradient, point, v)[1])(*dots)
+        square = sum(flat(b) @ flat(d).T for b, d in zip(bent, dots, strict=True))
         sums.add_square(first, square)
         if call.third:
             sums.add_diagonal(first, torch.vmap(lambda v, w: _third(weighted, point, v, w))(dots, ddots))
@@ -90,7 +110,7 @@ def _path(point: Sequence[Tensor], v: Sequence[Tensor], w: Sequence[Tensor]) -> 
 
 
 def _derivative(f: Callable[[Tensor], Any]) -> Callable[[Tensor], Any]:
-    return lambda t: torch.func.jvp(f, (t,), (torch.ones_like(t),))[1]
+    return lambda t: jvp(f, (t,), (torch.ones_like(t),))[1]
 
 
 def _curve(function: Callable[..., Any], point: Any, v: Any, w: Any) -> tuple[Any, Any]:
@@ -98,7 +118,7 @@ def _curve(function: Callable[..., Any], point: Any, v: Any, w: Any) -> tuple[An
     path = _path(point, v, w)
     first = _derivative(lambda t: function(*path(t)))
     zero = point[0].new_zeros(())
-    return torch.func.jvp(first, (zero,), (torch.ones_like(zero),))
+    return jvp(first, (zero,), (torch.ones_like(zero),))
 
 
 def _third(scalar: Callable[..., Tensor], point: Any, v: Any, w: Any) -> Tensor:

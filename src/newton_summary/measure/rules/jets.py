@@ -123,3 +123,8 @@ def lift(rows: Tensor, dims: int) -> Tensor:
     """Rows of a value with fewer dimensions as rows that broadcast with those of a value with ``dims`` of them."""
     missing = dims - (rows.dim() - 1)
     return rows.view(rows.shape[0], *[1] * missing, *rows.shape[1:]) if missing > 0 else rows
+
+
+def flat(rows: Tensor) -> Tensor:
+    """Rows as a matrix."""
+    return rows.reshape(len(rows), -1)

@@ -1,0 +1,393 @@
+"""The forward engine: exact on every kind of model, or a refusal that names the reason."""
+
+from __future__ import annotations
+
+import copy
+import gc
+import warnings
+import weakref
+
+import pytest
+import torch
+import torch.nn.functional as F
+from models import CASES, Case, Custom, cross_entropy, plain_normalisation
+from reference import dense_derivatives
+from torch import nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+import newton_summary as ns
+from newton_summary.measure import AutoEngine, ForwardEngine, Loss, NestedEngine, Refusal, forward
+
+GENERAL = {  # operations that no rule of their own takes
+    "tensor_acrobatics": {"prod.dim_int"},
+    "general_operations": {"linalg_vector_norm.default", "atan2.default"},
+}
+NOT_DENSE = {"pinn_by_autograd", "checkpointed", "gru", "lstm"}  # torch.func does not take them
+
+
+def direction_of(partition, seed=1):
+    generator = torch.Generator().manual_seed(seed)
+    return [
+        0.5 * torch.randn(p.shape, generator=generator, dtype=torch.float64).to(p.dtype) for p in partition.parameters
+    ]
+
+
+def measure(engine, case: Case, partition=None, order=3, third="diagonal", seed=3):
+    partition = partition or ns.Partition.canonical(case.model)
+    torch.manual_seed(seed)
+    loss = Loss(case.loss_fn, case.model)
+    return engine.measure(loss, case.batch, partition, direction_of(partition), order, third)
+
+
+def nested(case, monkeypatch, **kwargs):
+    with plain_normalisation(monkeypatch):
+        return measure(NestedEngine(), case, **kwargs)
+
+
+def error(got, expected):
+    """The largest error of an entry relative to the geometric mean of the largest ones for each of its groups."""
+    if expected.dim() == 1:
+        return float(((got - expected).abs() / expected.abs().clamp_min(1e-6 * expected.abs().max())).max())
+    size = expected.abs().amax(tuple(range(1, expected.dim())))
+    size = size.clamp_min(1e-8 * size.max())
+    scale = 1.0
+    for axis in range(expected.dim()):
+        scale = scale * size.pow(1 / expected.dim()).view(-1, *[1] * (expected.dim() - 1 - axis))
+    return float(((got - expected).abs() / scale).max())
+
+
+def assert_close(got, expected, tolerance=1e-9):
+    torch.testing.assert_close(got.loss, expected.loss, rtol=tolerance, atol=0)
+    for name in ("gradient", "hessian", "third"):
+        wanted = getattr(expected, name)
+        if wanted is not None and bool(wanted.any()):
+            assert error(getattr(got, name), wanted) < tolerance, name
+
+
+@pytest.fixture
+def no_nested(monkeypatch):
+    def refuse(*args):
+        raise AssertionError("nested differentiation was called")
+
+    monkeypatch.setattr(NestedEngine, "measure", refuse)
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_agrees_with_nested_differentiation(name, monkeypatch):
+    case = CASES[name]()
+    got = measure(ForwardEngine(), case)
+    tolerance = 1e-7 if name == "binary_cross_entropy_of_probabilities" else 1e-9  # torch's backward adds 1e-12 there
+    assert_close(got, nested(case, monkeypatch), tolerance)
+
+
+@pytest.mark.parametrize("name", [name for name in CASES if name not in NOT_DENSE])
+def test_agrees_with_dense_derivatives_of_phi(name, monkeypatch, no_nested):
+    case = CASES[name]()
+    partition = ns.Partition.canonical(case.model)
+    got = measure(ForwardEngine(), case)
+
+    def seeded(model, batch):
+        torch.manual_seed(3)
+        return case.loss_fn(model, batch)
+
+    for module in case.model.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            module.num_batches_tracked = None  # torch.func does not let it count
+    with plain_normalisation(monkeypatch), warnings.catch_warnings(), sdpa_kernel(SDPBackend.MATH):
+        warnings.filterwarnings("ignore", "There is a performance drop")
+        _, g, h, third = dense_derivatives(seeded, case.model, case.batch, partition, direction_of(partition), 3)
+    third = torch.einsum("sss->s", third)
+    expected = ns.Summary(loss=got.loss, gradient=g, hessian=h, third=third, names=partition.names)
+    assert_close(got, expected, 1e-7 if name == "binary_cross_entropy_of_probabilities" else 1e-9)
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_operations_take_rules_of_their_own(name, no_nested):
+    engine, case = ForwardEngine(), CASES[name]()
+    measure(engine, case)
+    kinds = engine.kinds(Loss(case.loss_fn, case.model))
+    assert {op for op, kind in kinds.items() if kind == "general"} == GENERAL.get(name, set())
+
+
+def test_kinds_of_rules_of_an_mlp():
+    engine, case = ForwardEngine(), CASES["mlp"]()
+    measure(engine, case)
+    kinds = engine.kinds(Loss(case.loss_fn, case.model))
+    assert kinds["addmm.default"] == kinds["mul.Tensor"] == "multilinear"
+    assert kinds["tanh.default"] == kinds["exp.default"] == "elementwise"
+    assert kinds["t.default"] == kinds["gather.default"] == "linear"
+
+
+@pytest.mark.parametrize("name", ["mlp", "lenet", "vgg", "residual_training", "gpt", "lstm", "autoencoder"])
+def test_single_precision(name, monkeypatch):
+    exact = measure(ForwardEngine(), CASES[name]())
+    single = measure(ForwardEngine(), CASES[name](torch.float32))
+    if name == "gpt":  # other random numbers for dropout
+        exact = nested(CASES[name](torch.float32), monkeypatch)
+    for attribute in ("gradient", "hessian", "third"):
+        assert torch.linalg.vector_norm(getattr(single, attribute) - getattr(exact, attribute)) < 1e-3 * (
+            torch.linalg.vector_norm(getattr(exact, attribute))
+        )
+
+
+@pytest.mark.parametrize("build", ["trivial", "discrete", "by_kind", "chunks"])
+@pytest.mark.parametrize("name", ["mlp", "lenet", "shared_weights", "tensor_acrobatics"])
+def test_partitions(name, build, monkeypatch):
+    case = CASES[name]()
+    if build == "discrete" and name in ("lenet", "mlp"):
+        case = Case(nn.Sequential(nn.Linear(6, 2), nn.Tanh(), nn.Linear(2, 4)), cross_entropy, CASES["mlp"]().batch)
+        case.model.double()
+    arguments = (1,) if build == "chunks" else ()
+    partition = getattr(ns.Partition, build)(case.model, *arguments)
+    assert_close(measure(ForwardEngine(), case, partition), nested(case, monkeypatch, partition=partition))
+
+
+@pytest.mark.parametrize("order", [1, 2])
+def test_lower_orders(order):
+    case, engine = CASES["lenet"](), ForwardEngine()
+    for _ in range(2):  # a new graph, a known graph
+        got, expected = measure(engine, case, order=order), measure(NestedEngine(), case, order=order)
+        assert_close(got, expected)
+        assert got.third is None
+        assert (got.hessian is None) == (order == 1)
+
+
+# What it may not change -----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["residual_training", "gpt", "lstm"])
+def test_nothing_of_the_users_changes(name):
+    case, engine = CASES[name](), ForwardEngine()
+    for p in case.model.parameters():
+        p.grad = torch.ones_like(p)
+    before = copy.deepcopy(case.model)
+    batch = copy.deepcopy(case.batch)
+    for _ in range(2):
+        torch.manual_seed(7)
+        state = torch.get_rng_state()
+        with torch.no_grad():
+            engine.measure(
+                Loss(case.loss_fn, case.model),
+                case.batch,
+                partition := ns.Partition.canonical(case.model),
+                direction_of(partition),
+                3,
+                "diagonal",
+            )
+        assert torch.equal(state, torch.get_rng_state())
+    for (key, old), new in zip(before.state_dict().items(), case.model.state_dict().values(), strict=True):
+        assert torch.equal(old, new), key
+    assert all(torch.equal(p.grad, torch.ones_like(p)) and p.requires_grad for p in case.model.parameters())
+    assert all(a.training == b.training for a, b in zip(before.modules(), case.model.modules(), strict=True))
+    torch.testing.assert_close(batch, case.batch, rtol=0, atol=0)
+
+
+def test_dead_models_are_not_kept():
+    engine, case = ForwardEngine(), CASES["mlp"]()
+    model = case.model
+    case.loss_fn = lambda _, batch: cross_entropy(model, batch)  # captures the model
+    case.loss_fn = lambda m, batch: cross_entropy(m, batch) + 0.0 * sum(len(list(model.children())) for _ in range(1))
+    measure(engine, case)
+    alive = weakref.ref(model)
+    del model, case
+    gc.collect()
+    assert alive() is None
+
+
+# The cache ------------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def traces(monkeypatch):
+    """Counts how often a loss is traced."""
+    counted = []
+    original = forward.trace
+
+    def trace(*args):
+        counted.append(args)
+        return original(*args)
+
+    monkeypatch.setattr(forward, "trace", trace)
+    return counted
+
+
+def test_graphs_are_kept_by_shape_mode_and_function(traces):
+    case, engine = CASES["gpt"](), ForwardEngine()
+    for _ in range(3):
+        measure(engine, case)
+    assert len(traces) == 1
+    with torch.no_grad():
+        for p in case.model.parameters():
+            p.mul_(0.9)
+    measure(engine, Case(case.model, case.loss_fn, case.batch.clone()), seed=4)
+    assert len(traces) == 1
+    measure(engine, Case(case.model, case.loss_fn, case.batch[:2]))
+    assert len(traces) == 2
+    case.model.eval()
+    measure(engine, case)
+    assert len(traces) == 3
+    measure(engine, Case(case.model, lambda m, b: case.loss_fn(m, b), case.batch))
+    assert len(traces) == 4
+
+
+def test_a_lambda_made_anew_is_the_same_function(traces):
+    case, engine = CASES["mlp"](), ForwardEngine()
+    for factor in (1.0, 1.0, 2.0):
+        measure(engine, Case(case.model, lambda m, b, factor=factor: factor * cross_entropy(m, b), case.batch))
+    assert len(traces) == 2
+
+
+def test_the_cache_is_bounded(traces):
+    case, engine = CASES["mlp"](), ForwardEngine(graphs=2)
+    for size in (3, 4, 5, 3):
+        measure(engine, Case(case.model, case.loss_fn, (case.batch[0][:size], case.batch[1][:size])))
+    assert len(traces) == 4
+    assert len(engine) == 2
+
+
+def test_a_captured_number_and_a_captured_tensor_may_change(traces):
+    model = nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 2)).double()
+    captured = {"weight": 0.1, "target": torch.ones(2, dtype=torch.float64)}
+
+    def loss(m, x):
+        return (m(x) - captured["target"]).square().mean() + captured["weight"] * m(x).exp().mean()
+
+    case, engine = Case(model, loss, torch.randn(5, 3, dtype=torch.float64)), ForwardEngine()
+    for key, value in [("weight", 0.1), ("weight", 0.7), ("target", torch.zeros(2, dtype=torch.float64))]:
+        captured[key] = value
+        assert_close(measure(engine, case), measure(NestedEngine(), case))
+    assert len(traces) == 3
+
+
+def test_shapes_may_depend_on_the_data(traces):
+    def loss(m, x):
+        h = (x @ m.a).tanh()
+        return h[h > 0].square().sum() / len(h[h > 0]) + h[x[:, 0] > 0].view(-1).exp().mean()
+
+    case, engine = Case(Custom(a=(4, 3)).double(), loss, torch.randn(9, 4, dtype=torch.float64)), ForwardEngine()
+    for sign in (1, -1):
+        case.batch = case.batch * sign + sign
+        assert_close(measure(engine, case), measure(NestedEngine(), case))
+    assert len(traces) == 2
+
+
+# Refusals -------------------------------------------------------------------------------------------------------------
+
+
+class Rounded(torch.autograd.Function):
+    """A straight-through estimator."""
+
+    @staticmethod
+    def forward(ctx, x):
+        return x.round()
+
+    @staticmethod
+    def backward(ctx, gradient):
+        return gradient
+
+
+def custom_function(m, x):
+    return Rounded.apply((x @ m.a).tanh()).square().sum() + (x @ m.a).sum()
+
+
+def reentrant_checkpoint(m, x):
+    return torch.utils.checkpoint.checkpoint(lambda y: (y @ m.a).tanh(), x, use_reentrant=True).square().mean()
+
+
+def number_in_python(m, x):
+    scale = (x @ m.a).mean().item()
+    return scale * (x @ m.a).tanh().sum()
+
+
+def fourier(m, x):
+    return torch.fft.fft((x @ m.a).tanh()).abs().square().sum()
+
+
+def log_determinant(m, x):
+    return torch.linalg.slogdet(m.a.T @ m.a + torch.eye(3, dtype=x.dtype))[1]
+
+
+REFUSED = {
+    custom_function: "another gradient for 'a'",
+    number_in_python: "tracing failed",
+    fourier: "complex",
+    log_determinant: "slogdet",
+}
+
+
+@pytest.mark.parametrize("loss_fn", REFUSED, ids=lambda f: f.__name__)
+def test_refusals(loss_fn):
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        case = Case(Custom(a=(4, 3)).double(), loss_fn, torch.randn(5, 4, dtype=torch.float64))
+    engine = AutoEngine(ForwardEngine())
+    for _ in range(2):  # a refusal is remembered
+        with pytest.raises(Refusal, match=REFUSED[loss_fn]):
+            measure(engine.forward, case)
+    with pytest.warns(UserWarning, match=REFUSED[loss_fn]):
+        got = measure(engine, case)
+    assert_close(got, measure(NestedEngine(), case))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        measure(engine, case)  # no second warning
+
+
+def test_batch_norm_with_a_cumulative_average_is_refused():
+    case = Case(
+        nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4, momentum=None)),
+        lambda m, x: m(x).exp().mean(),
+        torch.randn(5, 3),
+    )
+    with pytest.raises(Refusal):
+        measure(ForwardEngine(), case)
+
+
+def test_a_batch_of_unknown_objects_is_refused():
+    class Batch:
+        x = torch.randn(5, 3)
+
+    case = Case(nn.Linear(3, 2), lambda m, b: m(b.x).square().mean(), Batch())
+    with pytest.raises(Refusal, match="holds a Batch"):
+        measure(ForwardEngine(), case)
+
+
+def test_a_loss_that_ignores_the_model_is_misuse():
+    case = Case(nn.Linear(3, 2), lambda m, x: x.square().mean(), torch.randn(5, 3))
+    with pytest.raises(ValueError, match="does not depend on the parameters"):
+        measure(ForwardEngine(), case)
+
+
+def test_a_loss_that_is_not_finite_is_reported_and_not_kept(traces):
+    case, engine = CASES["mlp"](), ForwardEngine()
+    x, y = case.batch
+    assert not measure(engine, Case(case.model, case.loss_fn, (x * torch.nan, y))).is_finite()
+    assert_close(measure(engine, case), measure(NestedEngine(), case))
+    assert len(traces) == 2
+
+
+def test_overflow_of_the_third_order_is_reported():
+    model = nn.Sequential(*(nn.Linear(8, 8) for _ in range(13)))
+    with torch.no_grad():
+        for p in model.parameters():
+            p.mul_(1e3)
+    case = Case(model, lambda m, x: m(x).square().mean(), torch.randn(5, 8))
+    assert not measure(ForwardEngine(), case).is_finite()
+
+
+def test_autocast_inside_the_loss():
+    model = nn.Sequential(nn.Linear(6, 8), nn.Tanh(), nn.Linear(8, 4))
+
+    def loss(m, batch):
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            logits = m(batch[0])
+        return F.cross_entropy(logits.float(), batch[1])
+
+    case = Case(model, loss, (torch.randn(9, 6), torch.randint(4, (9,))))
+    got, expected = measure(ForwardEngine(), case), measure(NestedEngine(), case)
+    assert torch.linalg.matrix_norm(got.hessian - expected.hessian) < 0.05 * torch.linalg.matrix_norm(expected.hessian)
+
+
+def test_summarize_uses_it(no_nested):
+    case = CASES["mlp"]()
+    ns.summarize(case.loss_fn, case.model, [case.batch], engine="forward")
+    ns.summarize(case.loss_fn, case.model, [case.batch])
