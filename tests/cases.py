@@ -390,7 +390,7 @@ def unchanged(model: nn.Module) -> Iterator[None]:
         generators = (torch.get_rng_state().tolist(), random.getstate(), numpy_state[1].tolist(), numpy_state[2:])
         tensors = [*model.named_parameters(), *model.named_buffers()]
         identities = [(name, id(t), t.data_ptr(), t._version, t.requires_grad, id(t.grad)) for name, t in tensors]
-        values = [t.detach().clone() for _, t in tensors]
+        values = [t.detach().clone() for _, t in tensors if t.device.type != "meta"]
         grads = [None if p.grad is None else p.grad.clone() for p in model.parameters()]
         return (flags, modes, generators, identities), values, grads
 
