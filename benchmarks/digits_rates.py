@@ -18,10 +18,12 @@ def main() -> None:
     lines = [
         "# Learning rates on digits",
         "",
-        f"Training loss over the whole training set after {task.epochs} epochs of {steps} steps, for each of the seeds",
-        f"{', '.join(map(str, SEEDS))}. A grid of half decades was widened until the best rate (bold, lowest",
-        "median) had worse ones on both sides; inf: a run diverged. SGD has momentum 0.9. For newton-summary-paper the",
-        "rate is λ_1, at λ_int = 1, halved on a plateau. newton-summary itself was not searched: it runs as it is.",
+        f"Training loss over the whole training set after {task.epochs} epochs of {steps} steps with batches",
+        f"of {task.batch_size}, for the seeds {', '.join(map(str, SEEDS))}. The grid of half decades was widened",
+        "until the best rate (bold, the lowest median) had worse ones on both sides; inf: the run diverged.",
+        "SGD has momentum 0.9. For newton-summary-paper the rate is λ_1, at λ_int = 1, halved on a plateau.",
+        "newton-summary was not searched: it runs as it is.",
+        "",
         "Written by `python benchmarks/digits_rates.py`.",
     ]
     for name in sys.argv[1:] or AROUND:

@@ -171,12 +171,17 @@ def test_a_run_that_diverges_ends_cleanly(lr, digits, tmp_path):
 # Stopping and going on ------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("optimizer", OPTIMIZERS)
+@pytest.fixture(scope="module", params=OPTIMIZERS)
+def whole(request, digits, tmp_path_factory):
+    """A run of each optimizer that nothing stopped, and its folder."""
+    folder = tmp_path_factory.mktemp("whole")
+    return train(SMALL, Config.of(SMALL, request.param), digits, folder), folder
+
+
 @pytest.mark.parametrize("at", [0, 21, 31, 47])
-def test_an_interrupted_run_goes_on_bit_for_bit(optimizer, at, digits, tmp_path):
-    config = Config.of(SMALL, optimizer)
-    whole = train(SMALL, config, digits, tmp_path / "whole")
-    folder = tmp_path / "stopped"
+def test_an_interrupted_run_goes_on_bit_for_bit(whole, at, digits, tmp_path):
+    whole, whole_folder = whole
+    config, folder = whole.config, tmp_path / "stopped"
     with pytest.raises(Interrupted):
         train(interrupting(SMALL, at), config, digits, folder)
     assert sum(map(int, files.load_checkpoint(folder)["place"][:2])) == (at + 1) // 16 + (at + 1) % 16
@@ -184,7 +189,7 @@ def test_an_interrupted_run_goes_on_bit_for_bit(optimizer, at, digits, tmp_path)
     assert without_seconds(resumed.rows) == without_seconds(whole.rows)
     for ours, theirs in zip(resumed.model.parameters(), whole.model.parameters(), strict=True):
         assert torch.equal(ours, theirs)
-    lines = [(tmp_path / name / "metrics.jsonl").read_text().splitlines() for name in ("whole", "stopped")]
+    lines = [(path / "metrics.jsonl").read_text().splitlines() for path in (whole_folder, folder)]
     for ours, theirs in zip(*(map(json.loads, part) for part in lines), strict=True):
         assert {**ours, "seconds": 0} == {**theirs, "seconds": 0}
 

@@ -125,11 +125,20 @@ def test_rates_are_drawn_with_kind_and_depth_and_honest_zeros():
     assert lines["a.bias"].get_linestyle() == "--"
     assert lines["a.weight"].get_color() == lines["a.bias"].get_color() != lines["b.weight"].get_color()
     assert list(lines["b.weight"].get_ydata()) == [1.0, 2.0, 3.0]
-    foot = lines["a.weight"].get_ydata()[1]
-    assert 0 < foot < 1e-3
-    zeros = [line for line in ax.lines if line.get_marker() == "v" and len(line.get_xdata())]
+    np.testing.assert_array_equal(lines["a.weight"].get_ydata(), [1e-3, np.nan, 1e-2])
+    assert lines["a.weight"].get_marker() == "."
+    zeros = [line for line in ax.lines if line.get_marker() == "|"]
     assert [list(line.get_xdata()) for line in zeros] == [[20]]
-    assert any(text.get_text().strip() == "0" for text in ax.texts)
+    assert zeros[0].get_color() == lines["a.weight"].get_color()
+    assert ax.get_ylim()[0] < zeros[0].get_ydata()[0] < 1e-3
+    assert min(ax.get_yticks()) >= 1e-3
+    assert any(text.get_text().strip() == "rate 0" for text in ax.texts)
+
+
+def test_rates_without_zeros_have_no_band_for_them():
+    ax = plots.rates({"a.weight": [1.0, 2.0], "a.bias": [3.0, 4.0]})
+    assert not ax.texts
+    assert len(ax.lines) == 2
 
 
 def test_rates_that_are_all_zero_or_one_point_are_drawn():

@@ -76,7 +76,7 @@ def _compare(options: argparse.Namespace) -> int:
         _set_threads(options.threads or plan.threads)
     else:
         task = get_task(_required_task(options))
-        _set_threads(options.threads)
+        _set_threads(options.threads or task.threads)
         chosen = tuple(options.optimizers or ("adam", "sgd", "newton-summary"))
         epochs = task.epochs if options.epochs is None else options.epochs
         plan = Plan(task.name, chosen, tuple(options.seeds or (0,)), epochs, torch.get_num_threads())
@@ -100,7 +100,7 @@ def _interactions(options: argparse.Namespace) -> int:
     from newton_summary.experiments import figures
 
     task = get_task(options.task)
-    _set_threads(options.threads)
+    _set_threads(options.threads or task.threads)
     data = task.read(options.data)
     model, when = task.make_model(options.seed), f"at initialisation, seed {options.seed}"
     if options.run:
@@ -137,7 +137,7 @@ def _new_run(options: argparse.Namespace) -> tuple[Config, Path]:
     task = get_task(_required_task(options))
     optimizer = options.optimizer or "newton-summary"
     config = Config.of(task, optimizer, options.lr, options.epochs, options.seed or 0)
-    _set_threads(options.threads)
+    _set_threads(options.threads or task.threads)
     return config, _new_folder(options.out, f"{task.name}-{optimizer}-seed{config.seed}")
 
 
@@ -221,7 +221,7 @@ def _parser() -> argparse.ArgumentParser:
 
     def add_computing(command: argparse.ArgumentParser, where: str) -> None:
         command.add_argument("--out", type=Path, metavar="DIR", help=f"an empty or new folder (default: {where})")
-        command.add_argument("--threads", type=_positive, metavar="N", help="that torch computes with")
+        command.add_argument("--threads", type=_positive, metavar="N", help="torch computes with (default: the task's)")
 
     one = add("train", _train, "One training run: metrics, a checkpoint every epoch, figures.", True)
     one.add_argument("--optimizer", metavar="NAME", help=f"{names} (default: newton-summary)")

@@ -108,50 +108,43 @@ def rates(
 ) -> Axes:
     """Every group's rate over training, on a logarithmic scale.
 
-    Colour goes from the first layers (dark) to the last (light); weights are solid, biases dashed.  Rates that are 0
-    are drawn on a line of their own at the foot, since a logarithmic scale has no place for them.
+    Colour goes from the first layers (dark) to the last (light); weights are solid, biases dashed.  A logarithmic scale
+    has no place for rates that are 0: each group has a row for them in the grey band at the foot.
 
     Args:
         history: for each group its rates, in the order of the model.
         ax: where to draw.  Default: a new figure.
-        steps: the step or epoch of each rate.  Default: 0, 1, 2 and so on.
+        steps: the step of each rate.  Default: 0, 1, 2 and so on.
         title: of the panel.
 
     Raises:
         ValueError: the groups have not equally many rates, or there are none.
+
+    Example:
+        >>> rates({"layer.weight": [1e-3, 2e-3], "layer.bias": [1e-1, 0.0]}).get_yscale()
+        'log'
     """
     lengths = {len(values) for values in history.values()}
     if len(lengths) != 1 or lengths == {0}:
         raise ValueError(f"rates need equally many values for every group, at least one; got {sorted(lengths)}")
-    ax = ax or Figure(figsize=(8.0, 5.0), layout="constrained").subplots()
+    ax = ax or Figure(figsize=(8.0, 4.5), layout="constrained").subplots()
     x = list(range(lengths.pop())) if steps is None else list(steps)
-    positive = [v for values in history.values() for v in values if v > 0 and math.isfinite(v)]
-    floor = 10.0 ** (math.floor(math.log10(min(positive))) - 0.7) if positive else 1e-3
     layers = list(dict.fromkeys(_layer(name) for name in history))
-    colours = colormaps["viridis"]
+    colour = {name: colormaps["viridis"](0.85 * i / max(len(layers) - 1, 1)) for i, name in enumerate(layers)}
     for name, values in history.items():
-        depth = layers.index(_layer(name)) / max(len(layers) - 1, 1)
-        style: dict[str, Any] = {"color": colours(0.85 * depth), "linestyle": "--" if _is_bias(name) else "-"}
-        ax.plot(x, [v if v > 0 else floor for v in values], label=name, linewidth=1.4, **style)
-        zeros = [t for t, v in zip(x, values, strict=True) if v == 0]
-        ax.plot(zeros, [floor] * len(zeros), "v", color=style["color"], markersize=4, linestyle="none")
+        shown = [value if value > 0 else math.nan for value in values]
+        marker = "" if all(value > 0 for value in values) else "."  # a rate between two zeros has no line to it
+        line = "--" if _is_bias(name) else "-"
+        ax.plot(x, shown, line, marker=marker, markersize=3, label=name, linewidth=1.3, color=colour[_layer(name)])
     ax.set_yscale("log")
-    if any(v == 0 for values in history.values() for v in values):
-        ax.axhline(floor, color="0.7", linewidth=0.8, zorder=0)
-        ax.annotate(" 0", (1.0, floor), xycoords=("axes fraction", "data"), va="center", fontsize=8)
+    _draw_zeros(ax, x, history, colour)
     ax.set_ylabel("rate η")
     ax.set_xlabel("step")
     ax.set_title(title)
     _quiet(ax)
     if len(history) <= _MOST_IN_LEGEND:
-        ax.legend(
-            fontsize=7,
-            loc="center left",
-            bbox_to_anchor=(1.03, 0.5),
-            frameon=False,
-            title="solid: weights\ndashed: biases",
-            title_fontsize=7,
-        )
+        legend = ax.legend(loc="center left", bbox_to_anchor=(1.03, 0.5), fontsize=7, frameon=False)
+        legend.set_title("solid: weights\ndashed: biases", {"size": 7})
     return ax
 
 
@@ -273,6 +266,30 @@ def _layer(name: str) -> str:
     """The name of a group's layer: ``conv1`` for ``conv1.weight``."""
     owner, _, last = name.rpartition(".")
     return owner if owner and last in ("weight", "weights", "bias", "biases") else name
+
+
+def _draw_zeros(
+    ax: Axes, x: Sequence[float], history: Mapping[str, Sequence[float]], colour: Mapping[str, Any]
+) -> None:
+    """A band below the smallest rate, with a row of marks for every group that has rates of 0."""
+    names = [name for name, values in history.items() if any(value == 0 for value in values)]
+    if not names:
+        return
+    positive = [math.log10(value) for values in history.values() for value in values if value > 0]
+    low, high = min(positive, default=0.0), max(positive, default=0.0)
+    row = max(high - low, 0.5) * 0.3 / max(len(names), 8)
+    top = low - row
+    for number, name in enumerate(names, start=1):
+        zeros = [t for t, value in zip(x, history[name], strict=True) if value == 0]
+        ax.plot(zeros, [10 ** (top - number * row)] * len(zeros), "|", color=colour[_layer(name)], markersize=4)
+    bottom = top - (len(names) + 1) * row
+    ax.axhspan(10**bottom, 10**top, color="0.93", zorder=0)
+    ax.annotate(
+        " rate 0", (1.0, 10 ** ((top + bottom) / 2)), xycoords=("axes fraction", "data"), va="center", fontsize=8
+    )
+    ax.set_ylim(10**bottom, 10 ** (high + row))
+    for minor in (False, True):
+        ax.set_yticks([tick for tick in ax.get_yticks(minor=minor) if 10**top < tick < 10 ** (high + row)], minor=minor)
 
 
 def _quiet(ax: Axes) -> None:

@@ -70,7 +70,7 @@ OPTIMIZERS = {
         lambda s: NewtonSummary(s.model, s.task.loss_fn, lr=s.lr, steps=s.steps, **s.curvature()), lr=1.5
     ),
     "newton-summary-paper": Recipe(
-        lambda s: NewtonSummary.paper(s.model, s.task.loss_fn, lr=s.lr, **s.curvature()), lr=0.3, plateau=True
+        lambda s: NewtonSummary.paper(s.model, s.task.loss_fn, lr=s.lr, **s.curvature()), lr=0.1, plateau=True
     ),
 }
 
