@@ -143,8 +143,9 @@ def rates(
     ax.set_title(title)
     _quiet(ax)
     if len(history) <= _MOST_IN_LEGEND:
-        legend = ax.legend(loc="center left", bbox_to_anchor=(1.03, 0.5), fontsize=7, frameon=False)
-        legend.set_title("solid: weights\ndashed: biases", {"size": 7})
+        words = "solid: weights\ndashed: biases"
+        anchor = (1.03, 0.5)
+        ax.legend(loc="center left", bbox_to_anchor=anchor, fontsize=7, frameon=False, title=words, title_fontsize=7)
     return ax
 
 
