@@ -237,7 +237,7 @@ def test_progress_is_shown_on_demand(capsys):
     shown = capsys.readouterr().err
     assert "gradient" in shown
     assert "summary" in shown
-    assert "3/3" in shown or "/3" in shown
+    assert "/3" in shown
 
 
 def test_batches_may_be_dictionaries_or_anything_else():
@@ -259,7 +259,7 @@ def test_batches_may_be_dictionaries_or_anything_else():
     ]
     for batch, loss_fn in forms:
         summary = ns.summarize(loss_fn, case.model, [batch], engine="nested")
-        same(summary, expected)
+        same(summary, expected, 1e-13)
         assert summary.weight == (5.0 if isinstance(batch, dict | list | tuple) else 1.0)
 
 
@@ -367,8 +367,9 @@ def test_states_are_restored_when_measuring_fails():
         torch.rand(1)
         raise RuntimeError("the user's own error")
 
+    loader = DataLoader(Noisy(), batch_size=3, shuffle=True)
     with unchanged(case.model), pytest.raises(RuntimeError, match="the user's own error"):
-        ns.summarize(failing, case.model, DataLoader(Noisy(), batch_size=3, shuffle=True), engine="nested")
+        ns.summarize(failing, case.model, loader, engine="nested")
 
 
 def test_loaders_over_iterable_datasets():
@@ -400,7 +401,7 @@ def changed(**changes):
         (changed(**{"0.bias": torch.ones(3)}), r"direction for '0.bias' has shape \(3,\), the parameter \(4,\)"),
         (
             changed(**{"0.bias": torch.ones(4, device="meta")}),
-            "direction for '0.bias' is on meta, the parameter on cpu",
+            "'0.bias' is on meta, the parameter on cpu",
         ),
         (
             changed(**{"0.bias": torch.tensor([1.0, torch.nan, 0.0, 0.0])}),
@@ -429,7 +430,7 @@ def test_an_optimizer_whose_step_is_not_finite():
     optimizer = torch.optim.SGD(case.model.parameters(), lr=1.0)
     case.loss.backward()
     case.model[0].bias.grad[0] = torch.nan
-    with pytest.raises(ValueError, match="direction for '0.bias'.* not finite"):
+    with pytest.raises(ValueError, match=r"direction for '0.bias'.* not finite"):
         summarize(case, direction=optimizer)
 
 
