@@ -6,7 +6,7 @@ from typing import Any, TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy.linalg import lapack
+from scipy.linalg import blas, lapack
 
 Array: TypeAlias = NDArray[Any]
 
@@ -24,12 +24,21 @@ def cholesky(matrix: Array) -> Array | None:
 
 def forward(factor: Array, right: Array) -> Array:
     """L⁻¹ b for a lower factor L."""
-    return lapack.dtrtrs(factor, right, lower=1)[0] if len(factor) else right
+    return _triangular(factor, right, 0)
 
 
 def backward(factor: Array, right: Array) -> Array:
     """L⁻ᵀ b for a lower factor L."""
-    return lapack.dtrtrs(factor, right, lower=1, trans=1)[0] if len(factor) else right
+    return _triangular(factor, right, 1)
+
+
+def _triangular(factor: Array, right: Array, transposed: int) -> Array:
+    """A triangular solve by BLAS, which LAPACK's dtrtrs would share among threads even where it takes a microsecond."""
+    if not len(factor):
+        return right
+    if right.ndim == 1:
+        return blas.dtrsv(factor, right, lower=1, trans=transposed)
+    return blas.dtrsm(1.0, factor, right, lower=1, trans_a=transposed)
 
 
 def rounding(n: int) -> float:
