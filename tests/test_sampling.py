@@ -1,0 +1,418 @@
+"""The stream of batches: independent of the user's loop and random states, and resumed exactly."""
+
+import copy
+import random
+
+import numpy as np
+import pytest
+import torch
+from cases import unchanged
+from torch import nn
+from torch.utils.data import (
+    BatchSampler,
+    DataLoader,
+    Dataset,
+    DistributedSampler,
+    IterableDataset,
+    RandomSampler,
+    Sampler,
+    SequentialSampler,
+    Subset,
+    SubsetRandomSampler,
+    TensorDataset,
+    WeightedRandomSampler,
+)
+
+from newton_summary.sampling import BatchStream
+
+CPU = torch.device("cpu")
+N = 10
+
+
+class Augmented(Dataset):
+    """Sample i with noise from each of the three global random states."""
+
+    def __len__(self):
+        return N
+
+    def __getitem__(self, i):
+        return i + 0.1 * torch.rand(3, dtype=torch.float64) + 0.01 * random.random() + 0.001 * np.random.rand()  # noqa: NPY002
+
+
+class Manual(Sampler):
+    """Draws from generators of its own, of every kind."""
+
+    def __init__(self, generator, batches=False):
+        self.generator, self.batches = generator, batches
+
+    def __iter__(self):
+        draw = {
+            torch.Generator: lambda g: torch.randperm(N, generator=g).tolist(),
+            np.random.Generator: lambda g: g.permutation(N).tolist(),
+            np.random.RandomState: lambda g: g.permutation(N).tolist(),
+            random.Random: lambda g: g.sample(range(N), N),
+        }
+        order = draw[type(self.generator)](self.generator)
+        yield from ([order[:6], order[6:]] if self.batches else order)
+
+    def __len__(self):
+        return N
+
+
+class Legacy(Sampler):
+    """Draws from the global states, all at once or one by one."""
+
+    def __init__(self, lazy):
+        self.lazy = lazy
+
+    def __iter__(self):
+        if self.lazy:
+            return (int(np.random.randint(N)) for _ in range(N))  # noqa: NPY002
+        order = list(range(N))
+        random.shuffle(order)
+        return iter(order)
+
+
+class Numbers(IterableDataset):
+    def __init__(self, shuffled=False):
+        self.shuffled = shuffled
+
+    def __iter__(self):
+        return iter(torch.randperm(N).tolist() if self.shuffled else range(N))
+
+
+GENERATORS = {
+    "torch": lambda: torch.Generator().manual_seed(5),
+    "numpy": lambda: np.random.default_rng(5),
+    "legacy numpy": lambda: np.random.RandomState(5),
+    "python": lambda: random.Random(5),
+}
+DATA = TensorDataset(torch.arange(N), torch.arange(N) * 2.0)
+
+LOADERS = {
+    "in order": lambda: DataLoader(DATA, batch_size=4),
+    "shuffled": lambda: DataLoader(DATA, batch_size=4, shuffle=True),
+    "own generator": lambda: DataLoader(DATA, batch_size=4, shuffle=True, generator=GENERATORS["torch"]()),
+    "drop last": lambda: DataLoader(DATA, batch_size=4, drop_last=True),
+    "single samples": lambda: DataLoader(DATA, batch_size=None),
+    "single samples shuffled": lambda: DataLoader(DATA, batch_size=None, sampler=RandomSampler(DATA)),
+    "augmented": lambda: DataLoader(Augmented(), batch_size=4, shuffle=True),
+    "subset sampler": lambda: DataLoader(DATA, batch_size=2, sampler=SubsetRandomSampler([1, 3, 5, 7])),
+    "weighted sampler": lambda: DataLoader(DATA, batch_size=4, sampler=WeightedRandomSampler(torch.ones(N), N)),
+    "distributed sampler": lambda: DataLoader(DATA, batch_size=2, sampler=DistributedSampler(DATA, 2, 1)),
+    "batch sampler": lambda: DataLoader(DATA, batch_sampler=BatchSampler(RandomSampler(DATA), 5, drop_last=False)),
+    "batch sampler in order": lambda: DataLoader(DATA, batch_sampler=BatchSampler(SequentialSampler(DATA), 5, True)),
+    "lazy legacy sampler": lambda: DataLoader(DATA, batch_size=4, sampler=Legacy(lazy=True)),
+    "eager legacy sampler": lambda: DataLoader(DATA, batch_size=4, sampler=Legacy(lazy=False)),
+    "iterable": lambda: DataLoader(Numbers(), batch_size=4),
+    "iterable shuffled": lambda: DataLoader(Numbers(shuffled=True), batch_size=4),
+    "iterable by itself": lambda: Numbers(shuffled=True),
+    "list": lambda: [torch.tensor([1.0, 2.0]), torch.tensor([3.0])],
+    "bare list of indices": lambda: DataLoader(DATA, batch_sampler=[[0, 1], [2], [3, 4, 5]]),
+}
+LOADERS |= {
+    f"{kind} sampler": lambda make=make: DataLoader(DATA, batch_size=4, sampler=Manual(make()))
+    for kind, make in GENERATORS.items()
+}
+LOADERS |= {
+    f"{kind} batch sampler": lambda make=make: DataLoader(DATA, batch_sampler=Manual(make(), batches=True))
+    for kind, make in GENERATORS.items()
+}
+FIXED_ORDER = ("list", "iterable", "bare list of indices")
+everywhere = pytest.mark.parametrize("kind", LOADERS)
+
+
+def take(stream, count):
+    return [stream.next(CPU) for _ in range(count)]
+
+
+def flat(batches):
+    """Batches as plain numbers."""
+
+    def plain(x):
+        return [plain(y) for y in x] if isinstance(x, list | tuple) else x.tolist() if torch.is_tensor(x) else x
+
+    return plain(batches)
+
+
+# Reproducible, and resumed exactly ------------------------------------------------------------------------------------
+
+
+@everywhere
+def test_the_order_is_a_function_of_the_seed(kind):
+    first = flat(take(BatchStream(LOADERS[kind](), seed=3), 9))
+    torch.manual_seed(99)
+    random.seed(99)
+    np.random.seed(99)  # noqa: NPY002
+    assert flat(take(BatchStream(LOADERS[kind](), seed=3), 9)) == first
+    if kind not in FIXED_ORDER:
+        assert flat(take(BatchStream(LOADERS[kind](), seed=4), 9)) != first
+
+
+@everywhere
+@pytest.mark.parametrize("read", [0, 1, 3, 8])
+def test_resuming_is_exact_at_any_position(kind, read):
+    stream = BatchStream(LOADERS[kind](), seed=3)
+    take(stream, read)
+    state = copy.deepcopy(stream.state_dict())
+    expected = flat(take(stream, 7))
+    resumed = BatchStream(LOADERS[kind](), seed=0)
+    take(resumed, 2)
+    torch.rand(5)
+    resumed.load_state_dict(state)
+    assert resumed.state_dict() == state
+    assert flat(take(resumed, 7)) == expected
+
+
+@everywhere
+def test_the_users_loop_and_the_stream_do_not_touch_each_other(kind):
+    alone = flat(take(BatchStream(LOADERS[kind](), seed=3), 8))
+
+    def loop(loader, stream=None):
+        """Two epochs of the user's; after each batch a batch of the stream."""
+        torch.manual_seed(1)
+        random.seed(1)
+        np.random.seed(1)  # noqa: NPY002
+        seen, between = [], []
+        for epoch in range(2):
+            if isinstance(getattr(loader, "sampler", None), DistributedSampler):
+                loader.sampler.set_epoch(epoch)
+            for batch in loader:
+                seen.append(flat(batch))
+                if stream is not None:
+                    between += take(stream, 1)
+        return seen, flat(between)
+
+    undisturbed, _ = loop(LOADERS[kind]())
+    loader = LOADERS[kind]()
+    seen, between = loop(loader, BatchStream(loader, seed=3))
+    assert seen == undisturbed
+    assert between[:8] == alone[: len(between)]
+
+
+@everywhere
+def test_global_random_states_stay(kind):
+    stream = BatchStream(LOADERS[kind](), seed=3)
+    for _ in range(9):
+        with unchanged(nn.Linear(1, 1)):
+            stream.next(CPU)
+
+
+@everywhere
+def test_deepcopies_go_on_alike_and_apart(kind):
+    stream = BatchStream(LOADERS[kind](), seed=3)
+    take(stream, 2)
+    twin = copy.deepcopy(stream)
+    assert twin.data is stream.data
+    ahead = flat(take(twin, 5))
+    assert flat(take(stream, 5)) == ahead
+
+
+@pytest.mark.parametrize("kind", [k for k in LOADERS if k not in FIXED_ORDER])
+def test_passes_differ(kind):
+    stream = BatchStream(LOADERS[kind](), seed=3)
+    passes = {}
+    while stream.epoch < 5:
+        batch = stream.next(CPU)
+        passes.setdefault(stream.epoch, []).append(flat(batch))
+    del passes[stream.epoch]
+    assert len({str(p) for p in passes.values()}) > 1
+
+
+# What a pass is made of -----------------------------------------------------------------------------------------------
+
+
+def one_pass(loader, seed=0):
+    stream = BatchStream(loader, seed)
+    batches = []
+    while True:
+        batch = stream.next(CPU)
+        if stream.epoch:
+            return batches
+        batches.append(batch)
+
+
+@pytest.mark.parametrize(
+    ("kind", "sizes"),
+    [
+        ("in order", [4, 4, 2]),
+        ("shuffled", [4, 4, 2]),
+        ("own generator", [4, 4, 2]),
+        ("batch sampler", [5, 5]),
+        ("batch sampler in order", [5, 5]),
+        ("torch sampler", [4, 4, 2]),
+        ("python batch sampler", [6, 4]),
+        ("bare list of indices", [2, 1, 3]),
+    ],
+)
+def test_a_pass_has_every_sample_once_in_batches_of_the_loaders_sizes(kind, sizes):
+    batches = one_pass(LOADERS[kind]())
+    assert [len(x) for x, _ in batches] == sizes
+    samples = torch.cat([x for x, _ in batches])
+    assert sorted(samples.tolist()) == list(range(sum(sizes)))
+    assert torch.equal(torch.cat([y for _, y in batches]), samples * 2.0)
+
+
+def test_drop_last_drops_the_last():
+    assert [len(x) for x, _ in one_pass(LOADERS["drop last"]())] == [4, 4]
+
+
+def test_single_samples_are_not_collated():
+    samples = one_pass(LOADERS["single samples"]())
+    assert all(x.dim() == 0 for x, _ in samples)
+    assert sorted(int(x) for x, _ in samples) == list(range(N))
+
+
+def test_a_sequential_order_is_replaced_by_a_random_one():
+    for kind in ("in order", "batch sampler in order", "single samples"):
+        batches = one_pass(LOADERS[kind]())
+        samples = torch.cat([x.view(-1) for x, _ in batches]).tolist()
+        assert samples != sorted(samples)
+
+
+def test_a_sequential_sampler_of_some_samples_stays_with_them():
+    loader = DataLoader(DATA, batch_size=2, sampler=SequentialSampler(Subset(DATA, range(6))))
+    assert sorted(torch.cat([x for x, _ in one_pass(loader)]).tolist()) == list(range(6))
+
+
+def test_samplers_choose_the_samples():
+    samples = torch.cat([x for x, _ in one_pass(LOADERS["subset sampler"]())])
+    assert sorted(samples.tolist()) == [1, 3, 5, 7]
+    half = torch.cat([x for x, _ in one_pass(LOADERS["distributed sampler"]())])
+    assert len(half) == 5
+    weights = torch.tensor([0.0] * 9 + [1.0])
+    weighted = DataLoader(DATA, batch_sampler=BatchSampler(WeightedRandomSampler(weights, N), 5, False))
+    assert all((x == 9).all() for x, _ in one_pass(weighted))
+
+
+@pytest.mark.parametrize("kind", GENERATORS)
+def test_generators_of_samplers_are_not_advanced(kind):
+    generator = GENERATORS[kind]()
+    fresh = Manual(GENERATORS[kind]())
+    for loader in (
+        DataLoader(DATA, batch_size=4, sampler=Manual(generator)),
+        DataLoader(DATA, batch_sampler=Manual(generator, batches=True)),
+        DataLoader(DATA, batch_sampler=BatchSampler(Manual(generator), 4, False)),
+    ):
+        take(BatchStream(loader), 7)
+    assert list(Manual(generator)) == list(fresh)
+
+
+@pytest.mark.parametrize("kind", ["own generator", "iterable"])
+def test_generators_of_loaders_are_not_advanced(kind):
+    generator = torch.Generator().manual_seed(5)
+    loader = LOADERS[kind]()
+    loader = DataLoader(loader.dataset, batch_size=4, generator=generator, shuffle=kind != "iterable" or None)
+    before = generator.get_state()
+    take(BatchStream(loader), 7)
+    assert torch.equal(generator.get_state(), before)
+
+
+def test_collate_functions_are_used():
+    loader = DataLoader(range(N), batch_size=5, collate_fn=lambda items: {"sum": sum(items), "x": torch.tensor(items)})
+    batches = one_pass(loader)
+    assert sum(b["sum"] for b in batches) == 45
+    iterable = DataLoader(Numbers(), batch_size=5, collate_fn=sum)
+    assert one_pass(iterable) == [10, 35]
+    single = DataLoader(range(N), batch_size=None, collate_fn=lambda item: item + 100)
+    assert sorted(one_pass(single)) == list(range(100, 110))
+
+
+def test_datasets_that_fetch_many_at_once():
+    class Many(Dataset):
+        def __len__(self):
+            return N
+
+        def __getitems__(self, indices):
+            return [100 + i for i in indices]
+
+    assert sorted(torch.cat(one_pass(DataLoader(Many(), batch_size=4))).tolist()) == list(range(100, 110))
+
+
+def test_skipped_samples_are_not_loaded():
+    loaded = []
+
+    class Recording(Dataset):
+        def __len__(self):
+            return N
+
+        def __getitem__(self, i):
+            loaded.append(i)
+            return i
+
+    stream = BatchStream(DataLoader(Recording(), batch_size=2))
+    stream.load_state_dict({"seed": 0, "epoch": 7, "position": 3})
+    stream.next(CPU)
+    assert len(loaded) == 2
+
+
+def test_workers_of_the_user_are_left_alone():
+    """The stream reads in this process: a loader with persistent workers has one iterator, which is the user's."""
+    loader = DataLoader(Numbers(), batch_size=4, num_workers=1, persistent_workers=True)
+    take(BatchStream(loader), 5)
+    assert loader._iterator is None
+
+
+def test_batches_move_to_the_device():
+    class Graph:
+        """A batch of a class of its own, as of graph libraries."""
+
+        def __init__(self):
+            self.device = CPU
+
+        def to(self, device):
+            self.device = device
+            return self
+
+    batch = {"x": torch.ones(2), "nested": [(torch.ones(1),)], "graph": Graph(), "name": "text", "none": None, "n": 3}
+    meta = torch.device("meta")
+    moved = BatchStream([batch]).next(meta)
+    assert moved["x"].device == moved["nested"][0][0].device == moved["graph"].device == meta
+    assert (moved["name"], moved["none"], moved["n"]) == ("text", None, 3)
+    assert batch["x"].device == CPU
+
+
+# Bad input ------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("data", [[], (), DataLoader([], batch_size=2), DataLoader(Subset(DATA, []), batch_size=2)])
+def test_no_data(data):
+    with pytest.raises(ValueError, match="curvature_data is empty"):
+        BatchStream(data)
+
+
+class Once:
+    """Not an iterator, but one that can be gone through only once."""
+
+    def __init__(self, batches):
+        self.batches = iter(batches)
+
+    def __iter__(self):
+        return self.batches
+
+
+def test_data_that_turns_out_empty():
+    for data in (DataLoader(Subset(DATA, range(3)), batch_size=4, drop_last=True), Once([])):
+        with pytest.raises(ValueError, match="curvature_data is empty: a pass over it gave no batch"):
+            BatchStream(data).next(CPU)
+
+
+def test_data_that_can_be_read_only_once():
+    for data, name in ((iter([1]), "list_iterator"), ((x for x in [1]), "generator"), (map(abs, [1]), "map")):
+        with pytest.raises(ValueError, match=f"curvature_data is a one-shot {name}: pass a DataLoader or a list"):
+            BatchStream(data)
+    stream = BatchStream(Once([1, 2]))
+    assert take(stream, 2) == [1, 2]
+    with pytest.raises(ValueError, match="curvature_data is empty again: it can be read only once"):
+        stream.next(CPU)
+
+
+def test_data_that_is_no_iterable():
+    for data in (3, nn.Linear(1, 1)):
+        with pytest.raises(TypeError, match="curvature_data must be an iterable of batches, got"):
+            BatchStream(data)
+
+
+def test_a_negative_seed():
+    with pytest.raises(ValueError, match="seed must not be negative, got -1"):
+        BatchStream([1], seed=-1)
