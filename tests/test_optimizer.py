@@ -19,6 +19,7 @@ from torch.utils.data import DataLoader, TensorDataset
 import newton_summary as ns
 from newton_summary.directions import Adam, Gradient
 from newton_summary.optimizer import default_partition
+from newton_summary.rates import AveragedRates
 from newton_summary.solve import Status
 
 DTYPE = torch.float64
@@ -723,3 +724,12 @@ def test_training_goes_down_in_every_direction(direction) -> None:
     optimizer = ns.NewtonSummary(model, loss_fn, curvature_data=make_loader(), direction=direction, every=5)
     run(model, optimizer, batches, 100)
     assert total_loss(model) < 0.3 * total_loss(make_model())
+
+
+def test_where_the_model_has_no_minimum_the_target_is_taken() -> None:
+    """Negative curvature in a group without a cubic term, more of it than the shrinkage makes up for."""
+    rule = AveragedRates(shrinkage=0.5)
+    summary = ns.Summary(loss=1.0, gradient=[1.0, 0.5], hessian=[[4.0, 0.0], [0.0, -1.0]], third=[0.0, 0.0])
+    assert not ns.solve.cubic(ns.solve.shrink(summary, 0.5)).ok
+    assert rule.update(summary) is Status.SOLVED
+    assert rule.rates.tolist() == pytest.approx([0.5, 0.5])  # (1 + 0.5) / |4 − 1|

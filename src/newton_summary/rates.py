@@ -90,7 +90,8 @@ class AveragedRates:
     """The default rule: average the measurements, solve their cubic model, and never step uphill in it.
 
     1. ḡ, H̄ and |D^(3)[s, s, s]| are averaged over measurements.
-    2. The cubic model of the averages is shrunk towards a target and solved; negative rates are set to zero.
+    2. The cubic model of the averages is shrunk towards a target and solved; negative rates are set to zero.  Where it
+       has no minimum (no cubic term and negative curvature), the target itself is taken: what remains as ρ grows.
     3. No rate more than doubles between measurements.
     4. An exact line search along the result in the cubic model of the averages, never beyond 1.
 
@@ -129,9 +130,8 @@ class AveragedRates:
         mean = self.average.update(summary)
         shrunk = solve.shrink(mean, self.shrinkage, self.target)
         step = solve.cubic(shrunk, self.regularization)
-        if not step.ok:
-            return step.status
-        limited = step.sizes.clamp(min=0)
+        sizes = step.sizes if step.ok else solve.target_rates(mean, self.target)
+        limited = sizes.clamp(min=0)
         if self._ceiling is not None:
             limited = torch.minimum(limited, self._ceiling)
         step = solve.line_search(mean, limited, self.regularization)

@@ -25,6 +25,14 @@ class AutoEngine:
         self.nested = NestedEngine()
         self._warned: weakref.WeakKeyDictionary[nn.Module, set[str]] = weakref.WeakKeyDictionary()
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        """A copy, or what is unpickled, warns anew."""
+        return AutoEngine, (self.forward,)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> AutoEngine:
+        """The same engine, as for :class:`ForwardEngine`."""
+        return self
+
     def measure(
         self, loss: Loss, batch: Any, partition: Partition, direction: Sequence[Tensor], order: int, third: str
     ) -> Summary:

@@ -71,6 +71,14 @@ class ForwardEngine:
                 raise known.refusal
             return self._measure_anew(inputs, request, known)
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        """A copy, or what is unpickled, traces anew."""
+        return ForwardEngine, (self.graphs,)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> ForwardEngine:
+        """The same engine: what it keeps are graphs, and those of a copied model are its own."""
+        return self
+
     def __len__(self) -> int:
         """How many graphs are kept."""
         return sum(entry.graph is not None for entries in self._known.values() for entry in entries)

@@ -10,7 +10,7 @@ from newton_summary.solve.line_search import line_search
 from newton_summary.solve.model import decrease
 from newton_summary.solve.newton import newton
 from newton_summary.solve.ridge import ridge
-from newton_summary.solve.shrinkage import shrink
+from newton_summary.solve.shrinkage import shrink, target_rates
 from newton_summary.solve.step import Status, Step
 
-__all__ = ["Status", "Step", "cubic", "decrease", "line_search", "newton", "ridge", "shrink"]
+__all__ = ["Status", "Step", "cubic", "decrease", "line_search", "newton", "ridge", "shrink", "target_rates"]

@@ -44,14 +44,33 @@ def shrink(summary: Summary, strength: float, target: str = "shared") -> Summary
         tensor([2.6000, 3.4000], dtype=torch.float64)
     """
     check_not_negative("strength", strength)
+    host = summary.cpu()
+    rates = target_rates(host, target)
+    assert host.hessian is not None
+    weights = strength * host.hessian.diagonal().abs()
+    return replace(host, gradient=host.gradient + weights * rates, hessian=host.hessian + weights.diag())
+
+
+def target_rates(summary: Summary, target: str = "shared") -> Tensor:
+    """The targets t that :func:`shrink` draws the rates to, shape (S,), on the host: what remains as ρ grows.
+
+    Args:
+        summary: with the second order.
+        target: ``"shared"`` or ``"invariant"``.
+
+    Raises:
+        ValueError: the second order was not measured, or the target is unknown.
+
+    Example:
+        >>> target_rates(Summary(loss=1.0, gradient=[2.0, 1.0], hessian=[[1.0, 0.0], [0.0, 4.0]]))
+        tensor([0.6000, 0.6000], dtype=torch.float64)
+    """
     if target not in _TARGETS:
         raise ValueError(f"no target is called {target!r}: the targets are {', '.join(map(repr, _TARGETS))}")
     host = summary.cpu()
     if host.hessian is None:
         raise ValueError("shrinkage needs the second order, which was not measured: summarize(..., order=2)")
-    weights = strength * host.hessian.diagonal().abs()
-    rates = _TARGETS[target](host.gradient, host.hessian)
-    return replace(host, gradient=host.gradient + weights * rates, hessian=host.hessian + weights.diag())
+    return _TARGETS[target](host.gradient, host.hessian)
 
 
 def _shared(gradient: Tensor, hessian: Tensor) -> Tensor:
