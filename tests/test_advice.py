@@ -214,15 +214,19 @@ def test_pairs_are_named_where_their_interaction_is_strong_and_sure() -> None:
     assert advise([pair(0.9), pair(-0.2), pair(1.2)]).pairs == ()
 
 
-def test_ranking_puts_what_is_surely_off_first() -> None:
-    def batch(noise: float) -> Summary:
-        return Summary(
-            1.0, [1.0, 30.0 + 25 * noise, 0.1 + 0.01 * noise], np.eye(3), [0.0] * 3, ["right", "unsure", "large"]
-        )
+def test_ranking_puts_what_differs_from_the_rest_first() -> None:
+    def batch(*gradient: float) -> Summary:
+        return Summary(1.0, gradient, np.eye(4), [0.0] * 4, ["a", "b", "c", "d"])
 
-    ranked = advise([batch(e) for e in (-1.0, 0.0, 1.0)]).ranked()
-    assert [g.name for g in ranked] == ["large", "unsure", "right"]
-    assert ranked[0].off > 0 == ranked[1].off
+    def ranking(*parts: Summary) -> list[str]:
+        return [g.name for g in advise(parts).ranked()]
+
+    assert ranking(batch(20.0, 22.0, 1.0, 90.0))[:2] == ["c", "d"]
+    assert ranking(batch(1.0, 1.2, -1.0, 30.0))[:2] == ["c", "d"]
+    noisy = batch(1.0, 1.2, 5.0, 30.0), batch(1.0, 1.3, -6.0, 31.0)  # c: no descent that can be told from noise
+    assert [ranking(*noisy)[0], ranking(*noisy)[-1]] == ["d", "c"]
+    downhill = batch(1.0, 1.2, -1.0, 30.0), batch(1.0, 1.3, -1.001, 31.0)
+    assert ranking(*downhill)[0] == "c"
 
 
 def test_the_table_is_readable() -> None:

@@ -2,8 +2,9 @@
 
 from newton_summary import measure, solve
 from newton_summary.measure import summarize
+from newton_summary.monitor import Monitor
 from newton_summary.optimizer import NewtonSummary
 from newton_summary.partition import Partition
 from newton_summary.summary import Summary
 
-__all__ = ["NewtonSummary", "Partition", "Summary", "measure", "solve", "summarize"]
+__all__ = ["Monitor", "NewtonSummary", "Partition", "Summary", "measure", "solve", "summarize"]

@@ -34,6 +34,7 @@ _REACH = 1e6  # an interval is searched this far on both sides of its scale; bey
 _GRID = 400
 _HALVINGS = 55
 _MOST_PAIRS = 5
+_NO_DESCENT = 1e-3  # where a group ranks that does not descend at all
 
 
 @dataclass(frozen=True)
@@ -56,15 +57,6 @@ class GroupAdvice:
     high: float
     joint: float
     words: str
-
-    @property
-    def off(self) -> float:
-        """How far from 1 the factor is at the least: the distance of log10 of the interval's nearer end from 0.
-
-        0 where the interval holds 1; that of the factor itself where there is no interval.
-        """
-        low, high = (self.alone, self.alone) if math.isnan(self.low) else (self.low, self.high)
-        return _decades(low) if low > 1 else -_decades(high) if high < 1 else 0.0
 
 
 @dataclass(frozen=True)
@@ -115,8 +107,14 @@ class Advice:
         raise KeyError(f"no group is called {name!r}: the groups are {', '.join(g.name for g in self.groups)}")
 
     def ranked(self) -> list[GroupAdvice]:
-        """The groups, those whose rates are surely the furthest off first; ties by the factor itself."""
-        return sorted(self.groups, key=lambda g: (g.off, abs(_decades(g.alone))), reverse=True)
+        """The groups, those whose factors are furthest from the median of all factors first.
+
+        What all groups share, such as a learning rate that is too small everywhere, singles out none of them.
+        """
+        decades = np.array([_clear_decades(group) for group in self.groups])
+        distances = np.abs(decades - np.nanmedian(decades)) if not np.isnan(decades).all() else decades
+        order = sorted(range(len(self)), key=lambda i: -np.nan_to_num(distances[i], nan=-1.0))
+        return [self.groups[i] for i in order]
 
     def sentences(self) -> list[str]:
         """Everything that is worth saying, the most important first."""
@@ -366,8 +364,17 @@ def _strong_pairs(parts: Sequence[Summary], mean: Summary, level: float) -> tupl
     return tuple(sorted(found, key=lambda pair: -abs(pair.correlation))[:_MOST_PAIRS])
 
 
-def _decades(factor: float) -> float:
-    return math.log10(factor) if factor > 0 else -math.inf
+def _clear_decades(group: GroupAdvice) -> float:
+    """log10 of a group's factor; where that is 0 or infinite, of the end of its interval; NaN where that is, too.
+
+    So a group without descent that could be told from noise has no rank.
+    """
+    factor, low, high = group.alone, group.low, group.high
+    if factor == 0:
+        factor = _NO_DESCENT if high == 0 or math.isnan(high) else high if high < 1 else math.inf
+    elif math.isinf(factor):
+        factor = 1 / _NO_DESCENT if math.isinf(low) or math.isnan(low) else low
+    return math.log10(factor) if math.isfinite(factor) else math.nan
 
 
 def _inverse(factor: float) -> float:

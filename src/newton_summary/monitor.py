@@ -133,7 +133,7 @@ class Monitor:
         every: int = 100,
         writer: Writer | None = None,
         path: str | Path | None = None,
-        window: int = 5,
+        window: int = 20,
         history: int = 1000,
         level: float = 0.9,
         regularization: float = 1.0,
@@ -224,6 +224,8 @@ class Monitor:
         self._write_last()
         device = self.partition.device
         batches, randomness = list(batches), _Randomness(device)
+        if not batches:
+            raise ValueError("there are no batches to measure on")
         along = next_step(self.optimizer, self.partition.parameters)
         with preserved_randomness({device}):
             parts = [

@@ -1,0 +1,307 @@
+"""The monitor: what it measures, that it changes nothing, and what it remembers."""
+
+from __future__ import annotations
+
+import copy
+import gc
+import json
+import math
+import sys
+import tracemalloc
+
+import pytest
+import torch
+from reference import dense_derivatives
+from torch import nn
+from torch.utils.data import DataLoader, TensorDataset
+
+import newton_summary as ns
+from newton_summary.advice import advise
+
+
+def make_model(dtype=torch.float64, noisy: bool = False) -> nn.Sequential:
+    torch.manual_seed(1)
+    between = [nn.BatchNorm1d(8), nn.Dropout(0.3)] if noisy else [nn.Identity(), nn.Identity()]
+    return nn.Sequential(nn.Linear(5, 8), nn.Tanh(), *between, nn.Linear(8, 3)).to(dtype)
+
+
+def loss_fn(model, batch):
+    return nn.functional.cross_entropy(model(batch[0]), batch[1])
+
+
+def make_batches(count: int = 8, size: int = 16, dtype=torch.float64):
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(count * size, 5, generator=generator, dtype=dtype)
+    y = (x @ torch.randn(5, 3, generator=generator, dtype=dtype)).argmax(1)
+    return list(zip(x.split(size), y.split(size), strict=True))
+
+
+def train(model, optimizer, batches, steps: int, monitor=None, before=None) -> None:
+    for t in range(steps):
+        batch = batches[t % len(batches)]
+        optimizer.zero_grad()
+        loss_fn(model, batch).backward()
+        if before is not None:
+            before(t)
+        if monitor is not None:
+            monitor.step(batch)
+        optimizer.step()
+
+
+def flat_state(model, optimizer) -> list[torch.Tensor]:
+    state = [value for _, value in sorted(model.state_dict().items())]
+    for p in model.parameters():
+        state += [value for _, value in sorted(optimizer.state[p].items()) if isinstance(value, torch.Tensor)]
+        state += [] if p.grad is None else [p.grad]
+    return [torch.get_rng_state(), *state]
+
+
+OPTIMIZERS = {
+    "adam": lambda p: torch.optim.Adam(p, lr=1e-2),
+    "adamw": lambda p: torch.optim.AdamW(p, lr=1e-2, amsgrad=True),
+    "momentum": lambda p: torch.optim.SGD(p, lr=0.1, momentum=0.9, nesterov=True, weight_decay=1e-3),
+    "rmsprop": lambda p: torch.optim.RMSprop(p, lr=1e-3, centered=True),
+}
+
+
+# It changes nothing ---------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("way", ["step", "attach"])
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_training_is_the_same_bit_for_bit_with_dropout_and_batch_norm(name: str, way: str) -> None:
+    results = []
+    for watched in (False, True):
+        model = make_model(torch.float32, noisy=True)
+        optimizer = OPTIMIZERS[name](model.parameters())
+        scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, 20)
+        loader = DataLoader(
+            TensorDataset(*map(torch.cat, zip(*make_batches(dtype=torch.float32), strict=True))), 16, True
+        )
+        monitor = ns.Monitor(model, loss_fn, optimizer=optimizer, every=3) if watched else None
+        if monitor is not None and way == "attach":
+            monitor.attach(loader, repeats=2)
+        torch.manual_seed(5)
+        for _ in range(3):
+            for batch in loader:
+                optimizer.zero_grad()
+                loss_fn(model, batch).backward()
+                if monitor is not None and way == "step":
+                    monitor.step(batch)
+                optimizer.step()
+                scheduler.step()
+        if monitor is not None:
+            assert monitor.counts["measured"] == len(monitor.records) == 8
+        results.append(flat_state(model, optimizer))
+    assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
+    assert len(results[0]) > 20
+
+
+# What it measures -----------------------------------------------------------------------------------------------------
+
+
+def test_a_measurement_is_the_summary_along_the_optimizers_own_step() -> None:
+    model, batches = make_model(), make_batches()
+    optimizer = torch.optim.Adam(model.parameters(), lr=1e-2)
+    monitor = ns.Monitor(model, loss_fn, optimizer=optimizer, every=4)
+    train(model, optimizer, batches, 6, monitor)
+    optimizer.zero_grad()
+    loss_fn(model, batches[6]).backward()
+    advice = monitor.measure([batches[7]])
+    twin, memory = copy.deepcopy(model), copy.deepcopy(optimizer.state_dict())
+    for p, q in zip(twin.parameters(), model.parameters(), strict=True):
+        p.grad = q.grad.clone()
+    other = torch.optim.Adam(twin.parameters(), lr=1e-2)
+    other.load_state_dict(memory)
+    other.step()
+    along = [(p - q).detach() for p, q in zip(model.parameters(), twin.parameters(), strict=True)]
+    loss, gradient, hessian, third = dense_derivatives(loss_fn, model, batches[7], monitor.partition, along, 3)
+    torch.testing.assert_close(monitor.summary.loss, loss, rtol=1e-9, atol=0)
+    torch.testing.assert_close(monitor.summary.gradient, gradient, rtol=1e-9, atol=1e-14)
+    torch.testing.assert_close(monitor.summary.hessian, hessian, rtol=1e-9, atol=1e-14)
+    torch.testing.assert_close(monitor.summary.third, torch.einsum("sss->s", third), rtol=1e-8, atol=1e-14)
+    assert advice is monitor.advice
+    record = monitor.records[-1]
+    assert record.predicted_decrease == pytest.approx((gradient.sum() - hessian.sum() / 2).item(), rel=1e-8)
+    optimizer.step()
+    expected = loss - loss_fn(twin, batches[7])
+    assert monitor.records[-1].actual_decrease == pytest.approx(expected.item(), rel=1e-9)
+    assert monitor.records[-1].actual_decrease == pytest.approx(record.predicted_decrease, rel=0.3)
+
+
+def test_the_actual_decrease_meets_the_same_dropout_and_batch_statistics() -> None:
+    model, batches = make_model(noisy=True), make_batches()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
+    monitor = ns.Monitor(model, loss_fn, optimizer=optimizer, every=1)
+    train(model, optimizer, batches, 3, monitor)
+    assert [record.actual_decrease for record in monitor.records] == [0.0, 0.0, 0.0]
+
+
+def test_repeated_batches_are_pooled_over_the_window() -> None:
+    model, batches = make_model(), make_batches()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    monitor = ns.Monitor(model, loss_fn, optimizer=optimizer, window=3, level=0.8)
+    loss_fn(model, batches[0]).backward()
+    monitor.measure([batches[1]])
+    monitor.measure(batches[2:6])
+    along = [0.1 * p.grad for p in model.parameters()]
+    parts = [ns.summarize(loss_fn, model, [b], direction=along) for b in batches[3:6]]
+    expected = advise(parts, level=0.8)
+    assert monitor.advice.batches == 3
+    for mine, theirs in zip(monitor.advice.groups, expected.groups, strict=True):
+        assert mine.alone == pytest.approx(theirs.alone, rel=1e-9)
+        assert mine.high == pytest.approx(theirs.high, rel=1e-9)
+    whole = ns.summarize(loss_fn, model, batches[2:6], direction=along)
+    torch.testing.assert_close(monitor.summary.hessian, whole.hessian)
+
+
+@pytest.mark.parametrize("name", ["adam", "adamw", "momentum"])
+@pytest.mark.parametrize("c", [30.0, 1 / 30])
+def test_scaling_a_groups_learning_rate_divides_its_factor(name: str, c: float) -> None:
+    factors = []
+    for scale in (1.0, c):
+        model, batches = make_model(), make_batches()
+        optimizer = OPTIMIZERS[name](ns.Partition.canonical(model).param_groups())
+        train(model, optimizer, batches, 5)
+        optimizer.param_groups[2]["lr"] *= scale
+        monitor = ns.Monitor(model, loss_fn, optimizer=optimizer)
+        loss_fn(model, batches[0]).backward()
+        monitor.measure(batches[1:4])
+        factors.append(torch.tensor([[g.alone, g.low, g.high] for g in monitor.advice.groups], dtype=torch.float64))
+    expected = factors[0].clone()
+    expected[2] /= c
+    torch.testing.assert_close(factors[1], expected, rtol=1e-9, atol=0)
+
+
+def test_older_measurements_count_in_todays_learning_rates() -> None:
+    model, batches = make_model(), make_batches()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    monitor = ns.Monitor(model, loss_fn, optimizer=optimizer)
+    loss_fn(model, batches[0]).backward()
+    before = monitor.measure(batches[1:3])
+    optimizer.param_groups[0]["lr"] = 0.025
+    after = monitor.measure(batches[1:3])
+    assert after.batches == 4
+    for a, b in zip(before.groups, after.groups, strict=True):
+        assert b.alone == pytest.approx(4 * a.alone, rel=1e-9)
+
+
+def test_attached_it_measures_within_step_on_clipped_gradients() -> None:
+    model, batches = make_model(), make_batches()
+    optimizer = torch.optim.SGD(model.parameters(), lr=1.0)
+    monitor = ns.Monitor(model, loss_fn, optimizer=optimizer, every=2).attach(batches)
+    train(model, optimizer, batches, 5, before=lambda t: nn.utils.clip_grad_norm_(model.parameters(), 1e-3))
+    assert [record.step for record in monitor.records] == [0, 2, 4]
+    assert all(0 < abs(r.actual_decrease) < 2e-3 for r in monitor.records)
+    monitor.close()
+    train(model, optimizer, batches, 4)
+    assert monitor.counts["measured"] == 3
+    assert not optimizer._optimizer_step_pre_hooks
+    assert not optimizer._optimizer_step_post_hooks
+
+
+# What it remembers ----------------------------------------------------------------------------------------------------
+
+
+class Scalars(list):
+    def add_scalar(self, tag, value, step) -> None:
+        self.append((tag, value, step))
+
+
+def test_records_go_to_a_file_a_frame_and_a_writer(tmp_path) -> None:
+    model, batches = make_model(), make_batches()
+    optimizer = torch.optim.Adam(model.parameters(), lr=1e-2)
+    writer, path = Scalars(), tmp_path / "advice.jsonl"
+    monitor = ns.Monitor(model, loss_fn, optimizer=optimizer, every=2, writer=writer, path=path, history=3)
+    train(model, optimizer, batches, 9, monitor)
+    monitor.measure([batches[0]])  # a step that is never taken is written by close()
+    monitor.close()
+    rows = [json.loads(line, parse_constant=pytest.fail) for line in path.read_text().splitlines()]
+    assert [row["step"] for row in rows] == [0, 2, 4, 6, 8, 8]
+    assert rows[-1]["actual_decrease"] is None
+    assert rows[0]["low"] == [None] * 4  # a single batch gives no interval
+    assert [r.step for r in monitor.records] == [6, 8, 8]
+    frame = monitor.to_frame()
+    assert len(frame) == 12
+    assert list(frame.group[:4]) == list(monitor.partition.names)
+    assert set(frame.learning_rate) == {1e-2}
+    assert {"step", "loss", "alone", "low", "high", "joint", "words", "predicted_decrease"} <= set(frame.columns)
+    assert frame.alone.iloc[-1] == monitor.advice.groups[-1].alone
+    tags = {tag for tag, _, _ in writer}
+    assert {"newton_summary/actual_decrease", "newton_summary/alone/0.weight"} <= tags
+    assert all(math.isfinite(value) for _, value, _ in writer)
+
+
+def test_a_missing_pandas_is_named(monkeypatch) -> None:
+    monkeypatch.setitem(sys.modules, "pandas", None)
+    model = make_model()
+    monitor = ns.Monitor(model, loss_fn, optimizer=torch.optim.SGD(model.parameters(), lr=0.1))
+    with pytest.raises(ImportError, match="pip install pandas"):
+        monitor.to_frame()
+
+
+@pytest.mark.slow
+def test_memory_is_flat_over_1000_monitored_steps() -> None:
+    model, batches = make_model(torch.float32), make_batches(dtype=torch.float32)
+    optimizer = torch.optim.Adam(model.parameters(), lr=1e-3)
+    monitor = ns.Monitor(model, loss_fn, optimizer=optimizer, every=1, history=50)
+
+    def tensors() -> int:
+        gc.collect()
+        return sum(issubclass(type(o), torch.Tensor) for o in gc.get_objects())
+
+    train(model, optimizer, batches, 100, monitor)
+    tracemalloc.start()
+    before, (size, _) = tensors(), tracemalloc.get_traced_memory()
+    train(model, optimizer, batches, 1000, monitor)
+    after, (grown, _) = tensors(), tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert after == before
+    assert grown - size < 1_000_000  # a leak of one record a step would be more
+    assert monitor.counts["measured"] == 1100
+    assert len(monitor.records) == 50
+
+
+# Misuse and failure ---------------------------------------------------------------------------------------------------
+
+
+def test_a_batch_that_is_not_finite_changes_no_advice() -> None:
+    model, batches = make_model(), make_batches()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    monitor = ns.Monitor(model, loss_fn, optimizer=optimizer)
+    loss_fn(model, batches[0]).backward()
+    advice = monitor.measure([batches[0]])
+    assert monitor.measure([(batches[0][0] * math.nan, batches[0][1])]) is None
+    assert monitor.advice is advice
+    assert monitor.counts == {"measured": 2, "failed": 1}
+    assert len(monitor.records) == 1
+    optimizer.step()
+
+
+def test_misuse_is_refused() -> None:
+    model = make_model()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    with pytest.raises(ValueError, match="every must be positive"):
+        ns.Monitor(model, loss_fn, optimizer=optimizer, every=0)
+    with pytest.raises(ValueError, match="holds no parameter of this model"):
+        ns.Monitor(model, loss_fn, optimizer=torch.optim.SGD(make_model().parameters(), lr=0.1))
+    with pytest.raises(TypeError, match="measures by itself"):
+        ns.Monitor(model, loss_fn, optimizer=ns.NewtonSummary(model, loss_fn))
+    monitor = ns.Monitor(model, loss_fn, optimizer=optimizer)
+    with pytest.raises(ValueError, match="call backward"):
+        monitor.step(make_batches()[0])
+    with pytest.raises(ValueError, match="one-shot"):
+        monitor.attach(iter(make_batches()))
+    loss_fn(model, make_batches()[0]).backward()
+    with pytest.raises(ValueError, match="no batches"):
+        monitor.measure([])
+
+
+def test_groups_that_the_optimizer_does_not_hold_do_not_move() -> None:
+    model, batches = make_model(), make_batches()
+    optimizer = torch.optim.SGD(model[4].parameters(), lr=0.1)
+    monitor = ns.Monitor(model, loss_fn, optimizer=optimizer)
+    loss_fn(model, batches[0]).backward()
+    advice = monitor.measure(batches[1:4])
+    assert advice["0.weight"].words == "`0.weight`: this step does not move it"
+    assert math.isnan(monitor.records[-1].learning_rates[0])
