@@ -99,7 +99,7 @@ def test_train_takes_its_options(run, workplace):
     assert code == 0
     header = json.loads((workplace / "here" / "metrics.jsonl").read_text().splitlines()[0])
     assert header["config"] == {"task": "tiny", "optimizer": "sgd", "lr": 0.05, "epochs": 1, "seed": 3}
-    assert header["environment"]["threads"] == 1
+    assert header["environments"][0]["threads"] == 1
 
 
 def test_train_goes_on_after_ctrl_c(run, workplace, monkeypatch):

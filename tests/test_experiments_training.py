@@ -14,7 +14,7 @@ import pytest
 import torch
 from torch.nn import functional
 
-from newton_summary.experiments import files
+from newton_summary.experiments import files, training
 from newton_summary.experiments.errors import UsageError
 from newton_summary.experiments.models import mlp
 from newton_summary.experiments.optimizers import CHECK_EVERY, OPTIMIZERS, default_rate
@@ -62,7 +62,7 @@ def test_a_run_learns_and_records_every_epoch(optimizer, digits, tmp_path):
     header, *lines = map(json.loads, (tmp_path / "run" / "metrics.jsonl").read_text().splitlines())
     assert header["config"] == dataclasses.asdict(config)
     assert header["data"] == {"digest": digits.digest, "train": 1600, "validation": 197}
-    assert header["environment"]["torch"] == torch.__version__
+    assert [env["torch"] for env in header["environments"]] == [torch.__version__]
     assert [Row(**line) for line in lines] == run.rows
     assert [(row.epoch, row.step) for row in run.rows] == [(0, 0), (1, 16), (2, 32), (3, 48)]
     assert run.rows[-1].train_loss < run.rows[0].train_loss
@@ -161,11 +161,9 @@ def test_a_run_that_diverges_ends_cleanly(lr, digits, tmp_path):
     assert json.loads(lines[-1])["diverged"] is True
     assert "NaN" not in "".join(lines)
     assert "Infinity" not in "".join(lines)
-    before = (tmp_path / "run" / "metrics.jsonl").read_bytes()
     again = train(SMALL, config, digits, tmp_path / "run")
     assert again.rows == run.rows
-    header = json.loads(before.splitlines()[0])
-    assert json.loads((tmp_path / "run" / "metrics.jsonl").read_text().splitlines()[0]) == header
+    assert (tmp_path / "run" / "metrics.jsonl").read_text().splitlines() == lines
 
 
 # Stopping and going on ------------------------------------------------------------------------------------------------
@@ -192,6 +190,21 @@ def test_an_interrupted_run_goes_on_bit_for_bit(whole, at, digits, tmp_path):
     lines = [(path / "metrics.jsonl").read_text().splitlines() for path in (whole_folder, folder)]
     for ours, theirs in zip(*(map(json.loads, part) for part in lines), strict=True):
         assert {**ours, "seconds": 0} == {**theirs, "seconds": 0}
+
+
+def test_every_environment_of_a_run_is_recorded_once(digits, tmp_path, monkeypatch):
+    def environments():
+        return json.loads((tmp_path / "metrics.jsonl").read_text().splitlines()[0])["environments"]
+
+    config = Config.of(SMALL, "sgd")
+    for number, at in enumerate((5, 5)):
+        monkeypatch.setattr(training, "environment", lambda number=number: {"machine": number})
+        with pytest.raises(Interrupted):
+            train(interrupting(SMALL, at), config, digits, tmp_path)
+    train(SMALL, config, digits, tmp_path)
+    monkeypatch.setattr(training, "environment", lambda: {"machine": "of a reader"})
+    train(SMALL, config, digits, tmp_path)
+    assert environments() == [{"machine": 0}, {"machine": 1}]
 
 
 def test_ctrl_c_twice_interrupts_at_once_and_the_handler_is_given_back(digits, tmp_path):

@@ -146,7 +146,7 @@ def _resumed_run(options: argparse.Namespace) -> tuple[Config, Path]:
     config = Config(**state["config"])
     keys = ("task", "optimizer", "lr", "epochs", "seed")
     _refuse_changes(options, {key: getattr(config, key) for key in keys})
-    _set_threads(options.threads or state["threads"])
+    _set_threads(options.threads or state["environments"][-1]["threads"])
     return config, options.resume
 
 

@@ -175,6 +175,7 @@ class Trainer:
         )
         self.epoch, self.position, self.seconds = 0, 0, 0.0
         self.rows: list[Row] = []
+        self.environments = [environment()]
         self._batches: Iterator[Batch] | None = None
 
     @property
@@ -241,7 +242,7 @@ class Trainer:
         """Writes the checkpoint and the metrics."""
         if folder is not None:
             files.save_checkpoint(folder, self.state_dict())
-            header = {"config": asdict(self.config), "data": self.data.describe(), "environment": environment()}
+            header = {"config": asdict(self.config), "data": self.data.describe(), "environments": self.environments}
             files.write_metrics(folder, header, map(asdict, self.rows))
 
     def state_dict(self) -> dict[str, Any]:
@@ -249,7 +250,7 @@ class Trainer:
         return {
             "config": asdict(self.config),
             "data": self.data.describe(),
-            "threads": torch.get_num_threads(),
+            "environments": self.environments,
             "model": self.model.state_dict(),
             "optimizer": self.optimizer.state_dict(),
             "plateau": None if self.plateau is None else self.plateau.state_dict(),
@@ -277,6 +278,8 @@ class Trainer:
             self.plateau.load_state_dict(state["plateau"])
         self.epoch, self.position, self.seconds = state["place"]
         self.rows = [Row(**row) for row in state["rows"]]
+        before = state["environments"]
+        self.environments = before if self.finished or before[-1] == environment() else [*before, environment()]
         torch.set_rng_state(state["random"])
 
 
@@ -297,7 +300,7 @@ def environment() -> dict[str, Any]:
     """The versions and settings that a run's numbers may depend on."""
     return {
         "newton-summary": version("newton-summary"),
-        "torch": torch.__version__,
+        "torch": str(torch.__version__),  # a plain string, that checkpoints can hold
         "python": platform.python_version(),
         "machine": platform.machine(),
         "threads": torch.get_num_threads(),
