@@ -352,7 +352,7 @@ def checkpointed():
     return inner, loss, torch.randn(5, 4)
 
 
-# Normalisation that torch differentiates three times ----------------------------------------------------------------------
+# Normalisation that torch differentiates three times -----------------------------------------------------------------
 
 
 def _normalised(x: Tensor, dims, eps: float) -> Tensor:

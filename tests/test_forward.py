@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import gc
+import pickle
 import warnings
 import weakref
 
@@ -183,15 +184,26 @@ def test_nothing_of_the_users_changes(name):
 
 
 def test_dead_models_are_not_kept():
+    def capturing(model):
+        return lambda m, batch: cross_entropy(m, batch) + 0.0 * len(list(model.children()))
+
     engine, case = ForwardEngine(), CASES["mlp"]()
-    model = case.model
-    case.loss_fn = lambda _, batch: cross_entropy(model, batch)  # captures the model
-    case.loss_fn = lambda m, batch: cross_entropy(m, batch) + 0.0 * sum(len(list(model.children())) for _ in range(1))
+    case.loss_fn = capturing(case.model)
     measure(engine, case)
-    alive = weakref.ref(model)
-    del model, case
+    alive = weakref.ref(case.model)
+    del case
     gc.collect()
     assert alive() is None
+    assert len(engine) == 0
+
+
+@pytest.mark.parametrize("copied", [copy.deepcopy, lambda engine: pickle.loads(pickle.dumps(engine))])
+def test_a_copied_engine_starts_anew(copied):
+    case, engine = CASES["mlp"](), AutoEngine(ForwardEngine(graphs=3))
+    expected = measure(engine, case)
+    other = copied(engine)
+    assert (len(other.forward), other.forward.graphs) == (0, 3)
+    assert_close(measure(other, case), expected)
 
 
 # The cache ------------------------------------------------------------------------------------------------------------

@@ -21,7 +21,7 @@ class AutoEngine:
     """The forward engine, and nested differentiation for what that refuses, with one warning for each model."""
 
     def __init__(self, forward: ForwardEngine | None = None) -> None:
-        self.forward = forward or ForwardEngine()
+        self.forward = ForwardEngine() if forward is None else forward
         self.nested = NestedEngine()
         self._warned: weakref.WeakKeyDictionary[nn.Module, set[str]] = weakref.WeakKeyDictionary()
 

@@ -55,6 +55,8 @@ class ForwardEngine:
         """
         if order > 3:
             raise Refusal(f"order {order} is above 3")
+        if order == 3 and third == "full":
+            raise Refusal("all of the third order is not measured in this way yet")
         with loss.undisturbed(), torch.autocast(partition.device.type, enabled=False):
             inputs = Inputs(loss, batch, partition)
             known = self._find(inputs)
