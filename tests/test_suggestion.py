@@ -1,0 +1,220 @@
+"""Suggested learning rates: closed forms, the search, what they leave alone, and that training with them is good."""
+
+from __future__ import annotations
+
+import copy
+import math
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+from torch.utils.data import DataLoader, TensorDataset
+
+import newton_summary as ns
+from newton_summary.experiments.data import digits
+from newton_summary.experiments.models import initialised, mlp
+from newton_summary.suggestion import profile, search
+
+
+def make_model(noisy: bool = False) -> nn.Sequential:
+    torch.manual_seed(1)
+    between = [nn.BatchNorm1d(8), nn.Dropout(0.3)] if noisy else [nn.Identity(), nn.Identity()]
+    return nn.Sequential(nn.Linear(5, 8), nn.Tanh(), *between, nn.Linear(8, 3))
+
+
+def loss_fn(model, batch):
+    return nn.functional.cross_entropy(model(batch[0]), batch[1])
+
+
+def make_data(count: int = 128):
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(count, 5, generator=generator)
+    return x, (x @ torch.randn(5, 3, generator=generator)).argmax(1)
+
+
+def make_batches():
+    x, y = make_data()
+    return list(zip(x.split(16), y.split(16), strict=True))
+
+
+# Parts ----------------------------------------------------------------------------------------------------------------
+
+
+def test_the_profile_in_closed_form() -> None:
+    summary = ns.Summary(1.0, [2.0, 3.0, -1.0], [[4.0, 1.0, 0.0], [1.0, 0.5, 0.0], [0.0, 0.0, 1.5]], [0.0, 0.0, 1.0])
+    shared = 4.0 / 8.0
+    mean = np.sqrt([shared * 0.5, shared * 6.0, shared * shared])
+    hessian = summary.hessian.numpy()
+    expected = mean * abs(np.dot([2.0, 3.0, -1.0], mean) / (mean @ hessian @ mean))
+    assert profile(summary).tolist() == pytest.approx(expected.tolist())
+    assert profile(summary.scale([0.01] * 3)).tolist() == pytest.approx((100 * expected).tolist())
+
+
+def test_the_profile_limits_what_one_group_wants() -> None:
+    summary = ns.Summary(1.0, [1.0, 1.0], [[1.0, 0.0], [0.0, 0.0]], [0.0, 0.0])  # the second wants an infinite rate
+    rates = profile(summary)
+    assert (rates[1] / rates[0]).item() == pytest.approx(math.sqrt(200 / 1.0))
+    with pytest.raises(ValueError, match="does not change"):
+        profile(ns.Summary(1.0, [0.0], [[0.0]], [0.0]))
+
+
+@pytest.mark.parametrize("best", [1.0, 1.5, 3.0, 0.3, 20.0, 1 / 30, 1e9])
+def test_the_search_ends_between_worse_multiples(best: float) -> None:
+    multiple, scores = search(lambda m: math.inf if m > 40 * best else abs(math.log(m / best)))
+    assert list(scores) == sorted(scores)
+    assert scores[multiple] == min(scores.values())
+    if 1 / 64 <= best <= 64:
+        assert abs(math.log2(multiple / best)) <= 0.25 + 1e-9
+    else:
+        assert multiple == pytest.approx(64 * math.sqrt(2))
+
+
+def test_the_search_refuses_to_choose_between_divergences() -> None:
+    with pytest.raises(ValueError, match="every trial diverged"):
+        search(lambda _: math.inf)
+
+
+# The whole ------------------------------------------------------------------------------------------------------------
+
+
+def test_the_suggestion_does_not_depend_on_the_rates_there_were() -> None:
+    model = make_model()
+    found = [
+        ns.suggest_rates(loss_fn, model, make_batches(), torch.optim.Adam(model.parameters(), lr=lr), steps=10)
+        for lr in (1e-3 / 30, 1e-3 * 30)
+    ]
+    assert found[0].rates == found[1].rates
+    assert found[0].trials == found[1].trials
+    assert found[0].before != found[1].before
+
+
+def test_nothing_of_the_users_changes() -> None:
+    model = make_model(noisy=True)
+    optimizer = torch.optim.Adam(model.parameters(), lr=1e-3)
+    loader = DataLoader(TensorDataset(*make_data()), 16, shuffle=True)
+    for batch in loader:
+        optimizer.zero_grad()
+        loss_fn(model, batch).backward()
+        optimizer.step()
+
+    def state() -> list[torch.Tensor]:
+        optimized = [v for p in model.parameters() for v in optimizer.state[p].values()]
+        gradients = [p.grad for p in model.parameters()]
+        return [copy.deepcopy(t) for t in (torch.get_rng_state(), *model.state_dict().values(), *optimized, *gradients)]
+
+    before, groups = state(), copy.deepcopy([{**g, "params": None} for g in optimizer.param_groups])
+    drawn = np.random.get_state()[1].copy()  # noqa: NPY002
+    suggested = ns.suggest_rates(loss_fn, model, loader, optimizer, steps=6)
+    assert all(torch.equal(a, b) for a, b in zip(before, state(), strict=True))
+    assert [{**g, "params": None} for g in optimizer.param_groups] == groups
+    assert (np.random.get_state()[1] == drawn).all()  # noqa: NPY002
+    assert model.training
+    again = ns.suggest_rates(loss_fn, model, loader, optimizer, steps=6)
+    assert again.rates == suggested.rates
+
+
+@pytest.mark.parametrize(
+    ("kind", "options"),
+    [
+        (torch.optim.AdamW, {"betas": (0.8, 0.99), "weight_decay": 0.1}),
+        (torch.optim.SGD, {"momentum": 0.9, "nesterov": True}),
+        (torch.optim.RMSprop, {"alpha": 0.9}),
+        (torch.optim.NAdam, {}),
+    ],
+)
+def test_the_groups_are_ready_for_the_optimizers_class(kind, options) -> None:
+    model = make_model()
+    weights = [p for p in model.parameters() if p.dim() > 1]
+    biases = [p for p in model.parameters() if p.dim() == 1]
+    optimizer = kind([{"params": weights}, {"params": biases, "weight_decay": 0.0}], lr=0.02, **options)
+    torch.optim.lr_scheduler.StepLR(optimizer, 10)
+    partition = ns.Partition.by_module(model)
+    suggested = ns.suggest_rates(loss_fn, model, make_batches(), optimizer, partition=partition, steps=6)
+    assert set(suggested.rates) == {"0", "4"}
+    new = kind(suggested.param_groups)
+    assert [(g["name"], len(g["params"])) for g in new.param_groups] == [("0", 1), ("0", 1), ("4", 1), ("4", 1)]
+    assert [g["weight_decay"] for g in new.param_groups] == [options.get("weight_decay", 0.0), 0.0] * 2
+    for group in new.param_groups:
+        assert group["lr"] == suggested.rates[group["name"]]
+        assert "initial_lr" not in group
+        assert all(group[key] == value for key, value in options.items() if key != "weight_decay")
+    assert {id(p) for g in new.param_groups for p in g["params"]} == {id(p) for p in model.parameters()}
+    loss_fn(model, make_batches()[0]).backward()
+    new.step()
+
+
+def test_layers_of_different_curvature_get_different_rates() -> None:
+    model = nn.ParameterDict({"steep": torch.full((3,), 0.1), "flat": torch.full((3,), 1.0)})
+
+    def bowl(model, batch):
+        return 50 * model["steep"].square().sum() + 0.5 * model["flat"].square().sum()
+
+    def after(rates, steps: int = 60) -> float:
+        with torch.no_grad():
+            theta = {"steep": torch.full((3,), 0.1), "flat": torch.full((3,), 1.0)}
+            for _ in range(steps):
+                theta = {k: v - rates[k] * (100.0 if k == "steep" else 1.0) * v for k, v in theta.items()}
+        return 50 * theta["steep"].square().sum().item() + 0.5 * theta["flat"].square().sum().item()
+
+    suggested = ns.suggest_rates(bowl, model, [None], torch.optim.SGD(model.values(), lr=1.0), steps=60)
+    best = min(after({"steep": lr, "flat": lr}) for lr in np.geomspace(1e-4, 1, 41))
+    assert after(suggested.rates) < best / 2
+    assert suggested.rates["flat"] > 5 * suggested.rates["steep"]
+
+
+def test_the_table_is_readable() -> None:
+    model = make_model()
+    optimizer = torch.optim.Adam(model.parameters(), lr=1e-5)
+    lines = repr(ns.suggest_rates(loss_fn, model, make_batches(), optimizer, steps=6)).splitlines()
+    assert lines[0] == "Suggested learning rates"
+    assert lines[1].split() == ["group", "learning", "rate", "before", "factor"]
+    assert [line.split()[0] for line in lines[2:]] == ["0.weight", "0.bias", "4.weight", "4.bias"]
+    assert all(line.split()[2] == "1e-05" for line in lines[2:])
+
+
+def test_misuse_is_refused() -> None:
+    model = make_model()
+    adam = torch.optim.Adam(model.parameters(), lr=1e-3)
+    with pytest.raises(TypeError, match="by itself"):
+        ns.suggest_rates(loss_fn, model, make_batches(), ns.NewtonSummary(model, loss_fn))
+    with pytest.raises(ValueError, match="does not hold parameter '0"):
+        ns.suggest_rates(loss_fn, model, make_batches(), torch.optim.Adam(model[4].parameters()))
+    with pytest.raises(ValueError, match="split between groups"):
+        ns.suggest_rates(loss_fn, model, make_batches(), adam, partition=ns.Partition.discrete(model))
+    with pytest.raises(ValueError, match="start from any above 0"):
+        ns.suggest_rates(loss_fn, model, make_batches(), torch.optim.Adam(model.parameters(), lr=0.0))
+    with pytest.raises(ValueError, match="empty"):
+        ns.suggest_rates(loss_fn, model, [], adam)
+    with pytest.raises(ValueError, match="not finite"):
+        ns.suggest_rates(loss_fn, model, [(make_data()[0] * math.nan, make_data()[1])], adam)
+    ns.suggest_rates(loss_fn, model, iter(make_batches()), adam, steps=4)  # a one-shot iterator is kept
+
+
+@pytest.mark.slow
+def test_training_on_digits_ends_no_worse_than_at_the_best_uniform_rate() -> None:
+    images, classes = digits().train
+
+    def end(groups, seed: int) -> float:
+        model = initialised(lambda: mlp([64, 128, 64, 32, 10]), seed)
+        optimizer = torch.optim.Adam(groups(model))
+        generator = torch.Generator().manual_seed(seed)
+        for _ in range(40):
+            for index in torch.randperm(len(classes), generator=generator).split(100):
+                optimizer.zero_grad()
+                loss_fn(model, (images[index], classes[index])).backward()
+                optimizer.step()
+        return loss_fn(model, (images, classes)).item()
+
+    def suggested(model):
+        adam = torch.optim.Adam(model.parameters(), lr=1e-2 / 30)
+        loader = DataLoader(TensorDataset(images, classes), 100, shuffle=True)
+        return ns.suggest_rates(loss_fn, model, loader, adam).param_groups
+
+    def median(groups) -> float:
+        return float(np.median([end(groups, seed) for seed in range(3)]))
+
+    best = min(
+        median(lambda model, lr=lr: [{"params": list(model.parameters()), "lr": lr}]) for lr in (1e-3, 3e-3, 1e-2, 3e-2)
+    )
+    assert median(suggested) <= 1.1 * best
