@@ -5,9 +5,22 @@ import pytest
 import torch
 
 
+def settings():
+    return (
+        torch.is_grad_enabled(),
+        torch.get_default_dtype(),
+        torch.are_deterministic_algorithms_enabled(),
+        torch.backends.mkldnn.enabled,
+        torch.backends.cudnn.enabled,
+    )
+
+
 @pytest.fixture(autouse=True)
-def _seeded():
-    """Every test starts from the same random states, whatever ran before it."""
+def _alone():
+    """Every test starts from the same random states, whatever ran before it, and leaves torch's settings alone."""
     random.seed(0)
     np.random.seed(0)  # noqa: NPY002
     torch.manual_seed(0)
+    before = settings()
+    yield
+    assert settings() == before

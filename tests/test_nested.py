@@ -20,6 +20,7 @@ from cases import (
     unchanged,
 )
 from torch import nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import newton_summary as ns
 from newton_summary import Partition, Summary
@@ -41,7 +42,8 @@ def dense(case, partition, order, direction=None):
     """φ and its derivatives at 0 by autograd in η: nothing is shared with the engine but autograd itself."""
     function = phi(case, partition, direction or case.direction())
     eta = torch.zeros(len(partition), dtype=torch.float64, requires_grad=True)
-    results = [function(eta)]
+    with sdpa_kernel(SDPBackend.MATH):
+        results = [function(eta)]
     for _ in range(order):
         entries = [
             torch.autograd.grad(entry, eta, create_graph=True, materialize_grads=True)[0]
@@ -51,12 +53,6 @@ def dense(case, partition, order, direction=None):
         ]
         results.append(torch.stack(entries).view(*results[-1].shape, -1))
     return [result.detach() for result in results]
-
-
-@pytest.fixture(autouse=True)
-def _math_attention_for_references():
-    with torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH):
-        yield
 
 
 # Every order, against dense derivatives -------------------------------------------------------------------------------
@@ -70,10 +66,11 @@ def test_orders_to_two_against_forward_derivatives(name):
     function = phi(case, partition, case.direction())
     eta = torch.zeros(len(partition), dtype=torch.float64)
     summary = measure(case, order=2)
-    assert_close(summary.loss, case.loss.detach())
-    assert_close(summary.gradient, torch.func.jacfwd(function)(eta))
-    assert_close(summary.hessian, torch.func.jacfwd(torch.func.jacfwd(function))(eta))
-    assert_close(summary.hessian, torch.func.hessian(function)(eta))
+    with sdpa_kernel(SDPBackend.MATH):
+        assert_close(summary.loss, case.loss.detach())
+        assert_close(summary.gradient, torch.func.jacfwd(function)(eta))
+        assert_close(summary.hessian, torch.func.jacfwd(torch.func.jacfwd(function))(eta))
+        assert_close(summary.hessian, torch.func.hessian(function)(eta))
 
 
 @pytest.mark.parametrize("name", ["mlp", "polynomial", "conv", "scalar", "batch norm", "embedding", "normalised"])
@@ -498,6 +495,21 @@ def test_user_settings_hold_and_stay():
     finally:
         torch.use_deterministic_algorithms(False)
         torch.backends.mkldnn.enabled = True
+
+
+def test_recurrent_layers_are_measured_without_their_fused_kernels():
+    """Those of cuDNN have no second derivatives, those of oneDNN no forward ones."""
+    for name, enabled in (("lstm", False), ("gru", False), ("mlp", True)):
+        case = make(name)
+        seen = []
+
+        def loss_fn(model, batch, whole=case.loss_fn, seen=seen):
+            seen.append((torch.backends.mkldnn.enabled, torch.backends.cudnn.enabled))
+            return whole(model, batch)
+
+        case.loss_fn = loss_fn
+        measure(case, order=1)
+        assert seen == [(enabled, enabled)]
 
 
 def test_autocast_is_the_users():

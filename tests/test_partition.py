@@ -306,6 +306,7 @@ def test_reduce_takes_none_for_zeros_and_sums_in_float64():
     large = torch.tensor([[1.0, 1e8, 1.0]])
     assert partition.reduce([large, torch.tensor([-1e8])]).tolist() == [1.0, 1.0]
     assert partition.reduce([large, None]).dtype == torch.float64
+    assert Partition.canonical(model).reduce([large, None]).tolist() == [1e8 + 2, 0.0]
     products = partition.dot([large, torch.ones(1)], [torch.full_like(large, 2.0), torch.ones(1)])
     assert [product.item() for product in products] == [2.0, 2e8 + 3]
 
