@@ -53,16 +53,18 @@ def _channels(parameter: Tensor, x: Tensor) -> Tensor:
 
 
 def _scaled(x: Tensor, weight: Tensor | None, bias: Tensor | None) -> Tensor:
+    if weight is not None and bias is not None:
+        return torch.addcmul(bias, x, weight)
     if weight is not None:
         x = x * weight
     return x if bias is None else x + bias
 
 
 @_lowers(aten.native_layer_norm.default)
-def _layer_norm(
-    x: Tensor, shape: list[int], weight: Tensor | None, bias: Tensor | None, eps: float
-) -> tuple[Tensor, Tensor, Tensor]:
-    normal, mean, reciprocal = _normalised(x, list(range(x.dim() - len(shape), x.dim())), eps)
+def _layer_norm(x: Tensor, shape: list[int], weight: Tensor | None, bias: Tensor | None, eps: float) -> Any:
+    if weight is None and bias is None:
+        return NotImplemented  # it has a rule
+    normal, mean, reciprocal = aten.native_layer_norm.default(x, shape, None, None, eps)
     return _scaled(normal, weight, bias), mean, reciprocal
 
 
@@ -125,13 +127,25 @@ def _cudnn_batch_norm(
     return (*_batch_norm(x, w, b, mean, var, training, eps), x.new_empty(0, dtype=torch.uint8))
 
 
-@_lowers(aten._softmax.default)
-def _softmax(x: Tensor, dim: int, half_to_float: bool) -> Tensor:
-    x = x.float() if half_to_float else x
+def _along_the_end(op: Any, x: Tensor, dim: int, half_to_float: bool) -> Any:
+    """Softmax and its logarithm have rules for the last dimension, and for one type."""
+    if half_to_float:
+        x = x.float()
+    elif x.dim() > 0 and dim % x.dim() == x.dim() - 1:
+        return NotImplemented
     if x.dim() == 0:
-        return torch.ones_like(x)
-    exponential = (x - CONSTANT(x.amax(dim, keepdim=True))).exp()
-    return exponential * exponential.sum(dim, keepdim=True).reciprocal()
+        return x - x if op is aten._log_softmax.default else (x - x).exp()
+    return op(x.transpose(dim, -1), -1, False).transpose(dim, -1)
+
+
+@_lowers(aten._softmax.default)
+def _softmax(x: Tensor, dim: int, half_to_float: bool) -> Any:
+    return _along_the_end(aten._softmax.default, x, dim, half_to_float)
+
+
+@_lowers(aten._log_softmax.default)
+def _log_softmax(x: Tensor, dim: int, half_to_float: bool) -> Any:
+    return _along_the_end(aten._log_softmax.default, x, dim, half_to_float)
 
 
 @_lowers(aten._safe_softmax.default)
@@ -139,16 +153,7 @@ def _safe_softmax(x: Tensor, dim: int, dtype: torch.dtype | None = None) -> Tens
     """A softmax whose rows of minus infinity alone are zero."""
     x = x if dtype is None else x.to(dtype)
     empty = (x == -torch.inf).all(dim, keepdim=True)
-    return torch.where(empty, 0.0, _softmax(torch.where(empty, 0.0, x), dim, False))
-
-
-@_lowers(aten._log_softmax.default)
-def _log_softmax(x: Tensor, dim: int, half_to_float: bool) -> Tensor:
-    x = x.float() if half_to_float else x
-    if x.dim() == 0:
-        return torch.zeros_like(x)
-    shifted = x - CONSTANT(x.amax(dim, keepdim=True))
-    return shifted - shifted.exp().sum(dim, keepdim=True).log()
+    return torch.where(empty, 0.0, aten._softmax.default(torch.where(empty, 0.0, x), dim, False))
 
 
 @_lowers(aten.logsumexp.default)
@@ -234,6 +239,11 @@ def _split(x: Tensor, size: int, dim: int = 0) -> list[Tensor]:
 @_lowers(aten.unbind.int)
 def _unbind(x: Tensor, dim: int = 0) -> list[Tensor]:
     return [x.select(dim, i) for i in range(x.shape[dim])]
+
+
+@_lowers(aten.addcmul.default)
+def _addcmul(x: Tensor, a: Tensor, b: Tensor, *, value: float = 1) -> Any:
+    return NotImplemented if value == 1 else x + value * (a * b)
 
 
 @_lowers(aten.addmm.default)

@@ -15,6 +15,7 @@ from newton_summary.measure.rules.elementwise import TABLE, Elementwise
 from newton_summary.measure.rules.general import General
 from newton_summary.measure.rules.jets import Groups, Jet, Part, combine
 from newton_summary.measure.rules.linear import Concatenation, Linear, Selection
+from newton_summary.measure.rules.normal import Softmax, Standardisation
 
 __all__ = [
     "Bilinear",
@@ -40,6 +41,10 @@ _RULES: dict[Any, Rule] = {
     **TABLE,
     aten.mm.default: Bilinear(MatrixProduct()),
     aten.bmm.default: Bilinear(MatrixProduct()),
+    aten.addcmul.default: Bilinear(Entrywise(1, 2), left=1, right=2, bias=0),
+    aten._softmax.default: Softmax(log=False),
+    aten._log_softmax.default: Softmax(log=True),
+    aten.native_layer_norm.default: Standardisation(),
     aten.addmm.default: Bilinear(MatrixProduct(), left=1, right=2, bias=0),
     aten.mul.Tensor: Bilinear(Entrywise()),
     aten.convolution.default: Bilinear(Convolution(), bias=2),
@@ -127,10 +132,6 @@ class _Item(Rule):
     @override
     def push(self, call: Call, adjoint: Any, sums: Sums) -> Any:
         return call.jets[0][call.args[1]]  # type: ignore[index]
-
-    @override
-    def pull(self, call: Call, adjoint: Any, moving: Any, sums: Sums, wanted: Any) -> dict[Place, Any]:
-        raise NotImplementedError
 
 
 _RULES[operator.getitem] = _Item()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, TypeAlias
 
@@ -123,10 +123,6 @@ class Rule(ABC):
     @abstractmethod
     def push(self, call: Call, adjoint: Any, sums: Sums) -> Any:
         """The tangents of the result; adds v̄ · f'' and v̄ · f''' to the sums."""
-
-    @abstractmethod
-    def pull(self, call: Call, adjoint: Any, moving: Any, sums: Sums, wanted: Sequence[Place]) -> dict[Place, Tensor]:
-        """The adjoint tangents of some arguments; adds what all of the third order needs."""
 
 
 @functools.lru_cache(maxsize=4096)

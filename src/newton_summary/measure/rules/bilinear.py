@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any, Protocol
 
 import torch
@@ -115,10 +115,6 @@ class Bilinear(Rule):
 
     # Backward ---------------------------------------------------------------------------------------------------------
 
-    @override
-    def pull(self, call: Call, adjoint: Any, moving: Any, sums: Sums, wanted: Sequence[Place]) -> dict[Place, Tensor]:
-        raise NotImplementedError
-
 
 def chosen(rows: Tensor, groups: Groups, some: Groups) -> Tensor:
     """The rows of some of the groups."""
@@ -167,7 +163,10 @@ class MatrixProduct(Product):
 
 
 class Entrywise(Product):
-    """``mul``, with broadcasting."""
+    """``mul``, with broadcasting, of the arguments at these positions."""
+
+    def __init__(self, left: int = 0, right: int = 1) -> None:
+        self.left, self.right = left, right
 
     @override
     def apply(self, call: Call, a: Tensor, b: Tensor, rows: tuple[bool, bool], out: Tensor | None = None) -> Tensor:
@@ -181,11 +180,11 @@ class Entrywise(Product):
 
     @override
     def to_left(self, call: Call, v: Tensor, b: Tensor, rows: tuple[bool, bool]) -> Tensor:
-        return self._reduce(call, v, b, rows, call.args[0].shape)
+        return self._reduce(call, v, b, rows, call.args[self.left].shape)
 
     @override
     def to_right(self, call: Call, a: Tensor, v: Tensor, rows: tuple[bool, bool]) -> Tensor:
-        return self._reduce(call, a, v, rows, call.args[1].shape)
+        return self._reduce(call, a, v, rows, call.args[self.right].shape)
 
     def _reduce(self, call: Call, x: Tensor, y: Tensor, rows: tuple[bool, bool], shape: torch.Size) -> Tensor:
         """The product, summed over what was broadcast."""

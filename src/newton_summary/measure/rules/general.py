@@ -78,10 +78,6 @@ class General(Rule):
         if call.third:
             sums.add_diagonal(first, torch.vmap(lambda v, w: _third(weighted, point, v, w))(dots, ddots))
 
-    @override
-    def pull(self, call: Call, adjoint: Any, moving: Any, sums: Sums, wanted: Sequence[Place]) -> dict[Place, Tensor]:
-        raise NotImplementedError
-
 
 def _function(call: Call, places: Sequence[Place]) -> Callable[..., tuple[Tensor, ...]]:
     """The operation as a function of what moves, to its differentiable results."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple, TypeAlias
 
@@ -128,3 +128,21 @@ def lift(rows: Tensor, dims: int) -> Tensor:
 def flat(rows: Tensor) -> Tensor:
     """Rows as a matrix."""
     return rows.reshape(len(rows), -1)
+
+
+@functools.lru_cache(maxsize=4096)
+def rows_of(groups: Groups, some: Groups) -> slice | list[int]:
+    """Where some of the groups are: a slice where they lie together."""
+    places = [groups.index(g) for g in some]
+    together = bool(places) and places == list(range(places[0], places[0] + len(places)))
+    return slice(places[0], places[0] + len(places)) if together else places
+
+
+_BLOCK = 1 << 17  # entries
+
+
+def blocks(length: int, width: int) -> Iterator[slice]:
+    """Slices of ``length`` positions with about as many entries each as a cache holds, ``width`` for each position."""
+    step = max(1, _BLOCK // max(width, 1))
+    for start in range(0, length, step):
+        yield slice(start, min(start + step, length))

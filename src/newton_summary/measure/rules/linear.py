@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any, TypeAlias
 
 import torch
@@ -49,15 +49,6 @@ class Linear(Rule):
             return self._outputs(call, jet, rows)
         parts = [Part(jet.second, jet.first, act(call, place, jet.rows)) for place, jet in call.jets.items()]
         return combine(sorted(parts, key=lambda p: -len(p.first)), call.out)
-
-    @override
-    def pull(self, call: Call, adjoint: Any, moving: Any, sums: Sums, wanted: Sequence[Place]) -> dict[Place, Tensor]:
-        result = {}
-        for place in wanted:
-            value = call.argument(place)
-            _, transpose = torch.func.vjp(self._of(call, place), value)
-            result[place] = torch.vmap(lambda v, f=transpose: f(v)[0])(moving)
-        return result
 
     def _outputs(self, call: Call, jet: Jet, rows: Tensor) -> Any:
         if isinstance(call.out, Tensor):
@@ -275,14 +266,6 @@ class Selection(Rule):
     def push(self, call: Call, adjoint: Any, sums: Sums) -> Any:
         jet = call.jets[0]
         return (jet.like(self.rows(call, jet.rows, call.out[1])), None)
-
-    @override
-    def pull(self, call: Call, adjoint: Any, moving: Any, sums: Sums, wanted: Sequence[Place]) -> dict[Place, Tensor]:
-        def select(x: Tensor) -> Tensor:
-            return self.rows(call, x.unsqueeze(0), call.out[1])[0]
-
-        _, transpose = torch.func.vjp(select, call.args[0])
-        return {0: torch.vmap(lambda v: transpose(v)[0])(moving[0])}
 
 
 def pooled(call: Call, rows: Tensor, where: Tensor) -> Tensor:
