@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import random
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -67,6 +68,20 @@ class Tied(nn.Module):
 
     def forward(self, x):
         return self.decoder(torch.tanh(self.encoder(x)))
+
+
+class Shared(nn.Module):
+    """One block that the model holds under three names and goes through three times."""
+
+    def __init__(self):
+        super().__init__()
+        block = nn.Sequential(nn.Linear(3, 3), nn.BatchNorm1d(3), nn.Tanh())
+        self.blocks = nn.ModuleList([block] * 3)
+
+    def forward(self, x):
+        for block in self.blocks:
+            x = block(x)
+        return x
 
 
 class Unused(nn.Module):
@@ -227,6 +242,7 @@ _BUILDERS: dict[str, tuple[Callable[[], nn.Module], Callable[[Any, Any], Tensor]
         lambda: (normal(5, 3), normal(5, 2)),
     ),
     "tied": (Tied, squared_error, lambda: (normal(5, 4), normal(5, 4))),
+    "shared": (Shared, squared_error, lambda: (normal(5, 3), normal(5, 3))),
     "unused": (Unused, squared_error, lambda: (normal(5, 3), normal(5, 2))),
     "scalar": (Tempered, cross_entropy, lambda: (normal(5, 3), labels(5))),
     "frozen": (frozen_body, squared_error, lambda: (normal(5, 3), normal(5, 2))),
@@ -333,7 +349,7 @@ def plain_normalisation() -> Iterator[None]:
 class _Wrapper(nn.Module):
     def __init__(self, case: Case) -> None:
         super().__init__()
-        self.model, self.loss_fn = case.model, case.loss_fn
+        self.model, self.loss_fn = copy.deepcopy(case.model), case.loss_fn
 
     def forward(self, batch: Any) -> Tensor:
         return self.loss_fn(self.model, batch)
@@ -389,6 +405,7 @@ def unchanged(model: nn.Module) -> Iterator[None]:
         numpy_state = np.random.get_state()  # noqa: NPY002
         generators = (torch.get_rng_state().tolist(), random.getstate(), numpy_state[1].tolist(), numpy_state[2:])
         tensors = [*model.named_parameters(), *model.named_buffers()]
+        tensors += [(name, t) for m in model.modules() for name, t in vars(m).items() if isinstance(t, torch.Tensor)]
         identities = [(name, id(t), t.data_ptr(), t._version, t.requires_grad, id(t.grad)) for name, t in tensors]
         values = [t.detach().clone() for _, t in tensors if t.device.type != "meta"]
         grads = [None if p.grad is None else p.grad.clone() for p in model.parameters()]

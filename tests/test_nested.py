@@ -23,8 +23,9 @@ from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import newton_summary as ns
-from newton_summary import Partition, Summary
+from newton_summary import Partition
 from newton_summary.measure import Loss, NestedEngine, taylor
+from newton_summary.measure.composed import Composed
 
 BY_FUNCTION = [c for c in CASES if c not in (*OWN_BACKWARD, *STOCHASTIC, "gru", "lstm")]
 """Cases that torch.func can differentiate forward."""
@@ -560,5 +561,88 @@ def test_a_loss_that_is_a_module_keeps_its_buffers():
     assert_close(summary.hessian, measure(make("mlp")).hessian, 1e-14)
 
 
-def test_the_mean_is_a_summary():
-    assert isinstance(measure(make("mlp")), Summary)
+def test_a_loss_that_is_a_module_around_the_model():
+    class Wrapping(nn.Module):
+        def __init__(self, model):
+            super().__init__()
+            self.wrapped = model
+
+        def forward(self, model, batch):
+            return (self.wrapped(batch[0]) - batch[1]).square().mean()
+
+    case = make("batch norm")
+    expected = measure(case)
+    case.loss_fn = Wrapping(case.model)
+    with unchanged(case.model):
+        assert torch.equal(measure(case).third, expected.third)
+    buffers = {f"{n}": b.clone() for n, b in case.model.named_buffers()}
+    assert torch.equal(Loss(case.loss_fn, case.model)(case.batch, buffers), expected.loss)
+
+
+# What stands for torch's normalisations -------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("training", [True, False])
+def test_compositions_have_the_values_types_and_gradients_of_torchs_own(training, dtype):
+    def build():
+        torch.manual_seed(0)
+        layers = [nn.BatchNorm2d(2), nn.InstanceNorm2d(2, affine=True, track_running_stats=True), nn.LayerNorm([3, 4])]
+        model = nn.ModuleList([*layers, nn.BatchNorm2d(2, affine=False), nn.InstanceNorm2d(2)])
+        model.append(nn.utils.parametrizations.weight_norm(nn.Conv2d(2, 2, 1), dim=None))
+        for p in model.parameters():
+            p.data += torch.rand_like(p)
+        return model.to(dtype).train(training)
+
+    x = torch.randn(5, 2, 3, 4).to(dtype)
+    plain, composed = build(), build()
+    for own, twin in zip(plain, composed, strict=True):
+        expected = own(x)
+        with Composed():
+            actual = twin(x)
+        assert actual.dtype == expected.dtype == dtype
+        tolerance = 0.05 if dtype == torch.bfloat16 else 1e-5 if dtype == torch.float32 else 1e-12
+        torch.testing.assert_close(actual, expected, rtol=tolerance, atol=tolerance)
+        for a, b in zip(own.buffers(), twin.buffers(), strict=True):
+            torch.testing.assert_close(a, b, rtol=tolerance, atol=tolerance)
+        if held := list(own.parameters()):
+            gradients = torch.autograd.grad(expected.sin().sum(), held)
+            others = torch.autograd.grad(actual.sin().sum(), list(twin.parameters()))
+            torch.testing.assert_close(others, gradients, rtol=tolerance, atol=50 * tolerance)
+
+
+def graph(tensor):
+    """The names of the operations that a tensor came from."""
+    names, nodes = set(), [tensor.grad_fn]
+    while nodes:
+        node = nodes.pop()
+        names.add(type(node).__name__)
+        nodes += [n for n, _ in node.next_functions if n is not None]
+    return names
+
+
+def test_torchs_inner_functions_are_composed_too():
+    x, weight, bias = make("conv").batch[0].flatten(2), torch.ones(1).double() * 2, torch.ones(1).double()
+    mean, var = torch.zeros(1).double(), torch.ones(1).double()
+    calls = [
+        lambda: torch.batch_norm(x, weight, bias, mean.clone(), var.clone(), True, 0.1, 1e-5, False),
+        lambda: torch.batch_norm(x, weight, bias, mean.clone(), var.clone(), False, 0.1, 1e-5, False),
+        lambda: torch.instance_norm(x, weight, bias, None, None, True, 0.1, 1e-5, False),
+        lambda: torch.layer_norm(x, (36,), None, None),
+    ]
+    x.requires_grad_()
+    for call in calls:
+        expected = call()
+        with Composed():
+            actual = call()
+        torch.testing.assert_close(actual, expected, rtol=1e-12, atol=1e-12)
+        assert any("Norm" in name for name in graph(expected))
+        if call is not calls[1]:  # running statistics are constants, and torch's own derivatives are right
+            assert not any("Norm" in name for name in graph(actual))
+
+
+def test_compositions_refuse_what_torch_refuses():
+    case = make("batch norm")
+    case.batch = tuple(t[:1] for t in case.batch)
+    with pytest.raises(ValueError, match="Expected more than 1 value per channel when training"):
+        measure(case)

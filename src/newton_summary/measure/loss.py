@@ -34,22 +34,38 @@ class Loss:
         self._module = _AsModule(loss_fn, self.model)
 
     def __call__(self, batch: Any, parameters: Mapping[str, Tensor] | None = None) -> Tensor:
-        """The loss on a batch, with some parameters replaced and every buffer replaced by a copy.
+        """The loss on a batch, with some tensors of the model replaced, and every other buffer replaced by a copy.
 
         Args:
             batch: whatever the loss function takes.
-            parameters: tensors by parameter name; the model's own stand for those that are not given.
+            parameters: tensors by the names of parameters or buffers; the model's own stand for those not given.
 
         Raises:
             ValueError: the loss is not a scalar.
         """
-        replaced = {name: buffer.clone() for name, buffer in self._module.named_buffers()}
-        replaced |= {f"model.{name}": tensor for name, tensor in (parameters or {}).items()}
-        value = torch.func.functional_call(self._module, replaced, (batch,))
+        replaced = self._replacements(parameters or {})
+        value = torch.func.functional_call(self._module, replaced, (batch,), tie_weights=False)
         if not isinstance(value, Tensor) or value.numel() != 1:
             got = f"a tensor of shape {tuple(value.shape)}" if isinstance(value, Tensor) else type(value).__name__
             raise ValueError(f"the loss must be a scalar tensor, got {got}: reduce it, for example by .mean()")
         return value.reshape(())
+
+    def _replacements(self, given: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """What stands in every place of every module, each module once.
+
+        Of a module that a model holds under two names, ``functional_call`` by itself restores only the first place.
+        """
+        own: dict[str, Tensor] = dict(self.model.named_parameters(remove_duplicate=False))
+        own |= self.model.named_buffers(remove_duplicate=False)
+        by_identity = {id(own[name]): tensor for name, tensor in given.items()}
+        for buffer in self._module.buffers():
+            if id(buffer) not in by_identity:
+                by_identity[id(buffer)] = buffer.clone()
+        places: dict[str, Tensor] = {}
+        for prefix, module in self._module.named_modules():
+            places |= module.named_parameters(prefix, recurse=False, remove_duplicate=False)
+            places |= module.named_buffers(prefix, recurse=False, remove_duplicate=False)
+        return {place: by_identity[id(t)] for place, t in places.items() if id(t) in by_identity}
 
     @contextlib.contextmanager
     def undisturbed(self) -> Iterator[None]:
