@@ -117,8 +117,10 @@ class Advice:
         return [self.groups[i] for i in order]
 
     def sentences(self) -> list[str]:
-        """Everything that is worth saying, the most important first."""
-        return [g.words for g in self.ranked() if g.words] + [p.words for p in self.pairs]
+        """Everything that is worth saying: the rates that are furthest off first, then the pairs."""
+        told = [group for group in self.groups if group.words]
+        told.sort(key=lambda group: -abs(np.nan_to_num(_clear_decades(group))))
+        return [group.words for group in told] + [pair.words for pair in self.pairs]
 
     def __repr__(self) -> str:
         interval = f"{self.level:.0%} interval"

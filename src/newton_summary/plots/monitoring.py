@@ -11,7 +11,7 @@ from torch import Tensor
 
 from newton_summary.advice import alone
 from newton_summary.advice import correlations as correlations_of
-from newton_summary.plots.parts import SERIES, Axes, colormaps, new_axes, quiet
+from newton_summary.plots.parts import SERIES, Axes, colormaps, new_axes, quiet, signed_decades
 from newton_summary.summary import Summary
 
 if TYPE_CHECKING:
@@ -45,11 +45,6 @@ def decreases(
         raise ValueError("no record has an actual decrease yet: it is known after the optimizer's step")
     ax = ax or new_axes(5.6, 4.6)
     steps, predicted, actual = ([point[i] for point in points] for i in range(3))
-    sizes = sorted(abs(value) for value in predicted + actual if value) or [1.0]
-    if sizes[-1] > 100 * sizes[0]:
-        threshold = max(sizes[0], sizes[-1] * 1e-5)
-        ax.set_xscale("symlog", linthresh=threshold, linscale=0.5)
-        ax.set_yscale("symlog", linthresh=threshold, linscale=0.5)
     low, high = min(*predicted, *actual, 0.0), max(*predicted, *actual, 0.0)
     ax.plot([low, high], [low, high], color="0.6", linewidth=1.0, zorder=1)
     drawn = ax.scatter(predicted, actual, c=steps, cmap=colormaps["viridis"], s=22, alpha=0.9, linewidths=0, zorder=2)
@@ -60,7 +55,7 @@ def decreases(
     ax.set_ylabel("actual")
     ax.set_title(title)
     quiet(ax)
-    ax.tick_params(axis="x", labelrotation=30)
+    _stretch(ax, predicted + actual)
     return ax
 
 
@@ -141,7 +136,7 @@ def strongest(
     rows, columns = torch.triu_indices(len(summary), len(summary), offset=1)
     values = matrix[rows, columns].nan_to_num()
     chosen = values.abs().argsort(descending=True, stable=True)[:count].tolist()
-    ax = ax or new_axes(7.0, 1.2 + 0.24 * len(chosen))
+    ax = ax or new_axes(7.0, 1.4 + 0.24 * len(chosen))
     shown = [float(values[i]) for i in chosen]
     names = [f"{summary.names[int(rows[i])]} × {summary.names[int(columns[i])]}" for i in chosen]
     ax.barh(range(len(shown)), shown, color=[BLUE if value > 0 else ORANGE for value in shown], height=0.7)
@@ -150,10 +145,23 @@ def strongest(
     ax.invert_yaxis()
     largest = max(*(abs(value) for value in shown), 1e-12)
     ax.set_xlim(-1.05 * largest if min(shown) < 0 else 0.0, 1.05 * largest if max(shown) > 0 else 0.0)
-    ax.set_xlabel("H̄_ij / √|H̄_ii H̄_jj|:  > 0 against each other,  < 0 together")
+    ax.set_xlabel("H̄_ij / √|H̄_ii H̄_jj|\n> 0: against each other, < 0: together", fontsize=8)
     ax.set_title(title)
     quiet(ax)
     return ax
+
+
+def _stretch(ax: Axes, values: Sequence[float]) -> None:
+    """Makes both axes logarithmic but for a linear part about 0, where values span more than two decades."""
+    sizes = sorted(abs(value) for value in values if value)
+    if not sizes or sizes[-1] <= 100 * sizes[0]:
+        return
+    threshold = max(sizes[0], sizes[-1] * 1e-4)
+    ticks = signed_decades(sizes[-1], threshold)
+    negative = min(values) < 0
+    for axis, scale in ((ax.xaxis, ax.set_xscale), (ax.yaxis, ax.set_yscale)):
+        scale("symlog", linthresh=threshold, linscale=0.5)
+        axis.set_ticks([tick for tick in ticks if tick >= 0 or negative])
 
 
 def _interpolate(x: Tensor, y: Tensor, at: float) -> float:

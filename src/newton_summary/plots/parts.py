@@ -27,6 +27,7 @@ __all__ = [
     "layer",
     "new_axes",
     "quiet",
+    "signed_decades",
 ]
 
 SERIES = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
@@ -51,7 +52,7 @@ def draw_matrix(ax: Axes, values: torch.Tensor, names: Sequence[str], unit: str)
     assert figure is not None
     bar = figure.colorbar(image, ax=ax, shrink=0.85)
     if isinstance(norm, SymLogNorm):
-        bar.set_ticks(_signed_decades(norm), minor=False)
+        bar.set_ticks(signed_decades(norm.vmax or 1.0, norm.linthresh), minor=False)
     bar.set_label(f"{unit}, {scale} scale", fontsize=8)
     bar.ax.tick_params(labelsize=7)
 
@@ -68,10 +69,10 @@ def _signed_scale(values: torch.Tensor) -> tuple[Normalize, str]:
     return SymLogNorm(threshold, linscale=0.5, vmin=-top, vmax=top, base=10), "symmetric logarithmic"
 
 
-def _signed_decades(norm: SymLogNorm) -> list[float]:
-    """Ticks at 0 and at powers of ten of both signs, down to just above the linear part."""
-    top = math.floor(math.log10(norm.vmax or 1.0))
-    bottom = math.ceil(math.log10(3 * norm.linthresh))
+def signed_decades(largest: float, threshold: float) -> list[float]:
+    """Ticks at 0 and at powers of ten of both signs, down to just above the linear part of a logarithmic scale."""
+    top = math.floor(math.log10(largest))
+    bottom = math.ceil(math.log10(3 * threshold))
     powers = [10.0**k for k in range(min(bottom, top), top + 1)]
     return [*(-p for p in reversed(powers)), 0.0, *powers]
 

@@ -1,0 +1,351 @@
+"""What the monitor's advice is worth: writes results/monitor.md (about 15 minutes on one core).
+
+Studies, each by itself with ``python benchmarks/monitor.py NAME``: ranking, coverage, cost, suggestion.
+"""
+
+from __future__ import annotations
+
+import math
+import sys
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import nn
+from torch.nn import functional
+from torch.utils.data import DataLoader, TensorDataset
+
+import newton_summary as ns
+from newton_summary.advice import advise, alone
+from newton_summary.experiments import data
+from newton_summary.experiments.models import initialised, lenet, mlp
+from newton_summary.experiments.tasks import cross_entropy
+
+RESULTS = Path(__file__).parents[1] / "results" / "monitor.md"
+CASES = 50
+OFF = 30.0
+
+
+# Networks -------------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Network:
+    """A model, its data and how long it is trained."""
+
+    name: str
+    make: Callable[[int], nn.Module]
+    samples: tuple[torch.Tensor, torch.Tensor]
+    loss_fn: ns.measure.LossFunction
+    batch_size: int
+    steps: int
+
+    def loader(self) -> DataLoader:
+        return DataLoader(TensorDataset(*self.samples), self.batch_size, shuffle=True, drop_last=True)
+
+    def batches(self, seed: int) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+        generator = torch.Generator().manual_seed(seed)
+        while True:
+            order = torch.randperm(len(self.samples[1]), generator=generator)
+            for index in order.split(self.batch_size)[: len(order) // self.batch_size]:
+                yield self.samples[0][index], self.samples[1][index]
+
+    @torch.no_grad()
+    def full_loss(self, model: nn.Module, most: int = 4000) -> float:
+        x, y = (t[:most] for t in self.samples)
+        losses = [
+            float(self.loss_fn(model, batch)) * len(batch[1]) for batch in zip(x.split(500), y.split(500), strict=True)
+        ]
+        return sum(losses) / len(y)
+
+
+class Block(nn.Module):
+    """A transformer's layer, normalised first."""
+
+    def __init__(self, width: int, heads: int) -> None:
+        super().__init__()
+        self.norm1, self.norm2 = nn.LayerNorm(width), nn.LayerNorm(width)
+        self.qkv, self.project = nn.Linear(width, 3 * width), nn.Linear(width, width)
+        self.up, self.down = nn.Linear(width, 4 * width), nn.Linear(4 * width, width)
+        self.heads = heads
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        batch, length, width = x.shape
+        q, k, v = self.qkv(self.norm1(x)).view(batch, length, 3, self.heads, -1).permute(2, 0, 3, 1, 4)
+        mixed = functional.scaled_dot_product_attention(q, k, v, is_causal=True)
+        x = x + self.project(mixed.transpose(1, 2).reshape(batch, length, width))
+        return x + self.down(functional.gelu(self.up(self.norm2(x))))
+
+
+class Characters(nn.Module):
+    """A character transformer."""
+
+    def __init__(self, characters: int, width: int, length: int, layers: int = 2, heads: int = 4) -> None:
+        super().__init__()
+        self.token, self.position = nn.Embedding(characters, width), nn.Embedding(length, width)
+        self.blocks = nn.Sequential(*(Block(width, heads) for _ in range(layers)))
+        self.norm, self.head = nn.LayerNorm(width), nn.Linear(width, characters)
+        for module in self.modules():
+            if isinstance(module, nn.Embedding):
+                nn.init.normal_(module.weight, 0.0, 0.02)
+            if isinstance(module, nn.Linear):
+                nn.init.normal_(module.weight, 0.0, 1 / math.sqrt(module.in_features))
+                nn.init.zeros_(module.bias)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.head(self.norm(self.blocks(self.token(x) + self.position.weight[: x.shape[1]]))).flatten(0, 1)
+
+
+def next_character(model: nn.Module, batch: tuple[torch.Tensor, torch.Tensor]) -> torch.Tensor:
+    return functional.cross_entropy(model(batch[0]), batch[1].flatten())
+
+
+def digits() -> Network:
+    make = lambda seed: initialised(lambda: mlp([64, 128, 64, 32, 10]), seed)  # noqa: E731
+    return Network("digits MLP", make, data.digits().train, cross_entropy, 100, 640)
+
+
+def cifar() -> Network:
+    images, classes = data.read(data.CIFAR10).train
+    samples = images[:4000], classes[:4000]
+    return Network("LeNet, 4,000 of CIFAR-10", lambda seed: initialised(lenet, seed), samples, cross_entropy, 100, 480)
+
+
+def characters(width: int = 48, length: int = 32, count: int = 8000) -> Network:
+    path = next(p for p in (folder / "tinyshakespeare.txt" for folder in data.folders()) if p.exists())
+    text = path.read_text(encoding="utf-8")
+    index = {c: i for i, c in enumerate(sorted(set(text)))}
+    codes = torch.tensor([index[c] for c in text[: count * length + 1]])
+
+    def make(seed: int) -> nn.Module:
+        torch.manual_seed(seed)
+        return Characters(len(index), width, length)
+
+    samples = codes[:-1].view(-1, length), codes[1:].view(-1, length)
+    return Network(f"character transformer, width {width}", make, samples, next_character, 32, 600)
+
+
+def train(network: Network, seed: int, groups: list[dict], model: nn.Module) -> float:
+    """The loss over the training set after training with Adam."""
+    optimizer, batches = torch.optim.Adam(groups), network.batches(seed + 100)
+    for _ in range(network.steps):
+        optimizer.zero_grad()
+        loss = network.loss_fn(model, next(batches))
+        if not bool(loss.isfinite()):
+            return math.inf
+        loss.backward()
+        optimizer.step()
+    return network.full_loss(model)
+
+
+# Studies --------------------------------------------------------------------------------------------------------------
+
+
+def rank_one(
+    network: Network, seed: int, uniform: float | None = None, steps: int = 50
+) -> tuple[str, float, ns.Monitor]:
+    """Training with one layer's rate 30 times too large or too small; the layer, the factor and the monitor.
+
+    All other layers train at suggested rates, or at a uniform one.
+    """
+    draw = np.random.default_rng(seed)
+    model = network.make(seed)
+    layers = list(dict.fromkeys(name.rpartition(".")[0] for name, _ in model.named_parameters()))
+    wrong, factor = str(draw.choice(layers)), float(draw.choice([OFF, 1 / OFF]))
+    if uniform is None:
+        adam = torch.optim.Adam(model.parameters(), lr=1e-3)
+        rates = ns.suggest_rates(network.loss_fn, model, network.loader(), adam, seed=seed).rates
+    else:
+        rates = {name: uniform for name, _ in model.named_parameters()}
+    optimizer = torch.optim.Adam(
+        {"params": [p], "lr": rates[name] * (factor if name.startswith(wrong + ".") else 1.0)}
+        for name, p in model.named_parameters()
+    )
+    monitor = ns.Monitor(
+        model, network.loss_fn, optimizer=optimizer, partition=ns.Partition.by_module(model, depth=3), every=5
+    ).attach(network.loader(), repeats=2, seed=seed)
+    batches = network.batches(seed + 100)
+    for _ in range(steps):
+        optimizer.zero_grad()
+        network.loss_fn(model, next(batches)).backward()
+        optimizer.step()
+    return wrong, factor, monitor
+
+
+def ranking() -> list[str]:
+    lines = [
+        "## Which layer is off?",
+        "",
+        f"{CASES} seeded cases: a layer drawn at random gets a learning rate {OFF:g} times too large or too small (a",
+        "coin decides), Adam trains for 50 steps, and the monitor, attached with every=5 and two independent batches",
+        "a measurement, ranks the layers at the end. The other layers have suggested rates; in the last row they have",
+        "one uniform rate, 0.01, the best of a sweep, at which layers differ tenfold in what they need to begin with.",
+        "",
+        "| network | other layers | first, of all | too small | too large |",
+        "|---|---|---|---|---|",
+    ]
+    for network, uniform in ((digits(), None), (digits(), 1e-2)):
+        hits: dict[bool, list[bool]] = {True: [], False: []}
+        for seed in range(CASES):
+            wrong, factor, monitor = rank_one(network, seed, uniform)
+            assert monitor.advice is not None
+            hits[factor > 1].append(monitor.advice.ranked()[0].name == wrong)
+        small, large = hits[False], hits[True]
+        rest = "suggested" if uniform is None else f"uniform, {uniform:g}"
+        lines.append(
+            f"| {network.name} | {rest} | {sum(small) + sum(large)} of {CASES} | {sum(small)} of {len(small)} | "
+            f"{sum(large)} of {len(large)} |"
+        )
+    return lines
+
+
+REPEATS = (3, 5, 10)
+
+
+def cover_one(network: Network, seed: int, size: int = 32) -> dict[int, tuple[list[bool], list[float]]]:
+    """For 3, 5 and 10 batches: whether each group's interval covers the value of all samples; ratios of finite ends."""
+    draw = np.random.default_rng(seed)
+    model = network.make(seed)
+    optimizer, batches = torch.optim.Adam(model.parameters(), lr=1e-3), network.batches(seed + 100)
+    for step in range(int(draw.integers(0, 200)) + 1):
+        if step:
+            optimizer.step()
+        optimizer.zero_grad()
+        network.loss_fn(model, next(batches)).backward()
+    x, y = network.samples
+    chosen = torch.from_numpy(draw.permutation(len(y))[: max(REPEATS) * size]).split(size)
+    parts = [ns.summarize(network.loss_fn, model, [(x[i], y[i])], direction=optimizer) for i in chosen]
+    whole = list(zip(x.split(400), y.split(400), strict=True))
+    truth = alone(ns.summarize(network.loss_fn, model, whole, direction=optimizer)).tolist()
+    result = {}
+    for repeats in REPEATS:
+        groups = advise(parts[:repeats]).groups
+        covered = [g.low <= value <= g.high for g, value in zip(groups, truth, strict=True)]
+        result[repeats] = covered, [g.high / g.low for g in groups if 0 < g.low < g.high < math.inf]
+    return result
+
+
+def coverage() -> list[str]:
+    lines = [
+        "## Do the intervals hold?",
+        "",
+        f"{CASES} seeded cases: Adam at 1e-3 for up to 200 steps, then 90 % intervals for every tensor's factor from",
+        "a few batches of 32 samples, against the value of all samples along the same step. Ratio: the interval's",
+        "upper end over its lower, the median where both are positive and finite, as they are in so many cases.",
+        "",
+        "| network | batches | intervals | cover | ratio | finite |",
+        "|---|---|---|---|---|---|",
+    ]
+    for network in (digits(), cifar()):
+        cases = [cover_one(network, seed) for seed in range(CASES)]
+        for repeats in REPEATS:
+            covered = [hit for case in cases for hit in case[repeats][0]]
+            ratios = [ratio for case in cases for ratio in case[repeats][1]]
+            lines.append(
+                f"| {network.name} | {repeats} | {len(covered)} | {np.mean(covered):.1%} | {np.median(ratios):.1f} | "
+                f"{len(ratios) / len(covered):.0%} |"
+            )
+    return lines
+
+
+def cost_of(network: Network, size: int) -> str:
+    """A row of the table of costs, for measurements on so many samples of a batch."""
+    model = network.make(0)
+    optimizer, batches = torch.optim.Adam(model.parameters(), lr=1e-3), network.batches(0)
+    monitor = ns.Monitor(model, network.loss_fn, optimizer=optimizer)
+
+    def timed(measure: bool) -> float:
+        start = time.process_time()
+        batch = next(batches)
+        optimizer.zero_grad()
+        network.loss_fn(model, batch).backward()
+        if measure:
+            monitor.measure([(batch[0][:size], batch[1][:size])])
+        optimizer.step()
+        return 1e3 * (time.process_time() - start)
+
+    first = timed(True)
+    both = [(timed(False), timed(True)) for _ in range(25)]
+    step = float(np.median([a for a, _ in both]))
+    extra = float(np.median([b for _, b in both])) - step
+    return (
+        f"| {network.name} | {len(monitor.partition)} | {size} of {network.batch_size} | {step:.1f} | {extra:.0f} | "
+        f"{extra / step:.1f} % | {first:.0f} |"
+    )
+
+
+def cost() -> list[str]:
+    return [
+        "## What it costs",
+        "",
+        "Adam, one core, processor time; a step is a forward and a backward pass and Adam's update. A monitored step",
+        "adds one measurement on some samples of the batch, its advice and the loss after the step. First: the first",
+        "one, which traces the graph.",
+        "",
+        "| network | S | measured | step, ms | measurement, ms | at every=100 | first, ms |",
+        "|---|---|---|---|---|---|---|",
+        cost_of(cifar(), 100),
+        *(cost_of(characters(64, 64, 2000), size) for size in (32, 4)),
+    ]
+
+
+def suggestion() -> list[str]:
+    seeds = (0, 1, 2)
+    lines = [
+        "## Suggested rates",
+        "",
+        "Training loss at the end of training with Adam at suggested rates, found from a rate 30 times too small",
+        "and from one 30 times too large (of 1e-3), and at the best uniform rate of a sweep by half decades;",
+        f"seeds {seeds}.",
+        "",
+        "| network | best uniform rate | its loss: median (each) | suggested from 1e-3/30 | from 30e-3 | worst ratio |",
+        "|---|---|---|---|---|---|",
+    ]
+    for network in (digits(), cifar(), characters()):
+        sweep: dict[float, list[float]] = {}
+        for rate in (3e-4, 1e-3, 3e-3, 1e-2, 3e-2):
+            sweep[rate] = []
+            for seed in seeds:
+                model = network.make(seed)
+                sweep[rate].append(train(network, seed, [{"params": list(model.parameters()), "lr": rate}], model))
+        best = min(sweep, key=lambda rate: float(np.median(sweep[rate])))
+        found: dict[float, list[float]] = {}
+        for start in (1e-3 / OFF, 1e-3 * OFF):
+            found[start] = []
+            for seed in seeds:
+                model = network.make(seed)
+                adam = torch.optim.Adam(model.parameters(), lr=start)
+                suggested = ns.suggest_rates(network.loss_fn, model, network.loader(), adam, seed=seed)
+                found[start].append(train(network, seed, suggested.param_groups, model))
+        tell = lambda losses: f"{np.median(losses):.3g} ({', '.join(f'{x:.3g}' for x in losses)})"  # noqa: E731
+        ratio = max(float(np.median(losses)) for losses in found.values()) / float(np.median(sweep[best]))
+        lines.append(
+            f"| {network.name}, {network.steps} steps | {best:g} | {tell(sweep[best])} | "
+            f"{' | '.join(tell(losses) for losses in found.values())} | {ratio:.2f} |"
+        )
+    return lines
+
+
+STUDIES = {"ranking": ranking, "coverage": coverage, "cost": cost, "suggestion": suggestion}
+
+
+def main() -> None:
+    torch.set_num_threads(1)
+    names = sys.argv[1:] or list(STUDIES)
+    RESULTS.parent.mkdir(exist_ok=True)
+    old = RESULTS.read_text(encoding="utf-8") if RESULTS.exists() else ""
+    parts = {part.split("\n")[0]: part.strip() for part in old.split("\n## ")[1:]}
+    for name in names:
+        section = "\n".join(STUDIES[name]())
+        print(section, "\n", flush=True)
+        title, _, _ = section.removeprefix("## ").partition("\n")
+        parts[title] = section.removeprefix("## ")
+    text = "# The monitor\n\nWritten by `python benchmarks/monitor.py`.\n\n"
+    RESULTS.write_text(text + "\n\n".join(f"## {part}" for part in parts.values()) + "\n", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()
