@@ -29,10 +29,6 @@ class AutoEngine:
         """A copy, or what is unpickled, warns anew."""
         return AutoEngine, (self.forward,)
 
-    def __deepcopy__(self, memo: dict[int, Any]) -> AutoEngine:
-        """The same engine, as for :class:`ForwardEngine`."""
-        return self
-
     def measure(
         self, loss: Loss, batch: Any, partition: Partition, direction: Sequence[Tensor], order: int, third: str
     ) -> Summary:

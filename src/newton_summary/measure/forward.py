@@ -17,11 +17,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from newton_summary.measure.graph import Graph, Instruction, Ref, Refusal, first_line, trace
+from newton_summary.measure.graph import Graph, Refusal, trace
 from newton_summary.measure.inputs import Inputs, SameFunction
-from newton_summary.measure.loss import Loss, batch_size, check_dependence, preserved_randomness
-from newton_summary.measure.lowering import CONSTANT
-from newton_summary.measure.rules import Call, Jet, Place, Rule, Sums, rule_for
+from newton_summary.measure.loss import Loss, check_dependence, preserved_randomness
+from newton_summary.measure.sweep import Request, Tape, sweep
 from newton_summary.partition import Partition
 from newton_summary.summary import Summary
 
@@ -55,16 +54,14 @@ class ForwardEngine:
         """
         if order > 3:
             raise Refusal(f"order {order} is above 3")
-        if order == 3 and third == "full":
-            raise Refusal("all of the third order is not measured in this way yet")
         with loss.undisturbed(), torch.autocast(partition.device.type, enabled=False):
             inputs = Inputs(loss, batch, partition)
             known = self._find(inputs)
-            request = _Request(partition, direction, order, third)
+            request = Request(partition, direction, order, third)
             if known.graph is not None and known.checked:
-                tape = _replayed(known.graph, inputs)
+                tape = _replayed(known.graph, inputs, request)
                 if tape is not None and _close(tape.loss, _eager_value(inputs), tape.graph.coarse, _VALUE_TOLERANCE):
-                    summary = _summary(tape, request, inputs)
+                    summary = sweep(tape, request, inputs.weight)
                     if not known.checked_third:
                         _check_accelerations(tape, summary)
                         known.checked_third = summary.third is not None
@@ -76,10 +73,6 @@ class ForwardEngine:
     def __reduce__(self) -> tuple[Any, ...]:
         """A copy, or what is unpickled, traces anew."""
         return ForwardEngine, (self.graphs,)
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> ForwardEngine:
-        """The same engine: what it keeps are graphs, and those of a copied model are its own."""
-        return self
 
     def __len__(self) -> int:
         """How many graphs are kept."""
@@ -104,7 +97,7 @@ class ForwardEngine:
         del entries[self.graphs :]
         return entries[0]
 
-    def _measure_anew(self, inputs: Inputs, request: _Request, known: _Known) -> Summary:
+    def _measure_anew(self, inputs: Inputs, request: Request, known: _Known) -> Summary:
         """Traces the loss in one way after the other, until its derivatives agree."""
         expected = _Expected(inputs, request)
         reasons = []
@@ -113,9 +106,9 @@ class ForwardEngine:
             try:
                 with preserved_randomness(inputs.devices):
                     graph = trace(inputs.function, inputs.tensors(), above_autograd)
-                tape = _Tape(graph, inputs, with_gradient=True)
+                tape = Tape(graph, inputs, with_gradient=True, keep=request.full)
                 expected.check_gradient(tape)
-                summary = _summary(tape, replace(request, order=max(request.order, 2)), inputs)
+                summary = sweep(tape, replace(request, order=max(request.order, 2)), inputs.weight)
                 expected.check_hessian(summary, graph.coarse)
                 _check_accelerations(tape, summary)
             except Refusal as reason:
@@ -140,36 +133,6 @@ class _Known:
     refusal: Refusal | None = None
 
 
-@dataclass(frozen=True, slots=True)
-class _Request:
-    """What is asked for."""
-
-    partition: Partition
-    direction: Sequence[Tensor]
-    order: int
-    third: str
-
-    @property
-    def diagonal(self) -> bool:
-        return self.order == 3 and self.third == "diagonal"
-
-    @property
-    def full(self) -> bool:
-        return self.order == 3 and self.third == "full"
-
-    def jets(self) -> list[Jet]:
-        """The parameters' tangents: u, split by groups."""
-        result = []
-        for label, groups, u in zip(self.partition.labels, self.partition.groups_of, self.direction, strict=True):
-            rows = (
-                u.unsqueeze(0)
-                if isinstance(label, int)
-                else torch.stack([torch.where(label.to(u.device) == g, u, 0.0) for g in groups])
-            )
-            result.append(Jet((), groups, rows.detach()))
-        return result
-
-
 # Checks ---------------------------------------------------------------------------------------------------------------
 
 
@@ -180,10 +143,10 @@ def _eager_value(inputs: Inputs) -> Tensor:
         return inputs.function(*(t.detach() for t in tensors[: inputs.count]), *tensors[inputs.count :]).detach()
 
 
-def _replayed(graph: Graph, inputs: Inputs) -> _Tape | None:
+def _replayed(graph: Graph, inputs: Inputs, request: Request) -> Tape | None:
     """A known graph on new inputs, or nothing where a shape in it depends on what they are."""
     try:
-        return _Tape(graph, inputs)
+        return Tape(graph, inputs, keep=request.full)
     except (RuntimeError, IndexError):
         return None
 
@@ -203,7 +166,7 @@ def _close(
 class _Expected:
     """Value, gradient and one Hessian-vector product of a loss by nested differentiation."""
 
-    def __init__(self, inputs: Inputs, request: _Request) -> None:
+    def __init__(self, inputs: Inputs, request: Request) -> None:
         self.names = inputs.partition.parameter_names
         with preserved_randomness(inputs.devices):
             tensors = inputs.tensors()
@@ -216,7 +179,7 @@ class _Expected:
             self.rows = self._hessian_rows(parameters, request)
         self.is_finite = bool(self.loss.isfinite())
 
-    def _hessian_rows(self, parameters: Sequence[Tensor], request: _Request) -> Tensor | None:
+    def _hessian_rows(self, parameters: Sequence[Tensor], request: Request) -> Tensor | None:
         """H̄ times a vector of ones, or nothing where the loss is not twice differentiable by autograd."""
         moving = [(g, u) for g, u in zip(self.gradient, request.direction, strict=True) if g is not None]
         slope = sum((g * u).sum() for g, u in moving)
@@ -230,7 +193,7 @@ class _Expected:
             [None if h is None else h * u for h, u in zip(product, request.direction, strict=True)]
         )
 
-    def check_gradient(self, tape: _Tape) -> None:
+    def check_gradient(self, tape: Tape) -> None:
         """Compares a graph's loss and its gradient, tensor by tensor."""
         if not _close(tape.loss, self.loss, tape.graph.coarse, _VALUE_TOLERANCE):
             raise Refusal(f"the traced graph gives a loss of {tape.loss.item()}, the model {self.loss.item()}")
@@ -262,7 +225,7 @@ class _Expected:
             )
 
 
-def _check_accelerations(tape: _Tape, summary: Summary) -> None:
+def _check_accelerations(tape: Tape, summary: Summary) -> None:
     """Compares the loss's own second derivatives, which the third order is made of, with the diagonal of H̄."""
     if summary.third is None or tape.final is None or not tape.final.second:
         return
@@ -280,143 +243,3 @@ def _check_accelerations(tape: _Tape, summary: Summary) -> None:
             }
         )
         raise Refusal(f"no reliable third derivatives of {', '.join(general) or 'some operation'}")
-
-
-# Sweeps ---------------------------------------------------------------------------------------------------------------
-
-
-@dataclass(slots=True)
-class _Step:
-    """What an operation of a graph does to tangents."""
-
-    rule: Rule
-    places: tuple[tuple[Place, int], ...]
-    curved: bool
-
-
-_UNKNOWN = Jet((), (), torch.empty(0))
-
-
-class _Tape:
-    """A graph's values and adjoints at one point.
-
-    Args:
-        graph: the loss.
-        inputs: what it is run on, from the present random state, which stays as it is.
-        with_gradient: whether the gradient by the parameters is wanted, too.
-    """
-
-    def __init__(self, graph: Graph, inputs: Inputs, with_gradient: bool = False) -> None:
-        tensors = inputs.tensors()
-        self.graph = graph
-        self.final: Jet | None = None
-        with preserved_randomness(inputs.devices):
-            self.values = graph.run(tensors)
-        self.loss: Tensor = self.values[graph.result]
-        self.steps = _plan(graph, self.values)
-        self.adjoints, self.gradient = self._differentiate(tensors[: inputs.count], with_gradient)
-
-    def _differentiate(self, tensors: list[Tensor], with_gradient: bool) -> tuple[dict[int, Any], list[Tensor | None]]:
-        """Adjoints of the results of all curved operations, by slot, and the gradient."""
-        slots = [s.out for s, step in zip(self.graph.instructions, self.steps, strict=True) if step and step.curved]
-        wanted: list[Tensor] = []
-        for slot in slots:
-            value = self.values[slot]
-            wanted += [v for v in ([value] if isinstance(value, Tensor) else value) if _moves(v)]
-        leaves = tensors if with_gradient else []
-        found: list[Tensor | None] = [None] * (len(wanted) + len(leaves))
-        if self.loss.requires_grad and found:
-            found = list(torch.autograd.grad(self.loss, [*wanted, *leaves], allow_unused=True))
-        rest = iter(found)
-        adjoints: dict[int, Any] = {}
-        for slot in slots:
-            value = self.values[slot]
-            several = [next(rest) if _moves(v) else None for v in ([value] if isinstance(value, Tensor) else value)]
-            if any(a is not None for a in several):
-                adjoints[slot] = several[0] if isinstance(value, Tensor) else several
-        return adjoints, list(rest)
-
-
-def _moves(value: Any) -> bool:
-    return isinstance(value, Tensor) and value.requires_grad
-
-
-def _plan(graph: Graph, values: Sequence[Any]) -> list[_Step | None]:
-    """The rule of each operation that moves with the parameters; made once for each graph."""
-    if graph.plan is None:
-        graph.coarse = any(isinstance(v, Tensor) and v.dtype in (torch.bfloat16, torch.float16) for v in values)
-        reached = {graph.result}
-        for instruction in reversed(graph.instructions):
-            if instruction.out in reached and instruction.op is not CONSTANT:
-                reached.update(instruction.reads)
-        graph.plan = [_step(i, values) if i.out in reached else None for i in graph.instructions]
-    return graph.plan
-
-
-def _step(instruction: Instruction, values: Sequence[Any]) -> _Step | None:
-    out = values[instruction.out]
-    if instruction.op is CONSTANT or not any(_moves(v) for v in ([out] if isinstance(out, Tensor) else out)):
-        return None
-    places = tuple((place, slot) for place, slot in _places(instruction) if _any_moves(values[slot]))
-    if any(isinstance(values[s], Tensor) and values[s].is_complex() for _, s in places):
-        raise Refusal(f"{instruction.op} takes complex numbers")
-    moving = dict.fromkeys((place for place, _ in places), _UNKNOWN)
-    call = Call(instruction.op, instruction.arguments(values), instruction.kwargs, out, moving)
-    rule = rule_for(call)
-    return _Step(rule, places, rule.is_curved(call))
-
-
-def _any_moves(value: Any) -> bool:
-    return _moves(value) if isinstance(value, Tensor) else any(_moves(v) for v in value)
-
-
-def _places(instruction: Instruction) -> list[tuple[Place, int]]:
-    places: list[tuple[Place, int]] = []
-    for i, argument in enumerate(instruction.args):
-        if isinstance(argument, Ref):
-            places.append((i, argument.slot))
-        elif isinstance(argument, list | tuple):
-            places += [((i, j), a.slot) for j, a in enumerate(argument) if isinstance(a, Ref)]
-    return places
-
-
-def _summary(tape: _Tape, request: _Request, inputs: Inputs) -> Summary:
-    """One sweep over a graph with its values and adjoints known."""
-    size, device = len(request.partition), request.partition.device
-    sums = Sums(size, device, request.diagonal, request.full)
-    with torch.no_grad():
-        tape.final = final = _push(tape, request, sums)
-    gradient = torch.zeros(size, dtype=torch.float64, device=device)
-    if final is not None:
-        gradient[list(final.first)] = final.dot.double()
-    return Summary(
-        loss=tape.loss.detach(),
-        gradient=gradient,
-        hessian=sums.hessian if request.order > 1 else None,
-        third=sums.diagonal if request.diagonal else sums.third if request.full else None,
-        names=request.partition.names,
-        weight=float(batch_size(inputs.batch)),
-    )
-
-
-def _push(tape: _Tape, request: _Request, sums: Sums) -> Jet | None:
-    """Pushes all tangents to the loss, frees what is no longer used, and gives the loss's own."""
-    graph, values, adjoints = tape.graph, tape.values, tape.adjoints
-    jets: list[Any] = [None] * graph.slots
-    for slot, jet in zip(graph.inputs, request.jets(), strict=False):
-        jets[slot] = jet
-    for instruction, step in zip(graph.instructions, tape.steps, strict=True):
-        if step is not None:
-            found = {place: jets[slot] for place, slot in step.places if jets[slot] is not None}
-            if found:
-                args = instruction.arguments(values)
-                call = Call(instruction.op, args, instruction.kwargs, values[instruction.out], found, request.diagonal)
-                adjoint = adjoints.pop(instruction.out, None) if request.order > 1 else None
-                try:
-                    jets[instruction.out] = step.rule.push(call, adjoint, sums)
-                except (RuntimeError, NotImplementedError) as error:
-                    raise Refusal(f"{instruction.op} ({step.rule.kind}): {first_line(error)}") from error
-        for slot in instruction.last_use:
-            jets[slot] = values[slot] = None
-    result: Jet | None = jets[graph.result]
-    return result
