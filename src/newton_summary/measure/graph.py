@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, fx
 from torch.fx.experimental.proxy_tensor import make_fx
 
-from newton_summary.measure.lowering import CONSTANT, lowerings
+from newton_summary.measure.lowering import CONSTANT, attention, lowerings
 
 aten = torch.ops.aten
 
@@ -126,7 +126,10 @@ class _Marking(fx.Interpreter):
             return None
         if target in (aten.detach.default, aten.detach_.default):
             return CONSTANT(args[0]) if self.trust_detach else args[0].view_as(args[0])
-        result = super().call_function(target, args, kwargs)
+        if target is aten.scaled_dot_product_attention.default:
+            result = attention(*args, **kwargs)
+        else:
+            result = super().call_function(target, args, kwargs)
         if self.gradients or _in_place(target):
             return result
         return torch.utils._pytree.tree_map_only(Tensor, lambda t: CONSTANT(t) if t.is_floating_point() else t, result)
@@ -177,10 +180,14 @@ def _needed(nodes: list[fx.Node]) -> set[fx.Node]:
 
 def _instruction(node: fx.Node, slot: dict[fx.Node, int]) -> Instruction:
     args, kwargs = _normalised(node)
-    template = tuple(fx.node.map_arg(a, lambda n: Ref(slot[n])) for a in args)
+
+    def refer(argument: Any) -> Any:
+        return fx.node.map_arg(argument, lambda n: Ref(slot[n]))  # type: ignore[arg-type, return-value]
+
+    template = tuple(refer(a) for a in args)
     nested = any(isinstance(a, list | tuple) for a in template)
     template = tuple(list(a) if isinstance(a, fx.immutable_collections.immutable_list) else a for a in template)
-    plain = {key: fx.node.map_arg(value, lambda n: Ref(slot[n])) for key, value in kwargs.items()}
+    plain = {key: refer(value) for key, value in kwargs.items()}
     if any(isinstance(value, Ref) for value in plain.values()):
         raise Refusal(f"{node.target} takes a tensor by a keyword only")
     return Instruction(node.target, template, plain, slot[node], tuple(slot[n] for n in node.all_input_nodes), nested)

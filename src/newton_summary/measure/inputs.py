@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 
 from newton_summary.measure.graph import Refusal
-from newton_summary.measure.loss import Loss
+from newton_summary.measure.loss import Loss, batch_size
 from newton_summary.partition import Partition
 
 _PLAIN = (int, float, complex, str, bytes, bool, type(None), torch.dtype, torch.device, torch.Size)
@@ -42,6 +42,11 @@ class Inputs:
         for leaf in leaves:
             if not isinstance(leaf, (Tensor, *_PLAIN)):
                 raise Refusal(f"the batch holds a {type(leaf).__name__}, whose tensors cannot be found")
+
+    @property
+    def weight(self) -> float:
+        """The number of samples."""
+        return float(batch_size(self.batch))
 
     def tensors(self) -> list[Tensor]:
         """The inputs: fresh leaves for the parameters, copies of everything that a loss may overwrite."""

@@ -9,8 +9,9 @@ import torch
 from typing_extensions import override
 
 from newton_summary.measure.rules import linear as lin
-from newton_summary.measure.rules.base import Call, Place, Rule, Sums
+from newton_summary.measure.rules.base import Rule, Sums
 from newton_summary.measure.rules.bilinear import Bilinear, Convolution, Entrywise, MatrixProduct
+from newton_summary.measure.rules.call import Call, Place
 from newton_summary.measure.rules.elementwise import TABLE, Elementwise
 from newton_summary.measure.rules.general import General
 from newton_summary.measure.rules.jets import Groups, Jet, Part, combine

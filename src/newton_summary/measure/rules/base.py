@@ -4,54 +4,14 @@ from __future__ import annotations
 
 import functools
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
-from dataclasses import dataclass
-from typing import Any, TypeAlias
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from newton_summary.measure.rules.jets import Groups, Jet
-
-Place: TypeAlias = int | tuple[int, int]
-"""Which argument of a call: its position, or its position and that in a list."""
-
-
-@dataclass(slots=True)
-class Call:
-    """One operation of a graph, at work.
-
-    Args:
-        op: the operation.
-        args: its arguments.
-        kwargs: its keyword arguments.
-        out: what it gave: a tensor, or several.
-        jets: the tangents of those arguments that move.
-        third: whether the diagonal of the third order is wanted.
-    """
-
-    op: Any
-    args: tuple[Any, ...]
-    kwargs: Mapping[str, Any]
-    out: Any
-    jets: dict[Place, Jet]
-    third: bool = False
-
-    def argument(self, place: Place) -> Any:
-        """An argument by its place."""
-        return self.args[place] if isinstance(place, int) else self.args[place[0]][place[1]]
-
-    def with_arguments(self, new: Mapping[Place, Any]) -> Any:
-        """The operation applied to other arguments."""
-        args = list(self.args)
-        for place, value in new.items():
-            if isinstance(place, int):
-                args[place] = value
-            else:
-                items = list(args[place[0]])
-                items[place[1]] = value
-                args[place[0]] = items
-        return self.op(*args, **self.kwargs)
+from newton_summary.measure.rules.call import Call, Place
+from newton_summary.measure.rules.derive import Local
+from newton_summary.measure.rules.jets import Groups, blocks
 
 
 class Sums:
@@ -99,11 +59,11 @@ class Sums:
         assert self.diagonal is not None
         self.diagonal.index_add_(0, index(groups, values.device), values.double())
 
-    def add_third(self, one: Groups, pair: Groups, values: Tensor) -> None:
-        """Adds a third of the symmetric sum: entries (one, pair, pair), symmetric in the pair."""
+    def add_third(self, one: Groups, two: Groups, three: Groups, values: Tensor) -> None:
+        """Adds to one of the three terms that :attr:`third` is made of, which is symmetric in the last two groups."""
         assert self._third is not None
         device = values.device
-        place = (index(one, device)[:, None, None], index(pair, device)[:, None], index(pair, device))
+        place = (index(one, device)[:, None, None], index(two, device)[:, None], index(three, device))
         self._third.index_put_(place, values.double(), accumulate=True)
 
 
@@ -123,6 +83,52 @@ class Rule(ABC):
     @abstractmethod
     def push(self, call: Call, adjoint: Any, sums: Sums) -> Any:
         """The tangents of the result; adds v̄ · f'' and v̄ · f''' to the sums."""
+
+    def sources(self, call: Call, adjoint: Any) -> dict[Place, tuple[Groups, Tensor]]:
+        """The rows v̄ · f''[ẋ_i, ·]: what the adjoints of the arguments gain as group i's rate moves."""
+        local = Local(call)
+        rows = local.bent(local.gradient(adjoint))
+        return {place: (local.first, row) for place, row in zip(local.places, rows, strict=True)}
+
+    def add_third(self, call: Call, adjoint: Any, moving: Any, groups: Groups, sums: Sums) -> None:
+        """Adds v̄̇_i · f''[ẋ_j, ẋ_k] and a third of v̄ · f‴[ẋ_i, ẋ_j, ẋ_k], for some groups i.
+
+        Args:
+            call: the operation.
+            adjoint: v̄, or nothing.
+            moving: v̄̇_i, a row for each of ``groups``, or nothing.
+            groups: the groups i.
+            sums: where it goes.
+        """
+        local = Local(call)
+        gradient = None if adjoint is None else local.gradient(adjoint)
+        for row, group in enumerate(groups):
+            values = []
+            if moving is not None:
+                weights = moving[row] if isinstance(moving, Tensor) else [m if m is None else m[row] for m in moving]
+                values.append(local.gram(local.bent(local.gradient(weights))))
+            if gradient is not None and group in local.first:
+                values.append(local.gram(local.twisted(gradient, local.first.index(group))) / 3)
+            for value in values:
+                sums.add_third((group,), local.first, local.first, value.unsqueeze(0))
+
+
+def add_cubes(weights: Tensor, dot: Tensor, groups: Groups, first: Groups, sums: Sums) -> None:
+    """Adds Σ a_i ẋ_j ẋ_k over all entries, in blocks that fit a cache.
+
+    Args:
+        weights: a_i, a row for each of ``groups``.
+        dot: ẋ_j, a row for each of ``first``.
+        groups: the groups i.
+        first: the groups j and k.
+        sums: where it goes.
+    """
+    m, n = len(weights), len(dot)
+    total = dot.new_zeros(m * n, n)
+    for block in blocks(dot.shape[1], m * n):
+        x = dot[:, block]
+        total.addmm_((weights[:, None, block] * x).view(m * n, -1), x.T)
+    sums.add_third(groups, first, first, total.view(m, n, n))
 
 
 @functools.lru_cache(maxsize=4096)

@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 from typing_extensions import override
 
-from newton_summary.measure.rules.base import Call, Place, Rule, Sums, index
+from newton_summary.measure.rules.base import Rule, Sums, index
+from newton_summary.measure.rules.call import Call, Place
 from newton_summary.measure.rules.jets import Groups, Jet, Part, combine, flat, lift
 
 aten = torch.ops.aten
@@ -107,6 +108,32 @@ class Bilinear(Rule):
                 i = index(tuple(seconds.index(g) for g in both), rows.device)
                 j = index(tuple(firsts.index(g) for g in both), rows.device)
                 sums.add_diagonal(both, 3 * rows[i, j])
+
+    @override
+    def sources(self, call: Call, adjoint: Any) -> dict[Place, tuple[Groups, Tensor]]:
+        a, b = call.jets[self.left], call.jets[self.right]
+        result: dict[Place, tuple[Groups, Tensor]] = {}
+        if self.left in call.bent:
+            result[self.left] = (b.first, self.product.to_left(call, adjoint, b.dot, (False, True)))
+        if self.right in call.bent:
+            result[self.right] = (a.first, self.product.to_right(call, a.dot, adjoint, (True, False)))
+        return result
+
+    @override
+    def add_third(self, call: Call, adjoint: Any, moving: Any, groups: Groups, sums: Sums) -> None:
+        if moving is None:
+            return
+        a, b = call.jets[self.left], call.jets[self.right]
+        by_left = len(a.first) < len(b.first)
+        few, many = (a, b) if by_left else (b, a)
+        for group, row in zip(few.first, few.dot, strict=True):
+            if by_left:
+                pulled = self.product.to_right(call, row, moving, (False, True))
+            else:
+                pulled = self.product.to_left(call, moving, row, (True, False))
+            values = flat(pulled) @ flat(many.dot).T
+            sums.add_third(groups, (group,), many.first, values.unsqueeze(1))
+            sums.add_third(groups, many.first, (group,), values.unsqueeze(2))
 
     def _contract_right(self, a: Jet, b: Jet) -> bool:
         if isinstance(self.product, Entrywise):

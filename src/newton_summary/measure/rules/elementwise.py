@@ -10,9 +10,10 @@ import torch
 from torch import Tensor
 from typing_extensions import override
 
-from newton_summary.measure.rules.base import Call, Place, Rule, Sums
-from newton_summary.measure.rules.general import jvp
-from newton_summary.measure.rules.jets import Jet, blocks, flat, rows_of
+from newton_summary.measure.rules.base import Rule, Sums, add_cubes
+from newton_summary.measure.rules.call import Call, Place
+from newton_summary.measure.rules.derive import jvp
+from newton_summary.measure.rules.jets import Groups, Jet, blocks, flat, rows_of
 
 aten = torch.ops.aten
 
@@ -54,6 +55,26 @@ class Elementwise(Rule):
         if d2 is None:
             return jet.like(torch.zeros_like(jet.rows) if d1 is None else jet.rows * d1)
         return _bent(jet, (d1, d2, d3), adjoint, sums, call.third)
+
+    @override
+    def sources(self, call: Call, adjoint: Any) -> dict[Place, tuple[Groups, Tensor]]:
+        jet = call.jets[0]
+        d2 = self.derivatives(call, 2)[1]
+        return {} if d2 is None else {0: (jet.first, jet.dot * (adjoint * d2))}
+
+    @override
+    def add_third(self, call: Call, adjoint: Any, moving: Any, groups: Groups, sums: Sums) -> None:
+        jet = call.jets[0]
+        _, d2, d3 = (*self.derivatives(call, 3), None, None)[:3]
+        dot = flat(jet.dot)
+        weights = dot.new_zeros(len(groups), dot.shape[1])
+        if moving is not None and d2 is not None:
+            torch.mul(flat(moving), d2.reshape(-1), out=weights)
+        both = tuple(g for g in groups if g in jet.first)
+        if adjoint is not None and d3 is not None and both:
+            twist = (adjoint * d3).reshape(-1) / 3
+            weights[rows_of(groups, both)] += dot[rows_of(jet.first, both)] * twist
+        add_cubes(weights, dot, groups, jet.first, sums)
 
 
 def _bent(jet: Jet, slopes: tuple[Slope, ...], adjoint: Tensor | None, sums: Sums, third: bool) -> Jet:
@@ -112,7 +133,7 @@ def nested(call: Call, order: int) -> tuple[Slope, ...]:
         return lambda x: jvp(f, (x,), (torch.ones_like(x),))[1]
 
     results = []
-    function = value
+    function: Callable[[Tensor], Any] = value
     for _ in range(order):
         function = slope(function)
         results.append(function(call.args[0]))
@@ -182,7 +203,7 @@ def _relu(call: Call, order: int) -> tuple[Slope, ...]:
 
 def _elu(call: Call, order: int) -> tuple[Slope, ...]:
     x = call.args[0]
-    alpha, scale, slope = (*call.args[1:], *(1.0, 1.0, 1.0)[len(call.args) - 1 :])
+    alpha, scale, slope = [*call.args[1:], 1.0, 1.0, 1.0][:3]
     below = torch.where(x > 0, 0.0, alpha * scale * slope * torch.exp(torch.clamp(x, max=0.0) * slope))
     first = torch.where(x > 0, scale, below)
     return (first, slope * below, slope**2 * below)[:order]

@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import functools
-import importlib
-import warnings
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -12,23 +9,10 @@ import torch
 from torch import Tensor
 from typing_extensions import override
 
-from newton_summary.measure.rules.base import Call, Place, Rule, Sums
-from newton_summary.measure.rules.jets import Groups, Jet, flat
-
-
-@functools.cache
-def _load_formulas() -> None:
-    """Loads torch's forward formulas, which warns of a deprecation inside torch."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        importlib.import_module("torch._decomp.decompositions_for_jvp")
-
-
-def jvp(function: Callable[..., Any], point: tuple[Tensor, ...], direction: tuple[Tensor, ...]) -> tuple[Any, Any]:
-    """The value of a function and its derivative along a direction."""
-    _load_formulas()
-    value, slope = torch.func.jvp(function, point, direction)  # type: ignore[misc]  # a third only with has_aux
-    return value, slope
+from newton_summary.measure.rules.base import Rule, Sums
+from newton_summary.measure.rules.call import Call, Place
+from newton_summary.measure.rules.derive import Local, jvp
+from newton_summary.measure.rules.jets import Groups, Jet
 
 
 class General(Rule):
@@ -46,59 +30,19 @@ class General(Rule):
 
     @override
     def push(self, call: Call, adjoint: Any, sums: Sums) -> Any:
-        places = list(call.jets)
-        first = tuple(dict.fromkeys(g for jet in call.jets.values() for g in jet.first))
-        point = tuple(call.argument(p) for p in places)
-        dots = tuple(_aligned(call.jets[p], first, False, x) for p, x in zip(places, point, strict=True))
-        ddots = tuple(_aligned(call.jets[p], first, True, x) for p, x in zip(places, point, strict=True))
-        function = _function(call, places)
+        local = Local(call)
+        ddots = local.ddots() if call.third else ()
         if adjoint is not None:
-            self._contract(call, function, adjoint, first, (point, dots, ddots), sums)
+            sums.add_square(local.first, local.gram(local.bent(local.gradient(adjoint))))
+            if call.third:
+                scalar = local.weighted(adjoint)
+                cubes = torch.vmap(lambda v, w: _third(scalar, local.point, v, w))(local.dots, ddots)
+                sums.add_diagonal(local.first, cubes)
         if not call.third:
-            return _jets(call, (), first, torch.vmap(lambda *v: jvp(function, point, v)[1])(*dots), None)
-        one, two = torch.vmap(lambda v, w: _curve(function, point, v, w))(dots, ddots)
-        return _jets(call, first, first, one, two)
-
-    def _contract(
-        self, call: Call, function: Callable[..., Any], adjoint: Any, first: Groups, jets: Any, sums: Sums
-    ) -> None:
-        point, dots, ddots = jets
-        outs = [call.out] if isinstance(call.out, Tensor) else call.out
-        weights = [adjoint] if isinstance(adjoint, Tensor) else adjoint
-        adjoints = [a for a, o in zip(weights, outs, strict=True) if o.is_floating_point()]
-
-        def weighted(*x: Tensor) -> Tensor:
-            values = function(*x)
-            return sum((v * a).sum() for v, a in zip(values, adjoints, strict=True) if a is not None)  # type: ignore
-
-        gradient = torch.func.grad(weighted, argnums=tuple(range(len(point))))
-        bent = torch.vmap(lambda *v: jvp(gradient, point, v)[1])(*dots)
-        square = sum(flat(b) @ flat(d).T for b, d in zip(bent, dots, strict=True))
-        sums.add_square(first, square)
-        if call.third:
-            sums.add_diagonal(first, torch.vmap(lambda v, w: _third(weighted, point, v, w))(dots, ddots))
-
-
-def _function(call: Call, places: Sequence[Place]) -> Callable[..., tuple[Tensor, ...]]:
-    """The operation as a function of what moves, to its differentiable results."""
-
-    def function(*x: Tensor) -> tuple[Tensor, ...]:
-        out = call.with_arguments(dict(zip(places, x, strict=True)))
-        outs = (out,) if isinstance(out, Tensor) else out
-        return tuple(o for o in outs if isinstance(o, Tensor) and o.is_floating_point())
-
-    return function
-
-
-def _aligned(jet: Jet, groups: Groups, second: bool, like: Tensor) -> Tensor:
-    """Rows for all of these groups, zero where the jet has none."""
-    own, rows = (jet.second, jet.ddot) if second else (jet.first, jet.dot)
-    if own == groups:
-        return rows
-    result = like.new_zeros((len(groups), *like.shape))
-    for row, group in zip(rows, own, strict=True):
-        result[groups.index(group)] = row
-    return result
+            rows = torch.vmap(lambda *v: jvp(local, local.point, v)[1])(*local.dots)
+            return _jets(call, (), local.first, rows, None)
+        one, two = torch.vmap(lambda v, w: _curve(local, local.point, v, w))(local.dots, ddots)
+        return _jets(call, local.first, local.first, one, two)
 
 
 def _path(point: Sequence[Tensor], v: Sequence[Tensor], w: Sequence[Tensor]) -> Callable[[Tensor], tuple[Tensor, ...]]:

@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 from typing_extensions import override
 
-from newton_summary.measure.rules.base import Call, Place, Rule, Sums
+from newton_summary.measure.rules.base import Rule, Sums
+from newton_summary.measure.rules.call import Call, Place
 from newton_summary.measure.rules.jets import Jet, Part, combine, lift
 
 aten = torch.ops.aten
@@ -175,7 +176,7 @@ def indexed(call: Call, place: Place, rows: Tensor) -> Tensor:
     if taken[-1] - taken[0] + 1 != len(taken):  # the result's dimensions would move to the front
         result: Tensor = torch.vmap(lambda r: call.with_arguments({place: r}))(rows)
         return result
-    return torch.ops.aten.index.Tensor(rows, [None, *call.args[1]])
+    return torch.ops.aten.index.Tensor(rows, [None, *call.args[1]])  # type: ignore[no-any-return]
 
 
 def embedded(call: Call, place: Place, rows: Tensor) -> Tensor:
@@ -185,7 +186,7 @@ def embedded(call: Call, place: Place, rows: Tensor) -> Tensor:
 
 def padded(call: Call, place: Place, rows: Tensor) -> Tensor:
     """Padding by a number."""
-    return aten.constant_pad_nd.default(rows, call.args[1], 0)
+    return aten.constant_pad_nd.default(rows, call.args[1], 0)  # type: ignore[no-any-return]
 
 
 def folded(dims: int) -> Rows:
@@ -197,7 +198,7 @@ def folded(dims: int) -> Rows:
             result = call.op(rows_4d, *call.args[1:], **call.kwargs)
         else:
             result = call.op(rows.flatten(0, 1), *call.args[1:], **call.kwargs)
-        return result.reshape(len(rows), *call.out.shape)
+        return result.reshape(len(rows), *call.out.shape)  # type: ignore[no-any-return]
 
     return act
 

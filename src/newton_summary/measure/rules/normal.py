@@ -11,8 +11,9 @@ import torch
 from torch import Tensor
 from typing_extensions import override
 
-from newton_summary.measure.rules.base import Call, Place, Rule, Sums
-from newton_summary.measure.rules.jets import Jet, blocks, rows_of
+from newton_summary.measure.rules.base import Rule, Sums, add_cubes
+from newton_summary.measure.rules.call import Call, Place
+from newton_summary.measure.rules.jets import Groups, Jet, blocks, flat, rows_of
 
 
 class _Local(Rule):
@@ -146,6 +147,37 @@ class Softmax(_Local):
             target[rows_of(jet.first, jet.second)] += a
         if not self.log:
             target.mul_(p)
+
+    @override
+    def sources(self, call: Call, adjoint: Any) -> dict[Place, tuple[Groups, Tensor]]:
+        jet = call.jets[0]
+        c, p, w = self._centred(call, adjoint)
+        rows = c * w
+        if not self.log:  # for log_softmax these sums are zero
+            rows -= rows.sum(-1, keepdim=True) * p
+        return {0: (jet.first, rows.view(jet.dot.shape))}
+
+    @override
+    def add_third(self, call: Call, adjoint: Any, moving: Any, groups: Groups, sums: Sums) -> None:
+        jet = call.jets[0]
+        c, p, w = self._centred(call, adjoint)
+        weights = c.new_zeros(len(groups), *p.shape)
+        if moving is not None:
+            v = moving.reshape(weights.shape)
+            weights += -v.sum(-1, keepdim=True) * p if self.log else p * (v - (p * v).sum(-1, keepdim=True))
+        both = tuple(g for g in groups if g in jet.first)
+        if adjoint is not None and both:
+            some = c[rows_of(jet.first, both)]
+            twist = some * w
+            weights[rows_of(groups, both)] += twist / 3 if self.log else twist / 3 - twist.sum(-1, keepdim=True) * p
+        add_cubes(weights.flatten(1), flat(c), groups, jet.first, sums)
+
+    def _centred(self, call: Call, adjoint: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+        """All c_i, p, and the weights w with v̄ · f''[ẋ_i, ẋ_j] = Σ w c_i c_j."""
+        jet, out = call.jets[0], call.out.reshape(-1, call.out.shape[-1])
+        p, w = self.values(call, out, None if adjoint is None else adjoint.reshape(out.shape))
+        rows = jet.dot.reshape(-1, *out.shape)
+        return rows - _means(rows, p), p, w
 
 
 class Standardisation(_Local):

@@ -1,0 +1,298 @@
+"""One sweep over a graph: values, adjoints, tangents, and the sums that they give (docs/engine.md)."""
+
+from __future__ import annotations
+
+import contextlib
+import warnings
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from newton_summary.measure.graph import Graph, Instruction, Ref, Refusal, first_line
+from newton_summary.measure.inputs import Inputs
+from newton_summary.measure.loss import preserved_randomness
+from newton_summary.measure.lowering import CONSTANT
+from newton_summary.measure.rules import Call, Groups, Jet, Place, Rule, Sums, rule_for
+from newton_summary.measure.rules.jets import rows_of
+from newton_summary.partition import Partition
+from newton_summary.summary import Summary
+
+
+@dataclass(frozen=True, slots=True)
+class Request:
+    """What is asked for."""
+
+    partition: Partition
+    direction: Sequence[Tensor]
+    order: int
+    third: str
+
+    @property
+    def diagonal(self) -> bool:
+        """Whether the third order's diagonal is wanted."""
+        return self.order == 3 and self.third == "diagonal"
+
+    @property
+    def full(self) -> bool:
+        """Whether all of the third order is wanted."""
+        return self.order == 3 and self.third == "full"
+
+    def jets(self) -> list[Jet]:
+        """The parameters' tangents: u, split by groups."""
+        result = []
+        for label, groups, u in zip(self.partition.labels, self.partition.groups_of, self.direction, strict=True):
+            rows = (
+                u.unsqueeze(0)
+                if isinstance(label, int)
+                else torch.stack([torch.where(label.to(u.device) == g, u, 0.0) for g in groups])
+            )
+            result.append(Jet((), groups, rows.detach()))
+        return result
+
+
+@dataclass(slots=True)
+class _Step:
+    """What an operation of a graph does to tangents."""
+
+    rule: Rule
+    places: tuple[tuple[Place, int], ...]
+    curved: bool
+    bent: frozenset[Place] = frozenset()
+
+
+_UNKNOWN = Jet((), (), torch.empty(0))
+
+
+class Tape:
+    """A graph's values and adjoints at one point.
+
+    Args:
+        graph: the loss.
+        inputs: what it is run on, from the present random state, which stays as it is.
+        with_gradient: whether the gradient by the parameters is wanted, too.
+        keep: whether another backward pass will follow.
+    """
+
+    def __init__(self, graph: Graph, inputs: Inputs, with_gradient: bool = False, keep: bool = False) -> None:
+        tensors = inputs.tensors()
+        self.graph = graph
+        self.final: Jet | None = None
+        with preserved_randomness(inputs.devices):
+            self.values = graph.run(tensors)
+        self.loss: Tensor = self.values[graph.result]
+        self.steps = _plan(graph, self.values)
+        self.adjoints, self.gradient = self._differentiate(tensors[: inputs.count] if with_gradient else [], keep)
+
+    def _differentiate(self, leaves: list[Tensor], keep: bool) -> tuple[dict[int, Any], list[Tensor | None]]:
+        """Adjoints of the results of all curved operations, by slot, and the gradient."""
+        slots = [s.out for s, step in zip(self.graph.instructions, self.steps, strict=True) if step and step.curved]
+        wanted: list[Tensor] = []
+        for slot in slots:
+            value = self.values[slot]
+            wanted += [v for v in _several(value) if _moves(v)]
+        found: list[Tensor | None] = [None] * (len(wanted) + len(leaves))
+        if self.loss.requires_grad and found:
+            found = list(torch.autograd.grad(self.loss, [*wanted, *leaves], allow_unused=True, retain_graph=keep))
+        rest = iter(found)
+        adjoints: dict[int, Any] = {}
+        for slot in slots:
+            value = self.values[slot]
+            several = [next(rest) if _moves(v) else None for v in _several(value)]
+            if any(a is not None for a in several):
+                adjoints[slot] = several[0] if isinstance(value, Tensor) else several
+        return adjoints, list(rest)
+
+
+def _moves(value: Any) -> bool:
+    return isinstance(value, Tensor) and value.requires_grad
+
+
+def _plan(graph: Graph, values: Sequence[Any]) -> list[_Step | None]:
+    """The rule of each operation that moves with the parameters; made once for each graph."""
+    if graph.plan is None:
+        graph.coarse = any(isinstance(v, Tensor) and v.dtype in (torch.bfloat16, torch.float16) for v in values)
+        reached = {graph.result}
+        for instruction in reversed(graph.instructions):
+            if instruction.out in reached and instruction.op is not CONSTANT:
+                reached.update(instruction.reads)
+        bent: set[int] = set()
+        plan: list[_Step | None] = []
+        for instruction in graph.instructions:
+            step = _step(instruction, values, bent) if instruction.out in reached else None
+            if step is not None and (step.curved or step.bent):
+                bent.add(instruction.out)
+            plan.append(step)
+        graph.plan = plan
+    return graph.plan
+
+
+def _step(instruction: Instruction, values: Sequence[Any], bent: set[int]) -> _Step | None:
+    out = values[instruction.out]
+    if instruction.op is CONSTANT or not any(_moves(v) for v in _several(out)):
+        return None
+    places = tuple((place, slot) for place, slot in _places(instruction) if _any_moves(values[slot]))
+    if any(isinstance(values[s], Tensor) and values[s].is_complex() for _, s in places):
+        raise Refusal(f"{instruction.op} takes complex numbers")
+    moving = dict.fromkeys((place for place, _ in places), _UNKNOWN)
+    call = Call(instruction.op, instruction.arguments(values), instruction.kwargs, out, moving)
+    rule = rule_for(call)
+    return _Step(rule, places, rule.is_curved(call), frozenset(place for place, slot in places if slot in bent))
+
+
+def _any_moves(value: Any) -> bool:
+    return _moves(value) if isinstance(value, Tensor) else any(_moves(v) for v in value)
+
+
+def _places(instruction: Instruction) -> list[tuple[Place, int]]:
+    places: list[tuple[Place, int]] = []
+    for i, argument in enumerate(instruction.args):
+        if isinstance(argument, Ref):
+            places.append((i, argument.slot))
+        elif isinstance(argument, list | tuple):
+            places += [((i, j), a.slot) for j, a in enumerate(argument) if isinstance(a, Ref)]
+    return places
+
+
+def sweep(tape: Tape, request: Request, weight: float) -> Summary:
+    """Pushes all tangents over a graph with its values and adjoints known; a tape serves once."""
+    size, device = len(request.partition), request.partition.device
+    sums = Sums(size, device, request.diagonal, request.full)
+    calls: list[_Curved] | None = [] if request.full else None
+    with torch.no_grad():
+        tape.final = final = _push(tape, request, sums, calls)
+    if calls:
+        _pull(calls, tuple(range(size)), sums)
+    gradient = torch.zeros(size, dtype=torch.float64, device=device)
+    if final is not None:
+        gradient[list(final.first)] = final.dot.double()
+    return Summary(
+        loss=tape.loss.detach(),
+        gradient=gradient,
+        hessian=sums.hessian if request.order > 1 else None,
+        third=sums.diagonal if request.diagonal else sums.third if request.full else None,
+        names=request.partition.names,
+        weight=weight,
+    )
+
+
+def _push(tape: Tape, request: Request, sums: Sums, calls: list[_Curved] | None) -> Jet | None:
+    """Pushes all tangents to the loss, frees what is no longer used, and gives the loss's own.
+
+    Args:
+        tape: values and adjoints.
+        request: what is asked for.
+        sums: where the curvature goes.
+        calls: gathers all curved operations, with their tangents, where they are needed later.
+    """
+    graph, values, adjoints = tape.graph, tape.values, tape.adjoints
+    jets: list[Any] = [None] * graph.slots
+    for slot, jet in zip(graph.inputs, request.jets(), strict=False):
+        jets[slot] = jet
+    for instruction, step in zip(graph.instructions, tape.steps, strict=True):
+        if step is not None:
+            found = {place: jets[slot] for place, slot in step.places if jets[slot] is not None}
+            if found:
+                args = instruction.arguments(values)
+                out = values[instruction.out]
+                call = Call(instruction.op, args, instruction.kwargs, out, found, request.diagonal, step.bent)
+                adjoint = adjoints.pop(instruction.out, None) if request.order > 1 else None
+                with _refusing(call, step.rule):
+                    jets[instruction.out] = step.rule.push(call, adjoint, sums)
+                if calls is not None and step.curved:
+                    calls.append(_Curved(call, step.rule, adjoint))
+        for slot in instruction.last_use:
+            jets[slot] = values[slot] = None
+    result: Jet | None = jets[graph.result]
+    return result
+
+
+@contextlib.contextmanager
+def _refusing(call: Call, rule: Rule) -> Iterator[None]:
+    """Turns what torch cannot do into a refusal."""
+    try:
+        yield
+    except (RuntimeError, NotImplementedError) as error:
+        raise Refusal(f"{call.op} ({rule.kind}): {first_line(error)}") from error
+
+
+# All of the third order -----------------------------------------------------------------------------------------------
+
+
+@dataclass(slots=True)
+class _Curved:
+    """A curved operation with its tangents and adjoint."""
+
+    call: Call
+    rule: Rule
+    adjoint: Any
+
+    def results(self) -> list[Tensor]:
+        """Its differentiable results."""
+        out = self.call.out
+        return [o for o in _several(out) if _moves(o)]
+
+
+def _pull(calls: list[_Curved], groups: Groups, sums: Sums) -> None:
+    """Pulls the tangents of all adjoints through the graph, some groups at a time, and adds what they give.
+
+    The adjoint of every argument of a curved operation gains v̄ · f''[ẋ_i, ·] as group i's rate moves; from there these
+    rows go backward as gradients do, all in one batched backward pass.
+    """
+    arguments: list[Tensor] = []
+    sources: list[tuple[Groups, Tensor]] = []
+    with torch.no_grad():
+        for curved in calls:
+            if curved.adjoint is not None and curved.call.bent:
+                with _refusing(curved.call, curved.rule):
+                    found = curved.rule.sources(curved.call, curved.adjoint)
+                for place, source in found.items():
+                    if place in curved.call.bent:
+                        arguments.append(curved.call.argument(place))
+                        sources.append(source)
+    results = [out for curved in calls for out in curved.results()]
+    size = max(sum(out.numel() for out in results), 1)
+    step = max(1, _PULLED // size)
+    for start in range(0, len(groups), step):
+        some = groups[start : start + step]
+        rows = iter(_adjoint_tangents(arguments, [_chosen(s, some) for s in sources], results))
+        with torch.no_grad():
+            for curved in calls:
+                several = [next(rows) if _moves(o) else None for o in _several(curved.call.out)]
+                moving = several[0] if isinstance(curved.call.out, Tensor) else several
+                if all(m is None for m in several):
+                    moving = None
+                with _refusing(curved.call, curved.rule):
+                    curved.rule.add_third(curved.call, curved.adjoint, moving, some, sums)
+
+
+_PULLED = 1 << 26  # entries of adjoint tangents that are held at a time
+
+
+def _adjoint_tangents(arguments: list[Tensor], sources: list[Tensor], results: list[Tensor]) -> Sequence[Tensor | None]:
+    """The backward pass of many rows at once."""
+    if not arguments:
+        return [None] * len(results)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "There is a performance drop")
+        return torch.autograd.grad(
+            arguments, results, sources, retain_graph=True, allow_unused=True, is_grads_batched=True
+        )
+
+
+def _chosen(source: tuple[Groups, Tensor], groups: Groups) -> Tensor:
+    """The rows of some groups, zero where there are none."""
+    own, rows = source
+    if own == groups:
+        return rows
+    result = rows.new_zeros((len(groups), *rows.shape[1:]))
+    both = tuple(g for g in groups if g in own)
+    if both:
+        result[rows_of(groups, both)] = rows[rows_of(own, both)]
+    return result
+
+
+def _several(out: Any) -> Sequence[Any]:
+    return [out] if isinstance(out, Tensor) else out
