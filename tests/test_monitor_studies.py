@@ -1,0 +1,41 @@
+"""Small versions of the studies in benchmarks/monitor.py: ranking, and the coverage of intervals."""
+
+from __future__ import annotations
+
+import importlib.util
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+PATH = Path(__file__).parents[1] / "benchmarks" / "monitor.py"
+
+
+@pytest.fixture(scope="module")
+def studies():
+    spec = importlib.util.spec_from_file_location("monitor_studies", PATH)
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module  # dataclasses look their module up
+    spec.loader.exec_module(module)
+    yield module
+    del sys.modules[spec.name]
+
+
+@pytest.mark.slow
+def test_the_layer_that_is_off_is_ranked_first(studies) -> None:
+    network, cases = studies.digits(), 10
+    hits, directions = 0, set()
+    for seed in range(cases):
+        wrong, factor, monitor = studies.rank_one(network, seed)
+        hits += monitor.advice.ranked()[0].name == wrong
+        directions.add(factor > 1)
+    assert hits >= 9
+    assert directions == {True, False}
+
+
+@pytest.mark.slow
+def test_intervals_cover_the_value_of_all_samples(studies) -> None:
+    cases = [studies.cover_one(studies.digits(), seed) for seed in range(12)]
+    for repeats in studies.REPEATS:
+        assert 0.8 <= np.mean([hit for case in cases for hit in case[repeats][0]]) <= 0.99
