@@ -217,10 +217,10 @@ def test_records_go_to_a_file_a_frame_and_a_writer(tmp_path) -> None:
     monitor.measure([batches[0]])  # a step that is never taken is written by close()
     monitor.close()
     rows = [json.loads(line, parse_constant=pytest.fail) for line in path.read_text().splitlines()]
-    assert [row["step"] for row in rows] == [0, 2, 4, 6, 8, 8]
+    assert [row["step"] for row in rows] == [0, 2, 4, 6, 8, 9]
     assert rows[-1]["actual_decrease"] is None
     assert rows[0]["low"] == [None] * 4  # a single batch gives no interval
-    assert [r.step for r in monitor.records] == [6, 8, 8]
+    assert [r.step for r in monitor.records] == [6, 8, 9]
     frame = monitor.to_frame()
     assert len(frame) == 12
     assert list(frame.group[:4]) == list(monitor.partition.names)

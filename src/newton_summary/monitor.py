@@ -40,7 +40,7 @@ class Record:
     """One measurement, as plain numbers; one entry for each group in every tuple.
 
     Args:
-        step: the number of optimizer steps before it.
+        step: the number of the optimizer's steps before it, since the monitor was made.
         loss: on the measured batches, before the step.
         predicted_decrease: of that loss by the optimizer's step, in the quadratic model of these very batches.
         actual_decrease: of that loss, on these batches and with the same random numbers; NaN until the step was taken.
@@ -154,7 +154,7 @@ class Monitor:
         self.counts = Counter({"measured": 0, "failed": 0})
         self._loss = Loss(loss_fn, model)
         self._window: deque[tuple[Summary, Tensor]] = deque(maxlen=window)
-        self._seen = 0
+        self._taken = 0
         self._awaiting: _Awaiting | None = None
         self._hooks = [optimizer.register_step_post_hook(self._after_step)]
         if all(math.isnan(rate) for rate in self._learning_rates().tolist()):
@@ -173,8 +173,7 @@ class Monitor:
         Returns:
             New advice where it was measured, else ``None``.
         """
-        self._seen += 1
-        return self.measure([batch]) if (self._seen - 1) % self.every == 0 else None
+        return self.measure([batch]) if self._taken % self.every == 0 else None
 
     def attach(self, batches: Iterable[Any], *, repeats: int = 1, seed: int = 0) -> Monitor:
         """From now on, measures by itself within ``optimizer.step()``, just before the step is taken.
@@ -197,8 +196,7 @@ class Monitor:
         stream = BatchStream(batches, seed)
 
         def before_step(*_: Any) -> None:
-            self._seen += 1
-            if (self._seen - 1) % self.every == 0:
+            if self._taken % self.every == 0:
                 self.measure([stream.next(self.partition.device) for _ in range(repeats)])
 
         self._hooks.append(self.optimizer.register_step_pre_hook(before_step))
@@ -235,12 +233,12 @@ class Monitor:
         self.counts["measured"] += 1
         if not mean.is_finite():
             self.counts["failed"] += 1
-            logger.info("measurement before step %d is not finite: look for it in the data or the rates", self._seen)
+            logger.info("measurement before step %d is not finite: look for it in the data or the rates", self._taken)
             return None
         rates = self._learning_rates()
         self._window.extend((part, rates) for part in parts)
         self.advice = advise(self._in_todays_units(rates), regularization=self.regularization, level=self.level)
-        self.records.append(_record(max(self._seen - 1, 0), mean, rates, self.advice))
+        self.records.append(_record(self._taken, mean, rates, self.advice))
         self._awaiting = _Awaiting(batches, randomness, [part.weight for part in parts])
         return self.advice
 
@@ -263,7 +261,8 @@ class Monitor:
 
     @torch.no_grad()
     def _after_step(self, *_: Any) -> None:
-        """What the loss did on the batches that the last measurement was made on."""
+        """Counts the step; what the loss did on the batches that the last measurement was made on."""
+        self._taken += 1
         if self._awaiting is None:
             return
         waiting, self._awaiting = self._awaiting, None
