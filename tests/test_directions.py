@@ -275,6 +275,20 @@ def test_the_next_step_of_an_optimizer_that_writes_to_gradients_and_reads_attrib
         torch.testing.assert_close(step, 3.0 * p.grad.clamp(-0.01, 0.01), rtol=0, atol=1e-15)
 
 
+def test_hooks_are_not_even_copied():
+    class Trainer:
+        def hook(self, *args):
+            raise AssertionError("fired")
+
+        def __deepcopy__(self, memo):
+            raise AssertionError("copied")
+
+    case, optimizer = trained(INNER["sgd"])
+    optimizer.register_step_pre_hook(Trainer().hook)
+    optimizer.register_state_dict_post_hook(Trainer().hook)
+    assert len(next_step(optimizer, list(case.model.parameters()))) == 4
+
+
 def test_parameters_that_the_optimizer_does_not_hold_get_zeros():
     case = make("mlp")
     case.loss.backward()

@@ -611,6 +611,14 @@ def test_compositions_have_the_values_types_and_gradients_of_torchs_own(training
             torch.testing.assert_close(others, gradients, rtol=tolerance, atol=50 * tolerance)
 
 
+def test_compositions_of_half_precision_do_not_overflow():
+    x = 300 * torch.randn(4, 8).half()  # a variance beyond the largest number of this type
+    with Composed():
+        composed = nn.functional.layer_norm(x, (8,))
+    torch.testing.assert_close(composed, nn.functional.layer_norm(x, (8,)), rtol=1e-2, atol=1e-2)
+    assert composed.abs().max() > 1
+
+
 def graph(tensor):
     """The names of the operations that a tensor came from."""
     names, nodes = set(), [tensor.grad_fn]

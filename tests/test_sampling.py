@@ -66,9 +66,9 @@ class Legacy(Sampler):
         self.lazy = lazy
 
     def __iter__(self):
-        if self.lazy:
-            return (int(np.random.randint(N)) for _ in range(N))  # noqa: NPY002
         order = list(range(N))
+        if self.lazy:  # each draw depends on those before it
+            return (order.pop(np.random.randint(len(order))) for _ in range(N))  # noqa: NPY002
         random.shuffle(order)
         return iter(order)
 
@@ -217,6 +217,12 @@ def test_passes_differ(kind):
         passes.setdefault(stream.epoch, []).append(flat(batch))
     del passes[stream.epoch]
     assert len({str(p) for p in passes.values()}) > 1
+
+
+def test_every_batch_has_random_numbers_of_its_own():
+    batches = take(BatchStream(LOADERS["augmented"]()), 6)
+    noise = [tuple((batch[0] - batch[0].floor()).round(decimals=9).tolist()) for batch in batches]
+    assert len(set(noise)) == 6
 
 
 # What a pass is made of -----------------------------------------------------------------------------------------------
