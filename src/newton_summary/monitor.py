@@ -142,7 +142,7 @@ class Monitor:
         for what, value in (("every", every), ("window", window), ("history", history)):
             check_positive(what, value)
         if isinstance(optimizer, NewtonSummary):
-            raise TypeError("NewtonSummary measures by itself: read optimizer.summary, or advise([optimizer.summary])")
+            raise TypeError("NewtonSummary measures by itself: read optimizer.summary and optimizer.rates")
         self.partition = partition or default_partition(model)
         self.optimizer = optimizer
         self.every, self.level, self.regularization = every, level, regularization

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -112,7 +112,7 @@ def suggest_rates(
     start = _Start(loss_fn, model, optimizer, partition, batches, seed)
     with preserved_randomness({partition.device}):
         measured = profile(start.measure(resolve_engine(engine)))
-        multiple, trials = search(lambda m: start.trial((m * measured).tolist(), steps))
+        multiple, trials = search(lambda multiple: start.trial((multiple * measured).tolist(), steps))
     rates = dict(zip(partition.names, (multiple * measured).tolist(), strict=True))
     return SuggestedRates(rates, before, _param_groups(optimizer, partition, rates), trials, multiple)
 
@@ -136,7 +136,7 @@ def profile(summary: Summary) -> Tensor:
     return result
 
 
-def search(score: Any) -> tuple[float, dict[float, float]]:
+def search(score: Callable[[float], float]) -> tuple[float, dict[float, float]]:
     """The multiple with the lowest score, by steps of 2 from 1 to where it rises again, and by √2 around the best.
 
     Args:
