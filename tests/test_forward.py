@@ -216,11 +216,11 @@ def test_dead_models_are_not_kept():
     assert len(engine) == 0
 
 
-def test_a_deep_copy_shares_the_engine_and_a_pickle_starts_anew():
+@pytest.mark.parametrize("copied", [copy.deepcopy, lambda engine: pickle.loads(pickle.dumps(engine))])
+def test_a_copied_engine_starts_anew(copied):
     case, engine = CASES["mlp"](), AutoEngine(ForwardEngine(graphs=3))
     expected = measure(engine, case)
-    assert copy.deepcopy(engine) is engine
-    other = pickle.loads(pickle.dumps(engine))
+    other = copied(engine)
     assert (len(other.forward), other.forward.graphs) == (0, 3)
     assert_close(measure(other, case), expected)
 

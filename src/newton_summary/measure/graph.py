@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -74,8 +74,14 @@ class Graph:
     plan: list[Any] | None = None
     coarse: bool = False
 
-    def run(self, inputs: Sequence[Tensor]) -> list[Any]:
-        """Every value, by slot.  Differentiable with respect to the inputs."""
+    def run(self, inputs: Sequence[Tensor], instead: Mapping[Any, Callable[..., Any]] | None = None) -> list[Any]:
+        """Every value, by slot.  Differentiable with respect to the inputs.
+
+        Args:
+            inputs: the arguments of the traced function.
+            instead: what to call in place of some operations.
+        """
+        replaced = instead or {}
         values: list[Any] = [None] * self.slots
         for slot, tensor in zip(self.inputs, inputs, strict=True):
             values[slot] = tensor
@@ -85,7 +91,7 @@ class Graph:
             if step.op is CONSTANT:
                 values[step.out] = values[step.reads[0]].detach()
             else:
-                values[step.out] = step.op(*step.arguments(values), **step.kwargs)
+                values[step.out] = replaced.get(step.op, step.op)(*step.arguments(values), **step.kwargs)
         return values
 
 

@@ -81,7 +81,7 @@ class Tape:
         self.graph = graph
         self.final: Jet | None = None
         with preserved_randomness(inputs.devices):
-            self.values = graph.run(tensors)
+            self.values = graph.run(tensors, _BATCHABLE if keep else None)
         self.loss: Tensor = self.values[graph.result]
         self.steps = _plan(graph, self.values)
         self.adjoints, self.gradient = self._differentiate(tensors[: inputs.count] if with_gradient else [], keep)
@@ -267,6 +267,12 @@ def _pull(calls: list[_Curved], groups: Groups, sums: Sums) -> None:
                 with _refusing(curved.call, curved.rule):
                     curved.rule.add_third(curved.call, curved.adjoint, moving, some, sums)
 
+
+def _elu(x: Tensor, alpha: float = 1.0, scale: float = 1.0, slope: float = 1.0) -> Tensor:
+    return scale * torch.where(x > 0, x, alpha * torch.expm1(slope * x.clamp_max(0.0)))
+
+
+_BATCHABLE = {torch.ops.aten.elu.default: _elu}  # torch has no batching rule for its backward pass
 
 _PULLED = 1 << 26  # entries of adjoint tangents that are held at a time
 
