@@ -23,7 +23,7 @@ from torch import Tensor
 
 from newton_summary.solve import secular
 from newton_summary.solve.line_search import best_length
-from newton_summary.solve.linear import EPSILON, Array, backward, cholesky, equilibrate, forward, rounding
+from newton_summary.solve.linear import EPSILON, Array, backward, cholesky, eigh, equilibrate, forward, rounding
 from newton_summary.solve.model import ACCEPTED_ERROR, Model
 from newton_summary.solve.step import Status, Step
 
@@ -34,7 +34,6 @@ _LENGTHS = 4.0 ** np.arange(-24, 25)
 _ROUNDS = 1000
 _POWERS = 100
 _FLAT = 1e-12
-_TINY = 1e-280
 
 
 @dataclass(frozen=True)
@@ -69,7 +68,11 @@ class Box:
 
     def scaled(self, factors: Array) -> Box:
         """The box of x / factors."""
-        return Box(self.lower / factors, self.upper / factors)
+        largest = np.finfo(float).max  # a finite bound stays finite
+        lower, upper = (
+            np.where(np.isinf(b), b, np.clip(b / factors, -largest, largest)) for b in (self.lower, self.upper)
+        )
+        return Box(lower, upper)
 
     def restricted(self, mask: Array) -> Box:
         """The box of some of the coordinates."""
@@ -79,6 +82,10 @@ class Box:
         """The mask of the coordinates that the direction moves out of the box at once."""
         result: Array = ((x <= self.lower) & (direction < 0)) | ((x >= self.upper) & (direction > 0))
         return result
+
+    def ahead(self, direction: Array) -> Array:
+        """The bounds that a direction points to; the lower ones where it is 0."""
+        return np.where(direction > 0, self.upper, self.lower)
 
     def walls(self, x: Array, direction: Array) -> Array:
         """The lengths at which each coordinate meets its bound along the direction; infinite where it never does."""
@@ -119,15 +126,24 @@ def minimise(model: Model, box: Box) -> tuple[Array, Status]:
         if status is not Status.SOLVED:
             target = origin
         seen = model.seen()
-        part = model.restricted(seen, origin)
+        part, room, target = model.restricted(seen, origin), box.restricted(seen), target[seen]
         units = equilibrate(np.abs(part.hessian) + np.diag(secular.guess(part) * part.cubic**2))
-        x, status = _minimise(part.scaled(units), box.restricted(seen).scaled(units), target[seen] / units)
-        origin[seen] = x * units
-        return box.clip(origin), status
+        reach = max(_largest(target / units), _largest(part.gradient * units)) or 1.0
+        reach = min(max(reach, 1e-100), 1e100)  # its square is a number
+        units *= reach
+        scaled = room.scaled(units)
+        x, status = _minimise(part.scaled(units, loss=reach**2), scaled, target / units)
+        inner = np.where(x >= scaled.upper, room.upper, x * units)
+        origin[seen] = np.where(x <= scaled.lower, room.lower, inner)
+        return origin, status
+
+
+def _largest(x: Array) -> float:
+    return float(np.max(np.abs(x), initial=0.0))
 
 
 def _minimise(model: Model, box: Box, target: Array) -> tuple[Array, Status]:
-    """The minimiser, from a model whose curvature is about 1 and its solution without the box."""
+    """The minimiser, from a model whose curvature and solution are about 1, and its solution without the box."""
     if _recedes(model, box):
         return target, Status.UNBOUNDED
     convex = cholesky(model.hessian + rounding(len(model)) * np.eye(len(model))) is not None
@@ -149,11 +165,10 @@ def _minimise(model: Model, box: Box, target: Array) -> tuple[Array, Status]:
 def _descend(model: Model, box: Box, x: Array) -> tuple[Array, Status]:
     """Steps downhill until none is left."""
     for _ in range(_ROUNDS):
-        slope = model.slope(x)
-        free = ~box.blocked(x, -slope)
+        free = ~box.blocked(x, -model.slope(x))
         moves = []
-        for direction in _directions(model, x, slope, free):
-            if _is_ray(model, box, x, direction):
+        for direction in _directions(model, box, x, free):
+            if _falls_for_ever(model, box, x, direction):
                 return x, Status.UNBOUNDED
             moves.append(_path(box, x, direction) - x)
         if not moves:
@@ -161,30 +176,36 @@ def _descend(model: Model, box: Box, x: Array) -> tuple[Array, Status]:
         every = np.concatenate(moves)
         noise = 4 * EPSILON * np.abs(every) @ model.magnitude(x)
         changes = model.change(x, every) + noise
-        best = int(np.argmin(changes))
+        best = int(np.argmin(np.where(np.isnan(changes), np.inf, changes)))
         if not changes[best] < 0:
             break
         x = box.clip(x + every[best])
     return x, Status.SOLVED
 
 
-def _directions(model: Model, x: Array, slope: Array, free: Array) -> list[Array]:
-    """Newton's direction in the free coordinates; where the curvature is not positive, several that go downhill."""
-    curvature, pull = model.curvature(x)[np.ix_(free, free)], -slope[free]
-    if not free.any():
-        return []
-    factor = cholesky(curvature)
+def _directions(model: Model, box: Box, x: Array, free: Array) -> list[Array]:
+    """Newton's direction in the free coordinates; where the curvature is not positive, several that may go downhill."""
+    curvature, pull = model.curvature(x), -model.slope(x)
+    factor = cholesky(curvature[np.ix_(free, free)])
     if factor is not None:
-        found = [backward(factor, forward(factor, pull))]
-    else:
-        values, vectors = np.linalg.eigh(curvature)
-        size = max(float(np.max(np.abs(values))), _TINY)
-        parts = vectors.T @ pull
-        flat = np.abs(values) <= rounding(len(values)) * size
-        found = [vectors @ (parts / np.maximum(np.abs(values), rounding(len(values)) * size))]
-        found += [vectors[:, 0], -vectors[:, 0], vectors @ (parts * flat), pull]
-    full = np.zeros((len(found), len(x)))
-    full[:, free] = found
+        return _widened(backward(factor, forward(factor, pull[free]))[None], free)
+    values, vectors = eigh(curvature[np.ix_(free, free)])
+    smallest = rounding(len(values)) * max(_largest(values), 1.0)
+    parts, flat = vectors.T @ pull[free], np.abs(values) <= smallest
+    newton = vectors @ (parts / np.maximum(np.abs(values), smallest))
+    lowest = vectors[:, 0]
+    found = _widened(np.array([newton, lowest, -lowest, vectors @ (parts * flat), pull[free]]), free)
+    inside = free & (x > box.lower) & (x < box.upper)
+    if (inside != free).any() and inside.any():
+        lowest = eigh(curvature[np.ix_(inside, inside)])[1][:, 0]
+        found += _widened(np.array([lowest, -lowest]), inside)
+    return found
+
+
+def _widened(rows: Array, mask: Array) -> list[Array]:
+    """Directions in the coordinates of a mask as directions in all of them, without those that are 0."""
+    full = np.zeros((len(rows), len(mask)))
+    full[:, mask] = rows
     return [direction for direction in full if direction.any()]
 
 
@@ -192,23 +213,19 @@ def _path(box: Box, x: Array, direction: Array) -> Array:
     """Points on the way along a direction that slides along the walls, one a row: every wall and a range of lengths."""
     walls = box.walls(x, direction)
     lengths = np.concatenate([_LENGTHS, walls[np.isfinite(walls)]])[:, None]
-    ends = np.where(direction > 0, box.upper, box.lower)
-    return np.where(lengths >= walls, ends, x + lengths * direction)
+    return np.where(lengths >= walls, box.ahead(direction), x + lengths * direction)
 
 
-def _is_ray(model: Model, box: Box, x: Array, direction: Array) -> bool:
-    """Whether the model falls for ever along the part of a direction that meets no wall."""
-    walls = box.walls(x, direction)
-    ray = np.where(np.isinf(walls), direction, 0.0)
-    if not ray.any() or (model.cubic * ray).any():
+def _falls_for_ever(model: Model, box: Box, x: Array, direction: Array) -> bool:
+    """Whether the model does along the part of a direction without cubic term or bound, or along one entry of it."""
+    ray = np.where((model.cubic == 0) & np.isinf(box.ahead(direction)), direction, 0.0)
+    if not ray.any():
         return False
-    curvature = ray @ model.hessian @ ray
-    tolerance = rounding(len(x)) * (np.abs(ray) @ np.abs(model.hessian) @ np.abs(ray))
-    if abs(curvature) > tolerance:
-        return bool(curvature < 0)
-    last = x + direction * np.max(walls, where=np.isfinite(walls), initial=0.0)
-    start = np.where(np.isinf(walls), last, np.where(direction > 0, box.upper, box.lower))
-    return bool(ray @ model.slope(start) < -_FLAT * (np.abs(ray) @ model.magnitude(start)))
+    rays = np.concatenate([ray[None], np.diag(ray)])
+    curvature = np.sum((rays @ model.hessian) * rays, axis=1)
+    level = rounding(len(x)) * np.sum((np.abs(rays) @ np.abs(model.hessian)) * np.abs(rays), axis=1)
+    falls = rays @ model.slope(x) < -_FLAT * (np.abs(rays) @ model.magnitude(x))
+    return bool(((curvature < -level) | ((curvature <= level) & falls)).any())
 
 
 def _recedes(model: Model, box: Box) -> bool:
@@ -223,7 +240,7 @@ def _recedes(model: Model, box: Box) -> bool:
     if not open_.any() or cholesky(block) is not None:
         return False
     size = np.max(np.sum(np.abs(block), axis=1))
-    rays = np.concatenate([np.eye(len(block)), -np.eye(len(block)), *(s * np.linalg.eigh(block)[1].T for s in (1, -1))])
+    rays = np.concatenate([np.eye(len(block)), -np.eye(len(block)), *(s * eigh(block)[1].T for s in (1, -1))])
     for _ in range(_POWERS):
         rays = np.clip(rays, -down[open_], up[open_])
         lengths = np.linalg.norm(rays, axis=1)

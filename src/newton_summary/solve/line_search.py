@@ -61,11 +61,12 @@ def line_search(summary: Summary, step: Step | Tensor, regularization: float = 1
 def best_length(model: Model, x: Array, limit: float) -> float:
     """The t in [0, limit] at which the model is lowest along t x; 0 where it rises at first."""
     slope, curvature = float(model.gradient @ x), float(x @ model.hessian @ x)
-    cubic = model.radius(x) ** 3
+    r = model.radius(x)
+    cubic = r * r * r  # as ** would raise where it overflows
     if slope < 0 or (slope == 0 and curvature >= 0):
         return 0.0
     # The derivative −slope + curvature t + cubic t² is convex and not positive at 0, so it has one root, or none.
-    root = math.sqrt(curvature**2 + 4 * slope * cubic)
+    root = math.hypot(curvature, 2 * math.sqrt(slope) * math.sqrt(cubic))
     if curvature > 0:
         return min(2 * slope / (curvature + root), limit)
     return min((root - curvature) / (2 * cubic), limit) if cubic > 0 else limit

@@ -22,6 +22,14 @@ def cholesky(matrix: Array) -> Array | None:
     return factor if info == 0 else None
 
 
+def eigh(matrix: Array) -> tuple[Array, Array]:
+    """Eigenvalues in rising order and eigenvectors; NaN where the matrix has overflown."""
+    if not np.isfinite(matrix).all():
+        return np.full(len(matrix), np.nan), np.full(matrix.shape, np.nan)
+    values, vectors = np.linalg.eigh(matrix)
+    return values, vectors
+
+
 def forward(factor: Array, right: Array) -> Array:
     """L⁻¹ b for a lower factor L."""
     return _triangular(factor, right, 0)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -102,7 +102,8 @@ class Model:
 
     def decrease(self, x: Array) -> float:
         """m(0) − m(x)."""
-        return -float(self.change(np.zeros(len(self)), x[None])[0])
+        with np.errstate(all="ignore"):
+            return -float(self.change(np.zeros(len(self)), x[None])[0])
 
     def magnitude(self, x: Array) -> Array:
         """The sum of the sizes of the terms of each entry of the slope: what its rounding errors are relative to."""
@@ -122,13 +123,13 @@ class Model:
 
     # Other forms of it ------------------------------------------------------------------------------------------------
 
-    def scaled(self, factors: Array) -> Model:
-        """The model as a function of x / factors."""
-        return replace(
-            self,
-            gradient=self.gradient * factors,
-            hessian=self.hessian * np.outer(factors, factors),
-            cubic=self.cubic * factors,
+    def scaled(self, factors: Array, loss: float = 1.0) -> Model:
+        """The model, divided by ``loss``, as a function of x / factors."""
+        return Model(
+            self.gradient * factors / loss,
+            self.hessian * factors * factors[:, None] / loss,
+            self.cubic * factors / np.cbrt(loss),
+            self.offset / float(np.cbrt(loss)),
         )
 
     def restricted(self, free: Array, x: Array) -> Model:
@@ -148,9 +149,12 @@ class Model:
 
     def step(self, x: Array, status: Status) -> Step:
         """The solver's result for a solution x in this model."""
+        decrease = self.decrease(x)
+        if status is Status.SOLVED and not np.isfinite(decrease):  # it has overflown
+            status = Status.NOT_CONVERGED
         if status is not Status.SOLVED:
             return Step.failed(len(self), status)
-        return Step(torch.from_numpy(x.copy()), self.decrease(x))
+        return Step(torch.from_numpy(x.copy()), decrease)
 
 
 def decrease(summary: Summary, sizes: Tensor, regularization: float = 1.0) -> float:

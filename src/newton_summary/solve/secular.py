@@ -25,23 +25,25 @@ from collections.abc import Callable
 import numpy as np
 from scipy.optimize import brentq
 
-from newton_summary.solve.linear import EPSILON, Array, backward, cholesky, forward, rounding
+from newton_summary.solve.linear import EPSILON, Array, backward, cholesky, eigh, forward, rounding
 from newton_summary.solve.model import ACCEPTED_ERROR, Model
 from newton_summary.solve.step import Status
 
 _RATIO = 2.0  # the bracket of r that is narrow enough for a base
-_SMALLEST_GAP = 1e-20  # far below rounding errors of A
-_HARD_GAP = 1e-15  # the hard case, to rounding ...
-_HARD_FORCE = 1e-14  # ... and the part of the force, relative to all of it, that does not decide on a sign
+_SMALLEST_GAP = 1e-20  # far below the rounding errors of A
+_HARD_GAP = 1e-8  # above it, rounding errors do not decide on signs
+_ACCEPTED_CURVATURE = 1e-11  # the largest negative curvature of A that counts as 0, relative to its terms
+_TIE = 1e-14
 _TINY = 1e-280
+_LONGEST = 1e100
 _ROUNDS = 400  # a bound on loops that end by themselves
 
 
 def minimise(model: Model) -> tuple[Array, Status]:
     """The global minimiser, shape (n,), and whether there is one.
 
-    Coordinates on which nothing depends get 0.  In the hard case there are two minimisers: the one with the larger
-    Σ D_s x_s is taken.
+    Coordinates on which nothing depends get 0.  Of two minimisers, in the hard case, the one with the larger Σ D_s x_s
+    is taken.
     """
     seen = model.seen()
     x = np.zeros(len(model))
@@ -49,41 +51,59 @@ def minimise(model: Model) -> tuple[Array, Status]:
         part = model.restricted(seen, x)
         status = _flat_status(part)
         if status is Status.SOLVED:
-            x[seen] = polish(part, _solve(part))
-            status = Status.SOLVED if is_minimiser(part, x[seen]) else Status.NOT_CONVERGED
+            found = [y for y in (polish(part, start) for start in _solve(part)) if is_minimiser(part, y)]
+            if found:
+                x[seen] = _better(part, found[0], found[-1])
+            else:
+                status = Status.NOT_CONVERGED
     return x, status
 
 
+def _better(model: Model, x: Array, y: Array) -> Array:
+    """The point at which the model is lower; where that is only rounding errors, the one with the larger Σ D_s x_s."""
+    rise = float(model.change(x, (y - x)[None])[0])
+    if abs(rise) <= _TIE * model.decrease(x):
+        return x if model.cubic @ x >= model.cubic @ y else y
+    return x if rise > 0 else y
+
+
 def is_minimiser(model: Model, x: Array) -> bool:
-    """Whether the sufficient conditions for a global minimiser hold, to rounding."""
+    """Whether the sufficient conditions for a global minimiser hold, to a little more than rounding errors."""
     if not (np.isfinite(x).all() and model.error(x) <= ACCEPTED_ERROR):
         return False
-    matrix = model.shifted(model.radius(x))
-    scale = np.abs(np.diag(model.hessian)) + model.radius(x) * model.cubic**2
-    return cholesky(matrix + np.diag(rounding(len(x)) * scale)) is not None
+    matrix = model.shifted(model.radius(x)) + _share(model, x, _ACCEPTED_CURVATURE)
+    level = np.diag(~matrix.any(axis=1)).astype(float)  # rows of zeros do no harm
+    return cholesky(matrix + level) is not None
 
 
 def polish(model: Model, x: Array, rounds: int = 6) -> Array:
     """Newton steps towards the stationary point next to x, as long as they reduce its backward error.
 
-    The Hessian of the model is used, which at a minimiser is positive definite also where A is singular.
+    The Hessian of the model is used, which at a minimiser is positive definite also where A is singular; where several
+    eigenvalues of A are 0, it takes a shift by rounding errors.
     """
-    best, error = x, model.error(x)
+    error = model.error(x)
     for _ in range(rounds):
         if not error > EPSILON:
             break
-        matrix = model.curvature(best)
-        factor = cholesky(matrix)
-        if factor is None:
-            factor = cholesky(matrix + np.diag(rounding(len(x)) * np.abs(np.diag(matrix))))
-        if factor is None:
+        slope, curvature = model.slope(x), model.curvature(x)
+        for matrix in (curvature, curvature + _share(model, x, rounding(len(x)))):
+            factor = cholesky(matrix)
+            if factor is None:
+                continue
+            new = x - backward(factor, forward(factor, slope))
+            new_error = model.error(new)
+            if new_error < error:
+                x, error = new, new_error
+                break
+        else:
             break
-        new = best - backward(factor, forward(factor, model.slope(best)))
-        new_error = model.error(new)
-        if not new_error < error:
-            break
-        best, error = new, new_error
-    return best
+    return x
+
+
+def _share(model: Model, x: Array, share: float) -> Array:
+    """A diagonal matrix with a share of the sizes of the terms on the diagonal of H + r D²."""
+    return np.diag(share * (np.abs(np.diag(model.hessian)) + model.radius(x) * model.cubic**2))
 
 
 def _flat_status(model: Model) -> Status:
@@ -96,7 +116,7 @@ def _flat_status(model: Model) -> Status:
     if (curvatures <= 0).any():  # a row of zeros among the others' is seen through g or H: the model falls for ever
         return Status.UNBOUNDED
     scales = 1 / np.sqrt(curvatures)
-    values, vectors = np.linalg.eigh(block * np.outer(scales, scales))
+    values, vectors = eigh(block * scales * scales[:, None])
     tolerance = rounding(len(scales))
     if values[0] > tolerance:
         return Status.SOLVED
@@ -108,16 +128,15 @@ def _flat_status(model: Model) -> Status:
     return Status.SINGULAR if (np.abs(null.T @ pulls) <= tolerance * sizes).all() else Status.UNBOUNDED
 
 
-def _solve(model: Model) -> Array:
-    """The minimiser before it is polished."""
+def _solve(model: Model) -> list[Array]:
+    """The minimiser before it is polished; in the hard case two candidates."""
     low, base = _bracket(model)
     factor = cholesky(model.shifted(base))
     if factor is None:  # overflow, or a bracket that rounding errors have spoilt
-        return np.full(len(model), math.nan)
+        return []
     whitened = forward(factor, model.gradient)
-    if low < base:
-        whitened = _from_base(model, low, base, factor, whitened)
-    return backward(factor, whitened)
+    candidates = _from_base(model, low, base, factor, whitened) if low < base else [whitened]
+    return [backward(factor, candidate) for candidate in candidates]
 
 
 def _bracket(model: Model) -> tuple[float, float]:
@@ -136,13 +155,13 @@ def _bracket(model: Model) -> tuple[float, float]:
         if high <= _RATIO * low or high < _TINY:
             break
         if math.isinf(high):
-            r, stride = max(r * stride, guess(model)), stride**2
+            r, stride = max(r * stride, guess(model)), min(stride**2, _LONGEST)
         elif low > 0:
             r = math.sqrt(low) * math.sqrt(high)
         elif r < high:
             r = high
         else:
-            r, stride = high / stride, stride**2
+            r, stride = high / stride, min(stride**2, _LONGEST)
     return low, high
 
 
@@ -156,14 +175,18 @@ def guess(model: Model) -> float:
     return float(np.max(alone, initial=0.0)) or float(np.max(np.abs(stiffness), initial=0.0)) or 1.0
 
 
-def _from_base(model: Model, low: float, base: float, factor: Array, whitened: Array) -> Array:
-    """Lᵀ x for the solution x, from L and L⁻¹ g at the base (step 2 above)."""
+def _from_base(model: Model, low: float, base: float, factor: Array, whitened: Array) -> list[Array]:
+    """Lᵀ x for the solution x, from L and L⁻¹ g at the base (step 2 above).
+
+    In the hard case a multiple of the last eigenvector fills up the norm, with either sign: rounding errors decide on
+    the sign of the force along it, so both are candidates.
+    """
     transfer = forward(factor, np.diag(model.cubic))
-    eigenvalues, vectors = np.linalg.eigh(transfer @ transfer.T)
+    eigenvalues, vectors = eigh(transfer @ transfer.T)
     eigenvalues = eigenvalues.clip(0.0)
     largest = float(eigenvalues[-1])
-    if largest == 0:
-        return whitened
+    if not largest > 0:
+        return [whitened]
     ratios = eigenvalues / largest
     force = vectors.T @ whitened
 
@@ -176,18 +199,18 @@ def _from_base(model: Model, low: float, base: float, factor: Array, whitened: A
 
     def excess(log_gap: float) -> float:  # log ψ(r) / r falls, and is nearly straight
         gap = math.exp(log_gap)
-        return math.log(max(_norm(eigenvalues, coefficients(gap), model.offset), _TINY) / r(gap))
+        size = max(_TINY, _norm(eigenvalues, coefficients(gap), model.offset))  # in this order also where it is NaN
+        return math.log(size) - math.log(max(_TINY, r(gap)))
 
     smallest = max(_SMALLEST_GAP, 1 - (base - low) * largest)
     gap = math.exp(_root(excess, math.log(smallest), 0.0))
     parts = coefficients(gap)
-    if gap < _HARD_GAP:  # a multiple of the eigenvector of the largest eigenvalue fills up the norm
-        others = _norm(eigenvalues[:-1], parts[:-1], model.offset)
-        noise = abs(force[-1]) <= _HARD_FORCE * np.linalg.norm(force)
-        sign = vectors[:, -1] @ transfer.sum(axis=1) if noise else force[-1]
-        parts[-1] = math.copysign(math.sqrt(max(r(gap) ** 2 - others**2, 0.0) / largest), sign)
-    result: Array = vectors @ parts
-    return result
+    if gap > _HARD_GAP:
+        return [vectors @ parts]
+    others = _norm(eigenvalues[:-1], parts[:-1], model.offset)
+    last = math.sqrt(max(r(gap) - others, 0.0)) * math.sqrt((r(gap) + others) / largest)
+    rest = vectors[:, :-1] @ parts[:-1]
+    return [rest + sign * last * vectors[:, -1] for sign in (1, -1)]
 
 
 def _norm(eigenvalues: Array, coefficients: Array, offset: float) -> float:
@@ -196,8 +219,9 @@ def _norm(eigenvalues: Array, coefficients: Array, offset: float) -> float:
 
 def _root(falling: Callable[[float], float], left: float, right: float) -> float:
     """The root of a falling function; the nearer end where there is none."""
-    if falling(left) <= 0:
+    ends = falling(left), falling(right)
+    if not ends[0] > 0:
         return left
-    if falling(right) >= 0:
+    if not ends[1] < 0:
         return right
     return float(brentq(falling, left, right, xtol=1e-14, rtol=4 * EPSILON))
