@@ -301,6 +301,18 @@ def losses():
     return Custom(w=(4, 3), b=(3,)), loss, (torch.randn(6, 4), torch.randn(6, 3))
 
 
+@case
+def more_activations():
+    functions = [F.logsigmoid, F.hardsigmoid, F.hardswish, F.mish, F.selu, F.celu, F.softsign, F.tanhshrink]
+    functions += [F.leaky_relu, F.relu6, F.softplus, lambda z: F.gelu(z, approximate="tanh"), lambda z: F.glu(z, dim=0)]
+
+    def loss(m, x):
+        z = x @ m.w + m.b
+        return sum(((i + 1) * f(z)).sin().mean() for i, f in enumerate(functions))
+
+    return Custom(w=(4, 3), b=(3,)), loss, torch.randn(6, 4)
+
+
 # Traps ----------------------------------------------------------------------------------------------------------------
 
 

@@ -107,7 +107,7 @@ _RULES |= {
             aten.repeat.default,
             aten.trace.default,
         ),
-        (0, 1): (aten.select_scatter.default, aten.slice_scatter.default, aten.copy.default),
+        (0, 1): (aten.select_scatter.default, aten.slice_scatter.default),
         (0, 2): (aten.index_put.default, aten._unsafe_index_put.default),
         (0, 3): (aten.scatter.src, aten.scatter_add.default, aten.index_add.default),
     }.items()

@@ -266,7 +266,6 @@ TABLE |= {
         aten.log10.default,
         aten.exp2.default,
         aten.softplus.default,
-        aten.log_sigmoid_forward.default,
         aten.erf.default,
         aten.erfc.default,
         aten.atan.default,
@@ -281,7 +280,6 @@ TABLE |= {
         aten.lgamma.default,
         aten.digamma.default,
         aten.hardswish.default,
-        aten.hardsigmoid.default,
         aten.mish.default,
     )
 }
