@@ -233,7 +233,11 @@ def test_rates_follow_the_units_of_each_group(seed, kind, exponents, signs):
     p = problem(kind, seed)
     n = len(p.gradient)
     factors = 10.0 ** np.array(exponents[:n])
-    if kind in ("indefinite", "definite", "some_flat"):  # else two minimisers may tie, and the sign of the rates decides
+    if kind in (
+        "indefinite",
+        "definite",
+        "some_flat",
+    ):  # else two minimisers may tie, and the sign of the rates decides
         factors *= signs[:n]
     step, twin = (cubic(s, p.regularization) for s in (p.summary, p.summary.scale(factors)))
     assert step.ok

@@ -1,0 +1,338 @@
+"""Solvers within bounds: first- and second-order conditions, convex and small problems against enumeration of faces."""
+
+from __future__ import annotations
+
+import itertools
+import math
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from scipy.optimize import nnls
+from solve_reference import KINDS, Problem, objective, problem
+
+from newton_summary import Summary
+from newton_summary.solve import Status, cubic, decrease, line_search, newton, ridge
+
+INF = math.inf
+CONVEX = ("definite", "singular", "wide_definite", "all_flat")
+
+
+def summary_of(gradient, hessian, third=None) -> Summary:
+    return Summary(loss=1.0, gradient=gradient, hessian=hessian, third=third)
+
+
+def slope_of(p: Problem, eta: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """The gradient of the objective, and the sum of the sizes of its terms."""
+    d = np.cbrt(np.abs(p.third))
+    pull = p.regularization / 2 * np.linalg.norm(d * eta) * d**2 * eta
+    size = np.abs(p.gradient) + np.abs(p.hessian) @ np.abs(eta) + np.abs(pull)
+    return p.hessian @ eta + pull - p.gradient, size
+
+
+def check_stationary(p: Problem, eta: np.ndarray, lower: np.ndarray, upper: np.ndarray, tolerance: float = 1e-9):
+    """Within the bounds; the slope is 0 where they leave room, and points out of the box where they do not."""
+    assert (lower <= eta).all()
+    assert (eta <= upper).all()
+    slope, size = slope_of(p, eta)
+    slope = np.where(np.abs(slope) <= tolerance * size, 0.0, slope)
+    assert (slope[eta > lower] <= 0).all()
+    assert (slope[eta < upper] >= 0).all()
+
+
+def curvature_inside(p: Problem, eta: np.ndarray, lower: np.ndarray, upper: np.ndarray) -> float:
+    """The lowest curvature among the rates strictly inside, in units in which that of each term is at most 1."""
+    inside = (eta > lower) & (eta < upper)
+    if not inside.any():
+        return 0.0
+    d = np.cbrt(np.abs(p.third))
+    r = np.linalg.norm(d * eta)
+    terms = [p.hessian]
+    if r > 0:
+        normal = d**2 * eta
+        terms += [p.regularization / 2 * r * np.diag(d**2), p.regularization / 2 * np.outer(normal, normal) / r]
+    scale = 1 / np.sqrt(sum(np.abs(np.diag(t)) for t in terms))
+    matrix = sum(terms) * np.outer(scale, scale)
+    return np.linalg.eigvalsh(matrix[np.ix_(inside, inside)])[0]
+
+
+def random_box(p: Problem, seed: int) -> tuple[np.ndarray, np.ndarray]:
+    """Bounds of the size of the unconstrained solution; some are infinite, and some leave no room."""
+    rng = np.random.default_rng(seed)
+    step = cubic(p.summary, p.regularization)
+    size = np.abs(step.sizes.numpy()) if step.ok else np.ones(len(p.gradient))
+    lower, upper = (np.where(rng.random(len(size)) < 0.2, INF, rng.uniform(-0.5, 1.5, len(size)) * size) for _ in "lu")
+    lower, upper = -lower, np.maximum(upper, -lower)
+    return lower, upper
+
+
+def by_enumeration(gradient: np.ndarray, hessian: np.ndarray, lower: np.ndarray, upper: np.ndarray) -> float:
+    """The lowest value of the quadratic model in a bounded box: that of the stationary points of all its faces."""
+    n, best = len(gradient), INF
+    for face in itertools.product((lower, upper, None), repeat=n):
+        free = np.array([side is None for side in face])
+        eta = np.array([0.0 if side is None else side[i] for i, side in enumerate(face)])
+        if free.any():
+            block = hessian[np.ix_(free, free)]
+            if np.linalg.cond(block) > 1e12:
+                continue
+            eta[free] = np.linalg.solve(block, (gradient - hessian @ eta)[free])
+        if (eta >= lower - 1e-12).all() and (eta <= upper + 1e-12).all():
+            best = min(best, -gradient @ eta + eta @ hessian @ eta / 2)
+    return best
+
+
+# Any problem ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("shape", ["nonnegative", "box"])
+def test_solutions_meet_the_conditions_and_are_no_worse_than_clipped_ones(kind, shape):
+    for seed in range(15):
+        p = problem(kind, seed, largest=8)
+        n = len(p.gradient)
+        lower, upper = (np.zeros(n), np.full(n, INF)) if shape == "nonnegative" else random_box(p, seed)
+        how = {"nonnegative": True} if shape == "nonnegative" else {"bounds": (lower, upper)}
+        step, free = cubic(p.summary, p.regularization, **how), cubic(p.summary, p.regularization)
+        assert step.ok
+        check_stationary(p, step.sizes.numpy(), lower, upper)
+        assert curvature_inside(p, step.sizes.numpy(), lower, upper) >= -1e-9
+        clipped = free.sizes.clamp(torch.as_tensor(lower), torch.as_tensor(upper))
+        found = objective(p, step.sizes.numpy())
+        assert found <= objective(p, clipped.numpy()) + 1e-12 * abs(found)
+        if (lower <= 0).all() and (upper >= 0).all():
+            shortened = line_search(p.summary, clipped, p.regularization)
+            assert step.predicted_decrease >= shortened.predicted_decrease * (1 - 1e-12)
+            assert step.predicted_decrease >= 0
+
+
+@pytest.mark.parametrize("kind", CONVEX)
+def test_convex_problems_are_solved_to_their_global_minimum(kind):
+    """No point y of the box lies lower than the tangent plane at η, which is lowest at a corner."""
+    for seed in range(15):
+        p = problem(kind, seed, largest=8)
+        lower, upper = random_box(p, seed)
+        step = cubic(p.summary, p.regularization, bounds=(lower, upper))
+        assert step.ok
+        eta = step.sizes.numpy()
+        slope, size = slope_of(p, eta)
+        corner = np.where(slope > 0, lower, upper)
+        unlimited = np.isinf(corner)
+        assert (np.abs(slope) <= 1e-9 * size)[unlimited].all()
+        lower_at_most = slope @ (eta - np.where(unlimited, eta, corner))
+        assert lower_at_most <= 1e-8 * abs(objective(p, eta))
+
+
+def test_nonnegative_least_squares_as_scipy_has_it():
+    rng = np.random.default_rng(0)
+    for n in (1, 3, 20, 50):
+        a, b = rng.standard_normal((n + 5, n)), rng.standard_normal(n + 5)
+        units = 10 ** rng.uniform(-4, 4, n)
+        summary = summary_of(a.T @ b * units, (a.T @ a) * np.outer(units, units))
+        step = newton(summary, nonnegative=True)
+        assert step.sizes.numpy() * units == pytest.approx(nnls(a, b)[0], rel=1e-9, abs=1e-12)
+
+
+@pytest.mark.parametrize("definite", [True, False])
+def test_quadratic_models_in_a_box_against_all_faces(definite):
+    """The global minimum where the model is convex; elsewhere it is found in nearly all of these problems."""
+    rng, missed = np.random.default_rng(1), 0
+    for _ in range(60):
+        n = int(rng.integers(1, 5))
+        a = rng.standard_normal((n, n))
+        hessian = a @ a.T + 1e-3 * np.eye(n) if definite else a + a.T
+        gradient, lower = 2 * rng.standard_normal(n), -rng.random(n)
+        upper = lower + rng.uniform(0, 2, n)
+        step = newton(summary_of(gradient, hessian), bounds=(lower, upper))
+        assert step.ok
+        found, lowest = -step.predicted_decrease, by_enumeration(gradient, hessian, lower, upper)
+        assert found >= lowest - 1e-9
+        missed += found > lowest + 1e-8 * abs(lowest)
+    assert missed == 0 if definite else missed <= 6
+
+
+def test_large_problems_in_units_over_eight_decades():
+    rng = np.random.default_rng(2)
+    a, units = rng.standard_normal((50, 50)), 10 ** rng.uniform(-4, 4, 50)
+    for hessian in (a @ a.T / 50, a + a.T):
+        p = Problem(rng.standard_normal(50) * units, hessian * np.outer(units, units), units**3)
+        step = cubic(p.summary, nonnegative=True)
+        assert step.ok
+        check_stationary(p, step.sizes.numpy(), np.zeros(50), np.full(50, INF))
+
+
+# Special cases by name ------------------------------------------------------------------------------------------------
+
+
+def test_clipping_raises_the_model_where_a_nonnegative_solve_lowers_it():
+    """H̄ = ((1, .99), (.99, 1)), ḡ = (1, .5): the solution (25.4, −24.6), clipped, raises the model by 297."""
+    summary = summary_of([1.0, 0.5], [[1.0, 0.99], [0.99, 1.0]])
+    free = newton(summary)
+    assert free.sizes.numpy() == pytest.approx([25.4, -24.6], rel=1e-2)
+    assert decrease(summary, free.sizes.clamp(min=0), 0.0) == pytest.approx(-297, rel=1e-2)
+    step = newton(summary, nonnegative=True)
+    assert step.sizes.tolist() == [1.0, 0.0]
+    assert step.predicted_decrease == 0.5
+
+
+def test_a_solution_inside_the_bounds_is_the_unconstrained_one():
+    p = problem("indefinite", 4)
+    free = cubic(p.summary, p.regularization)
+    wide = cubic(p.summary, p.regularization, bounds=(-1e9, 1e9))
+    assert torch.equal(wide.sizes, free.sizes)
+    open_ = cubic(p.summary, p.regularization, bounds=(-INF, INF))
+    assert torch.equal(open_.sizes, free.sizes)
+
+
+def test_bounds_are_numbers_arrays_or_tensors():
+    summary = summary_of([3.0, -3.0], np.eye(2))
+    for bounds in (
+        (-1, 2),
+        (-1.0, [2.0, 2.0]),
+        (np.array([-1.0, -1.0]), np.float64(2)),
+        (torch.tensor([-1.0, -1.0]), torch.tensor(2.0)),
+    ):
+        assert newton(summary, bounds=bounds).sizes.tolist() == [2.0, -1.0]
+
+
+def test_nonnegative_and_bounds_hold_together():
+    step = newton(summary_of([3.0, -3.0], np.eye(2)), nonnegative=True, bounds=(-1, 2))
+    assert step.sizes.tolist() == [2.0, 0.0]
+
+
+def test_bounds_that_fix_a_rate():
+    summary = summary_of([1.0, 1.0, 1.0], [[2.0, 1.0, 0.0], [1.0, -5.0, 0.0], [0.0, 0.0, 1.0]])
+    step = newton(summary, bounds=([-INF, 0.25, 0.1], [INF, 0.25, 0.1]))
+    assert step.sizes.tolist() == [pytest.approx(0.375, rel=1e-15), 0.25, 0.1]
+
+
+def test_groups_that_nothing_depends_on_get_the_allowed_rate_next_to_0():
+    summary = summary_of([1.0, 0.0], [[2.0, 0.0], [0.0, 0.0]], [1.0, 0.0])
+    assert cubic(summary, nonnegative=True).sizes[1] == 0.0
+    assert cubic(summary, bounds=(-1, 0.1)).sizes[1] == 0.0
+    assert cubic(summary, bounds=(0.1, 0.2)).sizes[1] == 0.1
+
+
+def test_no_gradient_leaves_a_saddle_into_the_box():
+    step = cubic(summary_of([0.0], [[-3.0]], [1.0]), nonnegative=True)
+    assert step.sizes.item() == pytest.approx(6.0, rel=1e-12)
+    step = cubic(summary_of([0.0], [[-3.0]], [1.0]), bounds=(-INF, 0))
+    assert step.sizes.item() == pytest.approx(-6.0, rel=1e-12)
+    step = newton(summary_of([0.0, 0.0], -np.eye(2)), bounds=(-1, 1))
+    assert step.sizes.abs().tolist() == [1.0, 1.0]
+
+
+def test_a_ridge_is_minimised_in_the_box():
+    summary = summary_of([1.0, 0.5], [[0.0, 0.99], [0.99, 0.0]])
+    assert ridge(summary, 1.0, nonnegative=True).sizes.tolist() == [1.0, 0.0]
+    assert ridge(summary, 1.0, nonnegative=True).predicted_decrease == 0.5
+
+
+@pytest.mark.parametrize(
+    ("gradient", "hessian", "third"),
+    [
+        ([1.0], [[0.0]], [0.0]),  # no curvature, downhill
+        ([0.0], [[-1.0]], [0.0]),
+        ([-1.0], [[-1.0]], [0.0]),  # uphill at first: 0 is a local minimum of a model that is unbounded all the same
+        ([1.0, 1.0], [[1.0, -1.0], [-1.0, 1.0]], [0.0, 0.0]),  # flat along (1, 1), downhill
+        ([-1.0, -1.0], [[1.0, -2.0], [-2.0, 1.0]], [0.0, 0.0]),  # negative along (1, 1) only, uphill at first
+        ([-1.0, -1.0], [[1.0, -200.0], [-200.0, 1e4]], [0.0, 0.0]),  # negative along (100, 1), in other units
+        ([1.0, 0.0], [[0.0, -1.0], [-1.0, 0.0]], [1.0, 0.0]),  # downhill in a group once another has moved
+        ([-1.0, -1.0, -1.0], [[1.0, -0.6, -0.6], [-0.6, 1.0, -0.6], [-0.6, -0.6, 1.0]], [0.0, 0.0, 0.0]),
+    ],
+)
+def test_models_that_are_unbounded_in_the_box_say_so(gradient, hessian, third):
+    step = cubic(summary_of(gradient, hessian, third), nonnegative=True)
+    assert step.status is Status.UNBOUNDED
+    assert step.sizes.isnan().all()
+    mirrored = cubic(summary_of(-np.array(gradient), hessian, third), bounds=(-INF, 0))
+    assert mirrored.status is Status.UNBOUNDED
+    assert cubic(summary_of(gradient, hessian, third), bounds=(0, 1e3)).ok
+
+
+@pytest.mark.parametrize(
+    ("gradient", "hessian", "expected"),
+    [
+        ([-1.0], [[0.0]], [0.0]),  # no curvature, uphill
+        ([1.0, -1.0], [[1.0, 2.0], [2.0, 1.0]], [1.0, 0.0]),  # negative along (1, −1) only
+        ([1.0, -2.0], [[1.0, -1.0], [-1.0, 1.0]], [1.0, 0.0]),  # flat along (1, 1), uphill
+    ],
+)
+def test_models_that_are_bounded_only_in_the_box_are_solved(gradient, hessian, expected):
+    summary = summary_of(gradient, hessian, np.zeros(len(gradient)))
+    assert cubic(summary).status is not Status.SOLVED
+    step = cubic(summary, nonnegative=True)
+    assert step.ok
+    assert step.sizes.numpy() == pytest.approx(expected, abs=1e-14)
+
+
+def test_a_flat_valley_in_the_box_has_a_solution():
+    step = newton(summary_of([1.0, 1.0], [[1.0, 1.0], [1.0, 1.0]]), nonnegative=True)
+    assert step.ok
+    assert step.sizes.sum().item() == pytest.approx(1.0, rel=1e-12)
+    assert step.predicted_decrease == pytest.approx(0.5, rel=1e-12)
+
+
+@pytest.mark.parametrize("solver", [newton, lambda s, **how: ridge(s, 1.0, **how), cubic])
+def test_a_summary_that_is_not_finite_is_not_solved(solver):
+    step = solver(summary_of([1.0, math.nan], np.eye(2), np.ones(2)), nonnegative=True)
+    assert step.status is Status.NOT_FINITE
+
+
+# Bad input ------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("bounds", "message"),
+    [
+        ((0.0, [1.0, 2.0, 3.0]), r"the upper bound has shape \(3,\); 2 groups need \(\) or \(2,\)"),
+        ((math.nan, 1.0), "the lower bound has entries that are NaN"),
+        (([0.0, 2.0], 1.0), "no room for group 1: lower 2, upper 1"),
+        ((INF, INF), "no room for group 0"),
+        ((-INF, -INF), "no room for group 0"),
+    ],
+)
+def test_bounds_that_do_not_fit(bounds, message):
+    with pytest.raises(ValueError, match=message):
+        newton(summary_of([1.0, 1.0], np.eye(2)), bounds=bounds)
+
+
+def test_nonnegative_against_negative_bounds():
+    with pytest.raises(ValueError, match="no room for group 0: lower 0, upper -1"):
+        newton(summary_of([1.0], [[1.0]]), nonnegative=True, bounds=(-2, -1))
+
+
+# Properties -----------------------------------------------------------------------------------------------------------
+
+
+@settings(derandomize=True, deadline=None, max_examples=60)
+@given(
+    seed=st.integers(0, 10**6),
+    kind=st.sampled_from(["definite", "wide_definite", "indefinite", "some_flat"]),
+    exponents=st.lists(st.floats(-4, 4), min_size=5, max_size=5),
+    signs=st.lists(st.sampled_from([-1.0, 1.0]), min_size=5, max_size=5),
+    loss=st.sampled_from([1.0, 1e-9, 1e9]),
+)
+def test_rates_follow_the_units_of_each_group_and_not_those_of_the_loss(seed, kind, exponents, signs, loss):
+    p = problem(kind, seed)
+    lower, upper = random_box(p, seed)
+    n = len(lower)
+    factors = 10.0 ** np.array(exponents[:n]) * signs[:n]
+    bounds = np.sort([lower / factors, upper / factors], axis=0)
+    step = cubic(p.summary, p.regularization, bounds=(lower, upper))
+    twin = cubic(p.summary.scale(factors) * loss, p.regularization, bounds=tuple(bounds))
+    assert step.ok
+    sizes = step.sizes.numpy()
+    assert twin.sizes.numpy() * factors == pytest.approx(sizes, rel=1e-9, abs=1e-13 * np.abs(sizes).max())
+
+
+@settings(derandomize=True, deadline=None, max_examples=40)
+@given(seed=st.integers(0, 10**6), kind=st.sampled_from(CONVEX))
+def test_tighter_bounds_never_predict_more(seed, kind):
+    p = problem(kind, seed)
+    lower, upper = random_box(p, seed)
+    wide = cubic(p.summary, p.regularization, bounds=(lower - 1, upper + 1))
+    narrow = cubic(p.summary, p.regularization, bounds=(lower, upper))
+    assert wide.predicted_decrease >= narrow.predicted_decrease - 1e-10 * abs(wide.predicted_decrease)
