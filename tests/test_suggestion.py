@@ -61,13 +61,21 @@ def test_the_profile_limits_what_one_group_wants() -> None:
 
 @pytest.mark.parametrize("best", [1.0, 1.5, 3.0, 0.3, 20.0, 1 / 30, 1e9])
 def test_the_search_ends_between_worse_multiples(best: float) -> None:
-    multiple, scores = search(lambda m: math.inf if m > 40 * best else abs(math.log(m / best)))
+    multiple, scores = search(lambda m: math.inf if m > 40 * best else 1 + abs(math.log(m / best)))
     assert list(scores) == sorted(scores)
     assert scores[multiple] == min(scores.values())
     if 1 / 64 <= best <= 64:
         assert abs(math.log2(multiple / best)) <= 0.25 + 1e-9
     else:
         assert multiple == pytest.approx(64 * math.sqrt(2))
+
+
+@pytest.mark.parametrize(("level", "expected"), [(1.0, 4.0), (-1.0, 4.0), (0.1, 1.0)])
+def test_the_search_takes_the_largest_of_what_is_equally_good(level: float, expected: float) -> None:
+    scores = {0.5: 0.5, 2**-0.5: 0.1, 1.0: 0.0, 2**0.5: 0.015, 2.0: 0.012, 8**0.5: 0.018, 4.0: 0.02, 32**0.5: 0.1}
+    multiple, seen = search(lambda m: level + min((v for k, v in scores.items() if abs(k - m) < 1e-9), default=1.0))
+    assert multiple == pytest.approx(expected)
+    assert seen[multiple] <= min(seen.values()) + 0.02 * abs(level) + 1e-12
 
 
 def test_the_search_refuses_to_choose_between_divergences() -> None:

@@ -23,6 +23,7 @@ from newton_summary.summary import Summary
 _MEASURED = 8  # batches that the rates are measured on
 _WIDEST = 100.0  # no group's own rate counts as further than this from the shared one
 _MOST_DOUBLINGS = 6  # of all rates, up or down, in the trials
+_TIE = 0.02  # trials whose losses are this close, relatively, cannot be told apart
 
 
 @dataclass(frozen=True, eq=False)
@@ -35,7 +36,7 @@ class SuggestedRates:
         param_groups: ready for ``type(optimizer)(param_groups)``: the groups with their names, the suggested rates and
             the optimizer's other hyperparameters.
         trials: the loss that short trainings came to with multiples of the measured rates, infinite where one diverged.
-        multiple: the best of these multiples, which is part of the rates.
+        multiple: the one that was chosen, which is part of the rates.
     """
 
     rates: dict[str, float]
@@ -62,7 +63,7 @@ def suggest_rates(
     optimizer: torch.optim.Optimizer,
     *,
     partition: Partition | None = None,
-    steps: int = 60,
+    steps: int = 120,
     engine: str | Engine = "auto",
     seed: int = 0,
 ) -> SuggestedRates:
@@ -71,9 +72,10 @@ def suggest_rates(
     1. Along the optimizer's next step the loss is measured on batches that the step does not come from.  The best rate
        of each group alone and the best rate that all could share are averaged, logarithmically: the first
        knows the layers, the second their interactions.  An exact line search in the quadratic model sets their scale.
-    2. One step says little of many.  So copies of the model are trained for ``steps`` steps with multiples
-       of these rates, a factor of 2 apart and then √2, until the best one lies between worse ones.  What counts is
-       the median loss of the second half.
+    2. One step says little of many.  So copies of the model are trained for ``steps`` steps with multiples of these
+       rates, a factor of 2 apart and then √2, until the best one lies between worse ones.  What counts is the median
+       loss of the second half.  Short trainings favour small rates: of multiples whose losses are within 2 % of the
+       lowest, the largest is taken.
 
     The model, the optimizer and all random states stay as they are.
 
@@ -137,13 +139,16 @@ def profile(summary: Summary) -> Tensor:
 
 
 def search(score: Callable[[float], float]) -> tuple[float, dict[float, float]]:
-    """The multiple with the lowest score, by steps of 2 from 1 to where it rises again, and by √2 around the best.
+    """The largest multiple whose score is as good as the lowest: by steps of 2 from 1 to where scores rise, then by √2.
 
     Args:
         score: a function of a multiple.
 
     Returns:
-        The best multiple, and all scores by multiple, in ascending order.
+        That multiple, and all scores by multiple, in ascending order.
+
+    Raises:
+        ValueError: all scores are infinite.
     """
     scores: dict[int, float] = {}  # by half powers of two
 
@@ -159,6 +164,9 @@ def search(score: Callable[[float], float]) -> tuple[float, dict[float, float]]:
     best = min((best, best + 1, best - 1), key=at)
     if math.isinf(at(best)):
         raise ValueError("every trial diverged: the loss is not finite on these batches")
+    enough = at(best) + _TIE * abs(at(best))
+    while best < 2 * _MOST_DOUBLINGS and at(best + 1) <= enough:
+        best += 1
     return 2 ** (best / 2), {2 ** (half / 2): scores[half] for half in sorted(scores)}
 
 
