@@ -1,6 +1,8 @@
 """Fails when a test was skipped that the list of allowed skips does not name.
 
-usage: check_skips.py ALLOWED REPORT.xml ...      ALLOWED has a test (file::name, brackets left out) and a reason in each line.
+usage: check_skips.py ALLOWED REPORT.xml ...
+
+Each line of ALLOWED has a test (file::name, brackets left out) and a reason.
 """
 
 import sys
