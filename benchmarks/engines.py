@@ -1,13 +1,14 @@
 """What a measurement costs, in units of one forward and backward pass of the same loss.
 
 Run ``python benchmarks/engines.py [MODEL …]``.  It prints a table and writes results/engines.json.  Every model is
-measured in a process of its own, with two threads; times are medians of five.  "counted" are the multiply-adds of matrix
-products and convolutions that were executed, and so the floor where these dominate.
+measured in a process of its own, with two threads; times are medians of five.  "counted" are the multiply-adds of
+matrix products and convolutions that were executed, and so the floor where these dominate.
 """
 
 from __future__ import annotations
 
 import argparse
+import ctypes
 import json
 import resource
 import statistics
@@ -117,10 +118,14 @@ def median(function: Callable[[], object], repeats: int = 5) -> float:
 
 
 class Peak:
-    """The largest resident memory within a block, above what it was at the start, in MB."""
+    """The largest resident memory within a block, above what was resident before anything was measured, in MB."""
+
+    def __init__(self) -> None:
+        self.start = self._now()
 
     def __enter__(self) -> Peak:
-        self.start, self.largest, self.done = self._now(), 0.0, False
+        ctypes.CDLL("libc.so.6").malloc_trim(0)  # gives back what earlier measurements have freed
+        self.largest, self.done = 0.0, False
         self.thread = threading.Thread(target=self._watch)
         self.thread.start()
         return self
@@ -154,13 +159,16 @@ def measure_one(name: str, part: str) -> dict[str, float]:
     unit = median(gradient)
     u = [p.grad.clone() for p in model.parameters()]
     engine = NestedEngine() if part == "nested" else ForwardEngine()
+    tiny, few = mlp([4, 4, 3]), (torch.randn(5, 4), torch.randint(3, (5,)))  # loads all code before memory counts
+    engine.measure(Loss(cross_entropy, tiny), few, ns.Partition.canonical(tiny), list(tiny.parameters()), 3, "diagonal")
+    peak = Peak()
 
     def run(order: int = 3, third: str = "diagonal") -> None:
         engine.measure(loss, batch, partition, u, order, third)
 
     result: dict[str, float] = {"groups": len(partition)}
     if part == "nested":
-        with Peak() as peak:
+        with peak:
             run()
         return result | {"third": median(run, 1) / unit, "memory": peak.largest}
     run()
@@ -171,7 +179,7 @@ def measure_one(name: str, part: str) -> dict[str, float]:
             "full/diagonal": times[0] / times[1],
             "full/hessian": times[0] / times[2],
         }
-    with Peak() as peak:
+    with peak:
         run()
     third, unit2 = median(run), median(gradient)
     hessian = median(lambda: run(2))

@@ -303,7 +303,7 @@ def losses():
 
 @case
 def more_activations():
-    functions = [F.logsigmoid, F.hardsigmoid, F.hardswish, F.mish, F.selu, F.celu, F.softsign, F.tanhshrink]
+    functions = [F.logsigmoid, F.hardswish, F.mish, F.selu, F.celu, F.softsign, F.tanhshrink]
     functions += [F.leaky_relu, F.relu6, F.softplus, lambda z: F.gelu(z, approximate="tanh"), lambda z: F.glu(z, dim=0)]
 
     def loss(m, x):

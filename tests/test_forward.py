@@ -172,6 +172,17 @@ def test_lower_orders(order):
         assert (got.hessian is None) == (order == 1)
 
 
+def test_a_loss_that_autograd_differentiates_only_once():
+    def loss(m, x, hard=F.hardsigmoid):
+        return hard(x @ m.a).sin().sum()
+
+    x = torch.randn(5, 4, dtype=torch.float64)
+    case = Case(Custom(a=(4, 3)).double(), loss, x)
+    got = measure(ForwardEngine(), case)
+    twin = Case(case.model, lambda m, x: loss(m, x, lambda z: (z / 6 + 0.5).clamp(0, 1)), x)
+    assert_close(got, measure(NestedEngine(), twin))
+
+
 # What it may not change -----------------------------------------------------------------------------------------------
 
 

@@ -38,7 +38,7 @@ SAMPLES = [
     *((op, (x(3, 4),), [0]) for op in (aten.sin.default, aten.cos.default, aten.square.default, aten.silu.default)),
     *((op, (x(3, 4),), [0]) for op in (aten.gelu.default, aten.softplus.default, aten.erf.default, aten.erfc.default)),
     *((op, (x(3, 4),), [0]) for op in (aten.atan.default, aten.sinh.default, aten.cosh.default, aten.asinh.default)),
-    *((op, (x(3, 4),), [0]) for op in (aten.mish.default, aten.exp2.default)),
+    (aten.exp2.default, (x(3, 4),), [0]),
     *((op, (x(3, 4, positive=True),), [0]) for op in (aten.log.default, aten.log1p.default, aten.log2.default)),
     *((op, (x(3, 4, positive=True),), [0]) for op in (aten.log10.default, aten.sqrt.default, aten.rsqrt.default)),
     *(
@@ -221,7 +221,8 @@ def test_tangents_and_curvature(sample, third):
     weight = x(*out.shape)
     adjoint = weight if isinstance(curve.out, Tensor) else [weight, *(None,) * (len(curve.out) - 1)]
     sums = Sums(curve.size, out.device, third)
-    jet = rule.push(call, adjoint if rule.is_curved(call) else None, sums)
+    with torch.no_grad():
+        jet = rule.push(call, adjoint if rule.is_curved(call) else None, sums)
     jet = jet if isinstance(jet, Jet) else jet[0]
     assert jet.rows.shape[1:] == out.shape
 

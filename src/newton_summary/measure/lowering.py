@@ -243,6 +243,11 @@ def _binary_cross_entropy(x: Tensor, y: Tensor, weight: Tensor | None = None, re
     return _reduced(loss if weight is None else loss * weight, reduction)
 
 
+@_lowers(aten.mish.default)
+def _mish(x: Tensor) -> Tensor:
+    return x * torch.nn.functional.softplus(x).tanh()
+
+
 def _reduced(loss: Tensor, reduction: int) -> Tensor:
     return (loss, loss.mean(), loss.sum())[reduction] if reduction else loss
 

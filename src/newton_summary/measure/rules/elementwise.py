@@ -132,11 +132,12 @@ def nested(call: Call, order: int) -> tuple[Slope, ...]:
     def slope(f: Callable[[Tensor], Any]) -> Callable[[Tensor], Any]:
         return lambda x: jvp(f, (x,), (torch.ones_like(x),))[1]
 
+    point = call.args[0].detach()
     results = []
     function: Callable[[Tensor], Any] = value
     for _ in range(order):
         function = slope(function)
-        results.append(function(call.args[0]))
+        results.append(function(point))
     return tuple(results)
 
 
@@ -280,6 +281,5 @@ TABLE |= {
         aten.lgamma.default,
         aten.digamma.default,
         aten.hardswish.default,
-        aten.mish.default,
     )
 }
