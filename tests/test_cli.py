@@ -180,8 +180,9 @@ def test_mistakes_are_explained_and_nothing_is_lost(line, run, workplace):
 def test_a_missing_extra_is_named(run, monkeypatch):
     import sys
 
-    monkeypatch.delitem(sys.modules, "newton_summary.experiments.figures", raising=False)
-    monkeypatch.delitem(sys.modules, "newton_summary.plots", raising=False)
+    for name in list(sys.modules):
+        if name.startswith(("newton_summary.plots", "newton_summary.experiments.figures")):
+            monkeypatch.delitem(sys.modules, name)
     monkeypatch.delattr("newton_summary.plots", raising=False)
     monkeypatch.delattr("newton_summary.experiments.figures", raising=False)
     monkeypatch.setitem(sys.modules, "matplotlib", None)
@@ -257,6 +258,14 @@ def test_a_run_that_diverged_is_in_the_table(run, monkeypatch):
 
 
 # interactions and data ------------------------------------------------------------------------------------------------
+
+
+def test_interactions_look_where_they_will_write_before_they_measure(run, workplace, monkeypatch):
+    (workplace / "file").write_text("")
+    monkeypatch.setattr("newton_summary.experiments.figures.measure_interactions", None)
+    code, _, err = run("interactions tiny --out file/inside")
+    assert code == 2
+    assert "cannot write to file/inside (Not a directory): choose another folder with --out" in err
 
 
 def test_interactions_at_the_start_and_of_a_run(run, workplace):

@@ -236,7 +236,7 @@ def test_a_missing_pandas_is_named(monkeypatch) -> None:
     monkeypatch.setitem(sys.modules, "pandas", None)
     model = make_model()
     monitor = ns.Monitor(model, loss_fn, optimizer=torch.optim.SGD(model.parameters(), lr=0.1))
-    with pytest.raises(ImportError, match="pip install pandas"):
+    with pytest.raises(ImportError, match=r"pip install 'newton-summary\[frames\]'"):
         monitor.to_frame()
 
 

@@ -286,7 +286,7 @@ class Monitor:
         try:
             pandas = importlib.import_module("pandas")
         except ImportError as error:
-            raise ImportError("to_frame() needs pandas: pip install pandas") from error
+            raise ImportError("to_frame() needs pandas: pip install 'newton-summary[frames]'") from error
         columns = ("learning_rates", "alone", "low", "high", "joint", "words")
         rows = [
             {
