@@ -224,6 +224,20 @@ def test_no_gradient_leaves_a_saddle_into_the_box():
     assert step.sizes.abs().tolist() == [1.0, 1.0]
 
 
+def test_a_local_minimum_next_to_the_start_is_not_all():
+    """The best of the points to start from ends at (0, 0.56), where the model is 0.59 lower than at the origin."""
+    step = cubic(summary_of([0.0, 2.0], [[-2.0, 1.0], [1.0, 3.0]], [1.0, 1.0]), 2.0, nonnegative=True)
+    assert step.sizes.numpy() == pytest.approx([2.0, 0.0], rel=1e-14)
+    assert step.predicted_decrease == pytest.approx(4 / 3, rel=1e-14)
+
+
+def test_a_saddle_inside_is_left_also_where_the_lowest_curvature_of_all_points_out_of_the_box():
+    """Curvature is lowest along (0, 1, −1), out of the box either way; along (1, 0, 0) it is negative, too."""
+    hessian = [[-0.1, 0.0, 0.0], [0.0, 1.0, 2.0], [0.0, 2.0, 1.0]]
+    step = newton(summary_of(np.zeros(3), hessian), bounds=([-1, 0, 0], 1))
+    assert step.sizes.abs().tolist() == [1.0, 0.0, 0.0]
+
+
 def test_a_ridge_is_minimised_in_the_box():
     summary = summary_of([1.0, 0.5], [[0.0, 0.99], [0.99, 0.0]])
     assert ridge(summary, 1.0, nonnegative=True).sizes.tolist() == [1.0, 0.0]
@@ -231,25 +245,28 @@ def test_a_ridge_is_minimised_in_the_box():
 
 
 @pytest.mark.parametrize(
-    ("gradient", "hessian", "third"),
+    ("gradient", "hessian", "third", "far"),
     [
-        ([1.0], [[0.0]], [0.0]),  # no curvature, downhill
-        ([0.0], [[-1.0]], [0.0]),
-        ([-1.0], [[-1.0]], [0.0]),  # uphill at first: 0 is a local minimum of a model that is unbounded all the same
-        ([1.0, 1.0], [[1.0, -1.0], [-1.0, 1.0]], [0.0, 0.0]),  # flat along (1, 1), downhill
-        ([-1.0, -1.0], [[1.0, -2.0], [-2.0, 1.0]], [0.0, 0.0]),  # negative along (1, 1) only, uphill at first
-        ([-1.0, -1.0], [[1.0, -200.0], [-200.0, 1e4]], [0.0, 0.0]),  # negative along (100, 1), in other units
-        ([1.0, 0.0], [[0.0, -1.0], [-1.0, 0.0]], [1.0, 0.0]),  # downhill in a group once another has moved
-        ([-1.0, -1.0, -1.0], [[1.0, -0.6, -0.6], [-0.6, 1.0, -0.6], [-0.6, -0.6, 1.0]], [0.0, 0.0, 0.0]),
+        ([1.0], [[0.0]], [0.0], [1e9]),  # no curvature, downhill
+        ([0.0], [[-1.0]], [0.0], [1e9]),
+        ([-1.0], [[-1.0]], [0.0], [1e9]),  # uphill at first: 0 is a local minimum of a model that is unbounded
+        ([1.0, 1.0], [[1.0, -1.0], [-1.0, 1.0]], [0.0, 0.0], [1e9, 1e9]),  # flat along (1, 1), downhill
+        ([-1.0, -1.0], [[1.0, -2.0], [-2.0, 1.0]], [0.0, 0.0], [1e9, 1e9]),  # negative along (1, 1), uphill at first
+        ([-1.0, -1.0], [[1.0, -200.0], [-200.0, 1e4]], [0.0, 0.0], [1e9, 1e7]),  # the same in other units
+        ([1.0, 0.0], [[0.0, -1.0], [-1.0, 0.0]], [1.0, 0.0], [1.0, 1e9]),  # downhill once another group has moved
+        ([1.0, 0.0, 1.0], [[0.0, 2.0, 2.0], [2.0, -1.0, 3.0], [2.0, 3.0, 1.0]], [0.0, 1.0, 0.0], [1e9, 0.0, 0.0]),
+        ([-1.0, -1.0, -1.0], 1.6 * np.eye(3) - 0.6 * np.ones((3, 3)), [0.0, 0.0, 0.0], [1e9, 1e9, 1e9]),
     ],
 )
-def test_models_that_are_unbounded_in_the_box_say_so(gradient, hessian, third):
-    step = cubic(summary_of(gradient, hessian, third), nonnegative=True)
+def test_models_that_are_unbounded_in_the_box_say_so(gradient, hessian, third, far):
+    summary = summary_of(gradient, hessian, third)
+    assert decrease(summary, torch.tensor(far, dtype=torch.float64)) > 1e8  # they are
+    step = cubic(summary, nonnegative=True)
     assert step.status is Status.UNBOUNDED
     assert step.sizes.isnan().all()
-    mirrored = cubic(summary_of(-np.array(gradient), hessian, third), bounds=(-INF, 0))
-    assert mirrored.status is Status.UNBOUNDED
-    assert cubic(summary_of(gradient, hessian, third), bounds=(0, 1e3)).ok
+    assert cubic(summary, bounds=(0, 1e3)).ok
+    mirrored = summary.scale([-1.0] * len(gradient))
+    assert cubic(mirrored, bounds=(-INF, 0)).status is Status.UNBOUNDED
 
 
 @pytest.mark.parametrize(
@@ -313,7 +330,7 @@ def test_nonnegative_against_negative_bounds():
     kind=st.sampled_from(["definite", "wide_definite", "indefinite", "some_flat"]),
     exponents=st.lists(st.floats(-4, 4), min_size=5, max_size=5),
     signs=st.lists(st.sampled_from([-1.0, 1.0]), min_size=5, max_size=5),
-    loss=st.sampled_from([1.0, 1e-9, 1e9]),
+    loss=st.sampled_from([1.0, 1e-60, 1e60]),
 )
 def test_rates_follow_the_units_of_each_group_and_not_those_of_the_loss(seed, kind, exponents, signs, loss):
     p = problem(kind, seed)

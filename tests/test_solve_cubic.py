@@ -13,6 +13,8 @@ from solve_reference import KINDS, Problem, best_of_many, lowest_value, objectiv
 
 from newton_summary import Summary
 from newton_summary.solve import Status, cubic, decrease, newton
+from newton_summary.solve.model import Model
+from newton_summary.solve.secular import is_minimiser
 
 SEEDS = 63  # problems of each of the 16 kinds: 1,008
 
@@ -105,6 +107,31 @@ def test_of_two_equal_minimisers_the_more_positive_is_taken():
         assert step.sizes @ torch.tensor([1.0, 2.0 ** (1 / 3)], dtype=torch.float64) > 0
 
 
+@pytest.mark.parametrize("force", [1e-3, 1e-6, 1e-9, 1e-12])
+def test_of_two_nearly_equal_minimisers_the_lower_is_taken(force):
+    for sign in (-1, 1):
+        step = cubic(summary_of([sign * force, 0.1], [[-1.0, 0.0], [0.0, 1.0]], [1.0, 1.0]), 2.0)
+        assert step.sizes[0] * sign > 0.9
+
+
+def test_stationary_points_that_are_not_minimisers_get_no_certificate():
+    """−0.2 η − η² / 2 + |η|³ / 3 has its minimum above 0, and below 0 a maximum and a local minimum."""
+    model = Model.of(summary_of([0.2], [[-1.0]], [1.0]), 2.0)
+    roots = {
+        "global": (1 + math.sqrt(1.8)) / 2,
+        "maximum": -(1 - math.sqrt(0.2)) / 2,
+        "local": -(1 + math.sqrt(0.2)) / 2,
+    }
+    for root in roots.values():
+        assert abs(model.slope(np.array([root]))[0]) < 1e-15
+    assert {name: is_minimiser(model, np.array([root])) for name, root in roots.items()} == {
+        "global": True,
+        "maximum": False,
+        "local": False,
+    }
+    assert not is_minimiser(model, np.array([roots["global"] + 1e-6]))
+
+
 def test_no_curvature_at_all():
     step = cubic(summary_of([3.0, 4.0], np.zeros((2, 2)), [1.0, 1.0]), 2.0)
     assert step.sizes.numpy() == pytest.approx([3 / math.sqrt(5), 4 / math.sqrt(5)], rel=1e-14)  # ‖η‖ η = ḡ
@@ -137,6 +164,9 @@ def test_groups_that_nothing_depends_on_get_no_rate():
     without = cubic(summary_of([1.0, 1.0], [[2.0, 1.0], [1.0, -1.0]], [0.0, 1.0]))
     assert step.sizes.tolist() == [without.sizes[0], 0.0, without.sizes[1]]
     assert cubic(summary_of([0.0], [[0.0]], [0.0])).sizes.tolist() == [0.0]
+    assert cubic(summary_of([0.0], [[0.0]], [1.0])).sizes.tolist() == [
+        0.0
+    ]  # but for the cubic term, which is lowest there
 
 
 @pytest.mark.parametrize(

@@ -103,7 +103,8 @@ def test_a_summary_that_is_not_finite_is_not_solved(solver, value):
 
 
 def test_what_overflows_is_not_solved():
-    assert newton(summary_of([1e200], [[1e-200]])).status is Status.NOT_CONVERGED
+    assert newton(summary_of([1e200], [[1e-200]])).status is Status.NOT_CONVERGED  # the rate
+    assert newton(summary_of([1e200], [[1e50]])).status is Status.NOT_CONVERGED  # the decrease
 
 
 def test_the_predicted_decrease_is_the_models():

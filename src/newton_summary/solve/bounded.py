@@ -10,7 +10,7 @@ The model may be nonconvex, and finding its global minimiser in a box is then ha
 
 Each step takes the coordinates whose slope does not hold them at a bound, and bends their Newton step along the walls
 of the box (Bertsekas 1982); where curvature is not positive it also tries the lowest eigenvector, both ways.  All
-lengths at which a wall is met are tried at once.
+lengths from the very short to the very long are tried at once.
 """
 
 from __future__ import annotations
@@ -23,14 +23,14 @@ from torch import Tensor
 
 from newton_summary.solve import secular
 from newton_summary.solve.line_search import best_length
-from newton_summary.solve.linear import EPSILON, Array, backward, cholesky, eigh, equilibrate, forward, rounding
+from newton_summary.solve.linear import Array, backward, cholesky, eigh, equilibrate, forward, rounding
 from newton_summary.solve.model import ACCEPTED_ERROR, Model
 from newton_summary.solve.step import Status, Step
 
 Bounds = tuple[float | Tensor | ArrayLike, float | Tensor | ArrayLike]
 """The lower and the upper bound: a number for all groups or one for each, infinite where there is none."""
 
-_LENGTHS = 4.0 ** np.arange(-24, 25)
+_LENGTHS = 4.0 ** np.arange(-24, 25)[:, None]
 _ROUNDS = 1000
 _POWERS = 100
 _FLAT = 1e-12
@@ -86,12 +86,6 @@ class Box:
     def ahead(self, direction: Array) -> Array:
         """The bounds that a direction points to; the lower ones where it is 0."""
         return np.where(direction > 0, self.upper, self.lower)
-
-    def walls(self, x: Array, direction: Array) -> Array:
-        """The lengths at which each coordinate meets its bound along the direction; infinite where it never does."""
-        room = np.where(direction > 0, self.upper - x, x - self.lower)
-        result: Array = np.divide(room, np.abs(direction), out=np.full(len(x), np.inf), where=direction != 0)
-        return result
 
 
 def _bound(what: str, value: float | Tensor | ArrayLike, size: int) -> Array:
@@ -166,20 +160,20 @@ def _descend(model: Model, box: Box, x: Array) -> tuple[Array, Status]:
     """Steps downhill until none is left."""
     for _ in range(_ROUNDS):
         free = ~box.blocked(x, -model.slope(x))
-        moves = []
+        paths = []
         for direction in _directions(model, box, x, free):
             if _falls_for_ever(model, box, x, direction):
                 return x, Status.UNBOUNDED
-            moves.append(_path(box, x, direction) - x)
-        if not moves:
+            paths.append(box.clip(x + _LENGTHS * direction))  # bent along the walls
+        if not paths:
             break
-        every = np.concatenate(moves)
-        noise = 4 * EPSILON * np.abs(every) @ model.magnitude(x)
-        changes = model.change(x, every) + noise
+        points = np.concatenate(paths)
+        changes = model.change(x, points - x)
         best = int(np.argmin(np.where(np.isnan(changes), np.inf, changes)))
-        if not changes[best] < 0:
+        noise = rounding(len(x)) * np.abs(points[best] - x) @ model.magnitude(x)
+        if not changes[best] < -noise:
             break
-        x = box.clip(x + every[best])
+        x = points[best]
     return x, Status.SOLVED
 
 
@@ -191,10 +185,9 @@ def _directions(model: Model, box: Box, x: Array, free: Array) -> list[Array]:
         return _widened(backward(factor, forward(factor, pull[free]))[None], free)
     values, vectors = eigh(curvature[np.ix_(free, free)])
     smallest = rounding(len(values)) * max(_largest(values), 1.0)
-    parts, flat = vectors.T @ pull[free], np.abs(values) <= smallest
-    newton = vectors @ (parts / np.maximum(np.abs(values), smallest))
+    newton = vectors @ (vectors.T @ pull[free] / np.maximum(np.abs(values), smallest))
     lowest = vectors[:, 0]
-    found = _widened(np.array([newton, lowest, -lowest, vectors @ (parts * flat), pull[free]]), free)
+    found = _widened(np.array([newton, lowest, -lowest, pull[free]]), free)
     inside = free & (x > box.lower) & (x < box.upper)
     if (inside != free).any() and inside.any():
         lowest = eigh(curvature[np.ix_(inside, inside)])[1][:, 0]
@@ -207,13 +200,6 @@ def _widened(rows: Array, mask: Array) -> list[Array]:
     full = np.zeros((len(rows), len(mask)))
     full[:, mask] = rows
     return [direction for direction in full if direction.any()]
-
-
-def _path(box: Box, x: Array, direction: Array) -> Array:
-    """Points on the way along a direction that slides along the walls, one a row: every wall and a range of lengths."""
-    walls = box.walls(x, direction)
-    lengths = np.concatenate([_LENGTHS, walls[np.isfinite(walls)]])[:, None]
-    return np.where(lengths >= walls, box.ahead(direction), x + lengths * direction)
 
 
 def _falls_for_ever(model: Model, box: Box, x: Array, direction: Array) -> bool:

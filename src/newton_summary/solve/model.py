@@ -103,7 +103,7 @@ class Model:
     def decrease(self, x: Array) -> float:
         """m(0) − m(x)."""
         with np.errstate(all="ignore"):
-            return -float(self.change(np.zeros(len(self)), x[None])[0])
+            return 0.0 - float(self.change(np.zeros(len(self)), x[None])[0])
 
     def magnitude(self, x: Array) -> Array:
         """The sum of the sizes of the terms of each entry of the slope: what its rounding errors are relative to."""

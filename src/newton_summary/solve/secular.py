@@ -3,7 +3,7 @@
 A point x is a global minimiser exactly if A(r) x = g with A(r) = H + r D² positive semidefinite and r the norm of x:
 Moré & Sorensen 1983 for balls, Nesterov & Polyak 2006 and Cartis, Gould & Toint 2011 for the cubic term.  So r solves
 
-    ψ(r) = r   with   ψ(r) = √(‖D A(r)⁻¹ g‖² + c²),   which falls with r where A(r) is positive definite.
+    ψ(r) = r   with   ψ(r) = ‖D A(r)⁻¹ g‖,   which falls with r where A(r) is positive definite.
 
 D may spread over many decades and have zeros, and at the solution A may be singular (the hard case).  Three steps take
 care of that, none of which depends on the units of the groups:
@@ -40,7 +40,7 @@ _ROUNDS = 400  # a bound on loops that end by themselves
 
 
 def minimise(model: Model) -> tuple[Array, Status]:
-    """The global minimiser, shape (n,), and whether there is one.
+    """The global minimiser of a model without offset, shape (n,), and whether there is one.
 
     Coordinates on which nothing depends get 0.  Of two minimisers, in the hard case, the one with the larger Σ D_s x_s
     is taken.
@@ -144,7 +144,7 @@ def _bracket(model: Model) -> tuple[float, float]:
 
     Wherever A(r) is positive definite, the solution lies between r and ψ(r); where it is not, above r.
     """
-    low, high, r, stride = model.offset, math.inf, model.offset, 2.0
+    low, high, r, stride = 0.0, math.inf, 0.0, 2.0
     for _ in range(_ROUNDS):
         factor = cholesky(model.shifted(r))
         if factor is None:
@@ -199,7 +199,7 @@ def _from_base(model: Model, low: float, base: float, factor: Array, whitened: A
 
     def excess(log_gap: float) -> float:  # log ψ(r) / r falls, and is nearly straight
         gap = math.exp(log_gap)
-        size = max(_TINY, _norm(eigenvalues, coefficients(gap), model.offset))  # in this order also where it is NaN
+        size = max(_TINY, _norm(eigenvalues, coefficients(gap)))  # in this order also where it is NaN
         return math.log(size) - math.log(max(_TINY, r(gap)))
 
     smallest = max(_SMALLEST_GAP, 1 - (base - low) * largest)
@@ -207,14 +207,14 @@ def _from_base(model: Model, low: float, base: float, factor: Array, whitened: A
     parts = coefficients(gap)
     if gap > _HARD_GAP:
         return [vectors @ parts]
-    others = _norm(eigenvalues[:-1], parts[:-1], model.offset)
+    others = _norm(eigenvalues[:-1], parts[:-1])
     last = math.sqrt(max(r(gap) - others, 0.0)) * math.sqrt((r(gap) + others) / largest)
     rest = vectors[:, :-1] @ parts[:-1]
     return [rest + sign * last * vectors[:, -1] for sign in (1, -1)]
 
 
-def _norm(eigenvalues: Array, coefficients: Array, offset: float) -> float:
-    return math.hypot(math.sqrt(float(np.sum(eigenvalues * coefficients**2))), offset)
+def _norm(eigenvalues: Array, coefficients: Array) -> float:
+    return math.sqrt(float(np.sum(eigenvalues * coefficients**2)))
 
 
 def _root(falling: Callable[[float], float], left: float, right: float) -> float:
