@@ -1,7 +1,8 @@
 """What a measurement costs, in units of one forward and backward pass of the same loss.
 
 Run ``python benchmarks/engines.py [MODEL …]``.  It prints a table and writes results/engines.json.  Every model is
-measured in a process of its own, with two threads; times are medians of five.  "counted" are the multiply-adds of
+measured in a process of its own, with two threads; times are medians of five (on a busy machine, ``--cpu`` takes
+processor time with one thread).  "counted" are the multiply-adds of
 matrix products and convolutions that were executed, and so the floor where these dominate.
 """
 
@@ -107,13 +108,16 @@ def chain(depth: int):
 MODELS |= {f"depth{depth}": lambda depth=depth: chain(depth) for depth in (5, 10, 20, 40)}
 
 
+CLOCK = time.perf_counter
+
+
 def median(function: Callable[[], object], repeats: int = 5) -> float:
     function()
     times = []
     for _ in range(repeats):
-        start = time.perf_counter()
+        start = CLOCK()
         function()
-        times.append(time.perf_counter() - start)
+        times.append(CLOCK() - start)
     return statistics.median(times)
 
 
@@ -145,10 +149,12 @@ class Peak:
         return pages * resource.getpagesize() / 1e6
 
 
-def measure_one(name: str, part: str) -> dict[str, float]:
+def measure_one(name: str, part: str, cpu: bool) -> dict[str, float]:
     """Times, counts or memory of one model; ``part`` is ``forward``, ``nested`` or ``full``."""
+    global CLOCK
+    CLOCK = time.process_time if cpu else time.perf_counter
     torch.manual_seed(0)
-    torch.set_num_threads(2)
+    torch.set_num_threads(1 if cpu else 2)
     model, batch = MODELS[name]()
     partition, loss = ns.Partition.canonical(model), Loss(cross_entropy, model)
 
@@ -206,16 +212,17 @@ def main() -> None:
     parser.add_argument("models", nargs="*", default=list(LIMITS))
     parser.add_argument("--full", action="store_true", help="all of the third order, too")
     parser.add_argument("--without-nested", action="store_true")
+    parser.add_argument("--cpu", action="store_true", help="processor time with one thread, for a busy machine")
     parser.add_argument("--part", choices=["forward", "nested", "full"], help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.part:
-        print(json.dumps(measure_one(arguments.models[0], arguments.part)))
+        print(json.dumps(measure_one(arguments.models[0], arguments.part, arguments.cpu)))
         return
     table = {}
     print("in gradients    S   all three (at most, counted)   up to H̄ (counted)   nested   speed-up   MB   nested MB")
     for name in arguments.models:
         parts = ["forward", *["nested"] * (not arguments.without_nested), *["full"] * arguments.full]
-        rows = {part: _in_a_process(name, part) for part in parts}
+        rows = {part: _in_a_process(name, part, arguments.cpu) for part in parts}
         table[name] = rows
         own, nested = rows["forward"], rows.get("nested", {})
         line = f"{name:14} {own['groups']:3}   "
@@ -228,11 +235,15 @@ def main() -> None:
             print(f"{'':17} full: {rows['full']}")
     path = Path(__file__).parent.parent / "results" / "engines.json"
     path.parent.mkdir(exist_ok=True)
-    path.write_text(json.dumps({"torch": torch.__version__, "threads": 2, "models": table}, indent=1) + "\n")
+    path.write_text(
+        json.dumps({"torch": torch.__version__, "threads": 1 if arguments.cpu else 2, "models": table}, indent=1) + "\n"
+    )
 
 
-def _in_a_process(name: str, part: str) -> dict[str, float]:
-    done = subprocess.run([sys.executable, __file__, name, "--part", part], capture_output=True, text=True, check=True)
+def _in_a_process(name: str, part: str, cpu: bool) -> dict[str, float]:
+    done = subprocess.run(
+        [sys.executable, __file__, name, "--part", part, *["--cpu"] * cpu], capture_output=True, text=True, check=True
+    )
     result: dict[str, float] = json.loads(done.stdout)
     return result
 

@@ -9,9 +9,9 @@ import torch
 from torch import Tensor
 from typing_extensions import override
 
-from newton_summary.measure.rules.base import Rule, Sums, index
+from newton_summary.measure.rules.base import Rule, Sums
 from newton_summary.measure.rules.call import Call, Place
-from newton_summary.measure.rules.jets import Groups, Jet, Part, combine, flat, lift
+from newton_summary.measure.rules.jets import Groups, Jet, Part, combine, flat, lift, rows_of
 
 aten = torch.ops.aten
 
@@ -81,8 +81,8 @@ class Bilinear(Rule):
         if a is not None and b is not None and call.third:
             common = tuple(g for g in a.first if g in b.first)
             if common:
-                pair = product.apply(call, chosen(a.dot, a.first, common), chosen(b.dot, b.first, common), (True, True))
-                parts.append(Part(common, (), 2 * pair))
+                rows = [jet.dot[rows_of(jet.first, common)] for jet in (a, b)]
+                parts.append(Part(common, (), 2 * product.apply(call, rows[0], rows[1], (True, True))))
         return parts
 
     def _bias_rows(self, call: Call, rows: Tensor) -> Tensor:
@@ -93,21 +93,24 @@ class Bilinear(Rule):
     def _contract(self, call: Call, adjoint: Tensor, a: Jet, b: Jet, sums: Sums) -> None:
         """v̄ · f(ȧ_i, ḃ_j), and with second rows v̄ · (f(ä_i, ḃ_i) + f(ȧ_i, b̈_i))."""
         if self._contract_right(a, b):
-            gradient = self.product.to_right(call, a.rows, adjoint, (True, False))
-            cross = flat(gradient) @ flat(b.rows).T
+            pulled, other = self.product.to_right(call, a.rows, adjoint, (True, False)), b
+            own = a
         else:
-            gradient = self.product.to_left(call, adjoint, b.rows, (False, True))
-            cross = flat(a.rows) @ flat(gradient).T
-        m, n = len(a.second), len(b.second)
-        sums.add_cross(a.first, b.first, cross[m:, n:])
-        if not call.third:
-            return
-        for seconds, firsts, rows in ((a.second, b.first, cross[:m, n:]), (b.second, a.first, cross[m:, :n].T)):
-            both = tuple(g for g in seconds if g in firsts)
-            if both:
-                i = index(tuple(seconds.index(g) for g in both), rows.device)
-                j = index(tuple(firsts.index(g) for g in both), rows.device)
-                sums.add_diagonal(both, 3 * rows[i, j])
+            pulled, other = self.product.to_left(call, adjoint, b.rows, (False, True)), a
+            own = b
+        gradient = own.like(pulled)
+        sums.add_cross(own.first, other.first, flat(gradient.dot) @ flat(other.dot).T)
+        if call.third:
+            self._add_accelerations(gradient, other, sums)
+            self._add_accelerations(other, gradient, sums)
+
+    def _add_accelerations(self, first: Jet, second: Jet, sums: Sums) -> None:
+        """Adds 3 ẋ_i · ÿ_i to the third diagonal."""
+        both = tuple(g for g in second.second if g in first.first)
+        if both:
+            one, two = first.dot[rows_of(first.first, both)], second.ddot[rows_of(second.second, both)]
+            dots = torch.bmm(flat(one).unsqueeze(1), flat(two).unsqueeze(2)).flatten()
+            sums.add_diagonal(both, 3 * dots)
 
     @override
     def sources(self, call: Call, adjoint: Any) -> dict[Place, tuple[Groups, Tensor]]:
@@ -136,18 +139,10 @@ class Bilinear(Rule):
             sums.add_third(groups, many.first, (group,), values.unsqueeze(2))
 
     def _contract_right(self, a: Jet, b: Jet) -> bool:
-        if isinstance(self.product, Entrywise):
+        """Whether to contract v̄ with the left side: the one with fewer rows, or with more entries to sum over."""
+        if isinstance(self.product, Entrywise) and min(len(a.rows), len(b.rows)) > 2:
             return a.rows[0].numel() >= b.rows[0].numel()
         return len(a.rows) < len(b.rows)
-
-    # Backward ---------------------------------------------------------------------------------------------------------
-
-
-def chosen(rows: Tensor, groups: Groups, some: Groups) -> Tensor:
-    """The rows of some of the groups."""
-    if groups == some:
-        return rows
-    return rows.index_select(0, index(tuple(groups.index(g) for g in some), rows.device))
 
 
 def _each(function: Callable[..., Tensor], x: Tensor, y: Tensor, rows: tuple[bool, bool], out: Tensor | None) -> Tensor:
