@@ -326,6 +326,17 @@ def test_directions_by_name():
         resolve("newton")
 
 
+@pytest.mark.parametrize("something", [None, 5, [torch.ones(2)]])
+def test_something_that_is_no_direction(something):
+    with pytest.raises(TypeError, match=f"a Direction, got {type(something).__name__}"):
+        resolve(something)
+
+
+def test_an_optimizer_that_needs_a_closure_gives_no_direction():
+    with pytest.raises(ValueError, match="LBFGS evaluates the loss in its step, so it gives no direction"):
+        resolve(torch.optim.LBFGS(parameters()))
+
+
 @pytest.mark.parametrize(
     ("make_direction", "message"),
     [

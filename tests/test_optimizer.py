@@ -257,6 +257,47 @@ def test_fidelity_halves_rates_where_the_loss_leaves_its_model() -> None:
     assert 0.85 < model["w"].item() < 1.0
 
 
+def test_fidelity_takes_a_noisy_loss_for_what_it_is() -> None:
+    """A loss with a randomness of its own agrees with its model at no length of step: the rates stay as solved."""
+    rates = []
+    for noise in (0.0, 100.0):
+        model, batches, calls = make_model(), make_batches(), itertools.count()
+
+        def noisy(model, batch, noise=noise, calls=calls):
+            return loss_fn(model, batch) + noise * next(calls)
+
+        optimizer = ns.NewtonSummary(model, noisy, curvature_data=batches, engine="nested")
+        run(model, optimizer, batches, 1)
+        assert optimizer.counts == {"measured": 1, "failed": 0, "halved": 0}
+        rates.append(list(optimizer.rates.values()))
+    assert rates[0] == pytest.approx(rates[1], rel=1e-12)
+
+
+def test_curvature_below_the_rounding_of_the_whole_is_no_curvature() -> None:
+    """The second group is rounding noise: alone, its rate would be 4e-9 / 1.1e-14."""
+    hessian = [[1.0, 1e-9], [1e-9, 1e-15]]
+    summary = ns.Summary(loss=1.0, gradient=[1.0, 5e-9], hessian=hessian, third=[0.0, 0.0])
+    blind, careful = AveragedRates(), AveragedRates(precision=1e-7)
+    for rule in (blind, careful):
+        assert rule.update(summary) is Status.SOLVED
+    assert blind.rates[1] > 1e5
+    assert careful.rates.tolist() == pytest.approx([1.0, 1.0], abs=0.1)  # the target is 1
+
+
+@pytest.mark.parametrize("target", ["shared", "invariant"])
+def test_a_bias_before_a_batch_norm_does_not_run_away(target) -> None:
+    """The loss does not depend on it: all that is measured of it is rounding, in float32."""
+    torch.manual_seed(1)
+    model = nn.Sequential(nn.Linear(5, 8), nn.BatchNorm1d(8), nn.ReLU(), nn.Linear(8, 3))
+    batches = make_batches(dtype=torch.float32)
+    optimizer = ns.NewtonSummary(model, loss_fn, curvature_data=batches, every=5, target=target)
+    before = loss_fn(model.eval(), make_data(dtype=torch.float32)).item()
+    run(model.train(), optimizer, batches, 100)
+    assert loss_fn(model.eval(), make_data(dtype=torch.float32)).item() < 0.3 * before
+    assert model[0].bias.abs().max() < 10
+    assert optimizer.rates["0.bias"] < 100 * optimizer.rates["0.weight"]
+
+
 def test_lambda_goes_from_two_to_one_when_the_steps_are_known() -> None:
     model, batches = make_model(), make_batches()
     optimizer = ns.NewtonSummary(model, loss_fn, curvature_data=batches, steps=30, direction="gradient", every=100)
@@ -390,6 +431,24 @@ def test_state_of_something_else_is_refused() -> None:
     other = ns.NewtonSummary(model, loss_fn, curvature_data=make_batches(), partition=ns.Partition.trivial(model))
     with pytest.raises(ValueError, match="other groups"):
         optimizer.load_state_dict(other.state_dict())
+
+
+@pytest.mark.parametrize(("mine", "others"), list(itertools.permutations(["default", "paper", "adamw"], 2)))
+def test_state_of_another_rule_or_direction_is_refused_and_changes_nothing(mine, others) -> None:
+    def make(kind):
+        model = make_model()
+        if kind == "adamw":
+            inner = torch.optim.AdamW(model.parameters())
+            return model, ns.NewtonSummary(model, loss_fn, curvature_data=make_batches(), direction=inner)
+        return model, MAKERS[kind](model, make_batches())
+
+    (model, optimizer), (other_model, other) = make(mine), make(others)
+    run(model, optimizer, make_batches(), 3)
+    run(other_model, other, make_batches(), 5)
+    before = copy.deepcopy(optimizer.state_dict())
+    with pytest.raises(ValueError, match=r"the state is of an optimizer made of .*: make it as it was made"):
+        optimizer.load_state_dict(other.state_dict())
+    assert str(optimizer.state_dict()) == str(before)
 
 
 def test_measuring_batches_do_not_depend_on_the_users_random_state() -> None:
@@ -653,8 +712,9 @@ def test_a_first_measurement_that_fails_takes_no_step() -> None:
     ("arguments", "message"),
     [
         ({"lr": -1.0}, "lr must not be negative"),
-        ({"every": 0}, "every must be positive"),
-        ({"steps": 0}, "steps must be positive"),
+        ({"every": 0}, "every must be a whole number from 1 on, got 0"),
+        ({"every": 2.5}, "every must be a whole number from 1 on, got 2.5"),
+        ({"steps": 0}, "steps must be a whole number from 1 on, got 0"),
         ({"regularization": -1.0}, "regularization must not be negative"),
         ({"shrinkage": float("nan")}, "shrinkage must not be negative"),
         ({"target": "mean"}, "target must be 'shared' or 'invariant'"),
@@ -663,11 +723,23 @@ def test_a_first_measurement_that_fails_takes_no_step() -> None:
         ({"engine": "magic"}, "unknown engine 'magic'"),
         ({"curvature_data": []}, "curvature_data is empty"),
         ({"curvature_data": iter([1])}, "one-shot"),
+        ({"curvature_data": make_batches()[0]}, r"curvature_data must be .* got one tuple: pass \[batch\]"),
+        ({"curvature_data": {"x": torch.ones(2)}}, r"curvature_data must be .* got one dict: pass \[batch\]"),
+        ({"partition": ns.Partition.canonical(make_model())}, "'0.weight' of the partition is not in this model"),
     ],
 )
 def test_misuse_raises_at_once(arguments, message) -> None:
     with pytest.raises(ValueError, match=message):
         ns.NewtonSummary(make_model(), loss_fn, **{"curvature_data": make_batches(), **arguments})
+
+
+def test_parameters_on_several_devices_are_refused_at_once() -> None:
+    model = make_model()
+    model[3].to("meta")
+    with pytest.raises(
+        ValueError, match=r"parameter '3\.weight' is on meta, '0\.weight' on cpu: move the model to one"
+    ):
+        ns.NewtonSummary(model, loss_fn, curvature_data=make_batches())
 
 
 def test_groups_cannot_be_added() -> None:

@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
+from typing import Any
+
+from torch import Tensor
 
 
 def check_fraction(what: str, value: float) -> None:
@@ -17,7 +21,20 @@ def check_positive(what: str, value: float) -> None:
         raise ValueError(f"{what} must be positive, got {value}")
 
 
+def check_count(what: str, value: int) -> None:
+    """Raises unless the value is a whole number from 1 on."""
+    if not (value >= 1 and value == int(value)):
+        raise ValueError(f"{what} must be a whole number from 1 on, got {value}")
+
+
 def check_not_negative(what: str, value: float) -> None:
     """Raises unless the value is a finite number from 0 on."""
     if not (value >= 0 and math.isfinite(value)):
         raise ValueError(f"{what} must not be negative, got {value}")
+
+
+def check_batches(what: str, batches: Any) -> None:
+    """Raises where one batch stands in the place of an iterable of batches."""
+    is_pair = isinstance(batches, tuple) and batches and all(isinstance(item, Tensor) for item in batches)
+    if is_pair or isinstance(batches, Tensor | Mapping):
+        raise ValueError(f"{what} must be an iterable of batches, got one {type(batches).__name__}: pass [batch]")

@@ -7,6 +7,7 @@ state for each parameter, as torch's own optimizers do.  The step of group s is 
 from __future__ import annotations
 
 import copy
+import inspect
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
 from typing import Any, Protocol
@@ -135,9 +136,15 @@ class StepOf:
 
     Args:
         optimizer: any ``torch.optim.Optimizer`` whose ``step()`` needs no closure.  Do not step it yourself.
+
+    Raises:
+        ValueError: it needs one.
     """
 
     def __init__(self, optimizer: torch.optim.Optimizer) -> None:
+        closure = inspect.signature(type(optimizer).step).parameters.get("closure")
+        if closure is not None and closure.default is inspect.Parameter.empty:
+            raise ValueError(f"{type(optimizer).__name__} evaluates the loss in its step, so it gives no direction")
         self.optimizer = optimizer
         self.defaults: dict[str, Any] = {}
 
@@ -171,10 +178,15 @@ def resolve(direction: str | torch.optim.Optimizer | Direction) -> Direction:
 
     Raises:
         ValueError: the name is unknown.
+        TypeError: it is something else.
     """
     if isinstance(direction, torch.optim.Optimizer):
         return StepOf(direction)
     if not isinstance(direction, str):
+        if not hasattr(direction, "update") or not hasattr(direction, "defaults"):
+            raise TypeError(
+                f"direction must be a name, a torch.optim.Optimizer or a Direction, got {type(direction).__name__}"
+            )
         return direction
     named: dict[str, type[Direction]] = {"gradient": Gradient, "momentum": Momentum, "adam": Adam}
     if direction not in named:

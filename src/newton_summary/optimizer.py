@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from newton_summary import directions
-from newton_summary._checks import check_not_negative, check_positive
+from newton_summary._checks import check_count, check_not_negative
 from newton_summary.directions import Direction
 from newton_summary.measure import Engine, Loss, LossFunction, resolve_engine
 from newton_summary.partition import Partition
@@ -64,8 +64,8 @@ class NewtonSummary(torch.optim.Optimizer):
         status: how the last solve ended.
 
     Raises:
-        ValueError: an argument is out of range, the data is empty or one-shot, or the direction's optimizer holds other
-            parameters.
+        ValueError: an argument is out of range, the data is empty, one-shot or a single batch, the partition is of
+            another model, parameters are on several devices, or the direction's optimizer holds other parameters.
 
     Example:
         >>> model = nn.Linear(4, 1)
@@ -99,7 +99,8 @@ class NewtonSummary(torch.optim.Optimizer):
         engine: str | Engine = "auto",
         seed: int = 0,
     ) -> None:
-        rule = AveragedRates(regularization, shrinkage, target, averaging)
+        partition = partition or default_partition(model)
+        rule = AveragedRates(regularization, shrinkage, target, averaging, partition.precision)
         self._set_up(model, loss_fn, curvature_data, partition, direction, lr, steps, every, rule, engine, seed)
 
     @classmethod
@@ -159,10 +160,11 @@ class NewtonSummary(torch.optim.Optimizer):
         seed: int,
     ) -> None:
         check_not_negative("lr", lr)
-        check_positive("every", every)
+        check_count("every", every)
         if steps is not None:
-            check_positive("steps", steps)
+            check_count("steps", steps)
         self.partition = partition or default_partition(model)
+        self.partition.check_is_of(model)
         self.direction = directions.resolve(direction)
         self.every, self.steps = every, steps
         self.rule = rule
@@ -245,6 +247,7 @@ class NewtonSummary(torch.optim.Optimizer):
     def state_dict(self) -> dict[str, Any]:
         """Everything a run needs to go on exactly: torch's state, rates, averages, counters, the sampler's position."""
         own = {
+            "kinds": self._kinds(),
             "taken": self._taken,
             "counts": dict(self.counts),
             "status": None if self.status is None else self.status.name,
@@ -259,15 +262,20 @@ class NewtonSummary(torch.optim.Optimizer):
         """The inverse of :meth:`state_dict`.
 
         Raises:
-            ValueError: the state is of another optimizer, or of other groups.
+            ValueError: the state is of another optimizer, of other groups, or of another rule or direction.
         """
         if _KEY not in state_dict:
             raise ValueError("the state is not that of a NewtonSummary optimizer")
         saved = [group.get("name") for group in state_dict["param_groups"]]
         if saved != [group["name"] for group in self.param_groups]:
             raise ValueError(f"the state is of other groups, {saved}: make the optimizer with the same partition")
-        super().load_state_dict({key: value for key, value in state_dict.items() if key != _KEY})
         own = state_dict[_KEY]
+        if own["kinds"] != self._kinds():
+            raise ValueError(
+                f"the state is of an optimizer made of {', '.join(own['kinds'])}, this one is made of "
+                f"{', '.join(self._kinds())}: make it as it was made"
+            )
+        super().load_state_dict({key: value for key, value in state_dict.items() if key != _KEY})
         self._taken = own["taken"]
         self.counts = Counter(own["counts"])
         self.status = None if own["status"] is None else Status[own["status"]]
@@ -292,6 +300,11 @@ class NewtonSummary(torch.optim.Optimizer):
     def __getstate__(self) -> dict[str, Any]:
         """All attributes, where torch keeps three: copies of this optimizer go on as it does."""
         return {key: value for key, value in self.__dict__.items() if key != "step"}  # schedulers patch `step`
+
+    def _kinds(self) -> list[str]:
+        """What the parts of the state belong to."""
+        inner = [self.direction.optimizer] if isinstance(self.direction, directions.StepOf) else []
+        return [type(part).__name__ for part in (self.rule, self.direction, *inner)]
 
     # One step ---------------------------------------------------------------------------------------------------------
 
@@ -318,20 +331,24 @@ class NewtonSummary(torch.optim.Optimizer):
     def _hold_to_the_loss(self, summary: Summary, batch: Any, along: list[Tensor]) -> None:
         """Halves the rates until the loss follows its quadratic model along the step, on the batch it was measured on.
 
-        Both sides see the same samples, so that their noise cancels.  Rounding of the loss is no disagreement.
+        Both sides see the same samples, so that their noise cancels.  Rounding of the loss is no disagreement.  Where
+        no length of step makes them agree, the loss is noise at this scale (half precision, or a randomness of its
+        own), which says nothing of the rates: they stay as they were solved.
         """
         assert summary.hessian is not None
-        precision = 8 * torch.finfo(self.partition.parameters[0].dtype).eps * abs(summary.loss.item())
-        for _ in range(_MOST_HALVINGS):
-            assert self.rule.rates is not None
-            eta = self.rule.rates * self._scales_of_groups()
+        assert self.rule.rates is not None
+        rounding = 8 * self.partition.precision * abs(summary.loss.item())
+        eta = self.rule.rates * self._scales_of_groups()
+        for halvings in range(_MOST_HALVINGS):
             linear = -float(summary.gradient @ eta)
             quadratic = 0.5 * float(eta @ summary.hessian @ eta)
             actual = self._loss_after(eta, batch, along) - summary.loss.item()
-            if abs(actual - (linear + quadratic)) <= 0.5 * (abs(linear) + abs(quadratic)) + precision:
+            if abs(actual - (linear + quadratic)) <= 0.5 * (abs(linear) + abs(quadratic)) + rounding:
+                self.rule.scale(0.5**halvings)
+                self.counts["halved"] += halvings
                 return
-            self.rule.halve()
-            self.counts["halved"] += 1
+            eta = eta / 2
+        logger.info("the loss at step %d follows its model at no length of step: it is noise", self._taken)
 
     def _loss_after(self, eta: Tensor, batch: Any, along: list[Tensor]) -> float:
         factors = self.partition.spread(eta.tolist())

@@ -203,6 +203,25 @@ class Partition:
                 )
         return first.device
 
+    def check_is_of(self, model: nn.Module) -> None:
+        """Raises unless these are parameters of this model, all on one device.
+
+        Raises:
+            ValueError: a parameter is not the model's, or on another device than the first one.
+        """
+        own = dict(unwrap(model).named_parameters(remove_duplicate=False))
+        for name, parameter in zip(self.parameter_names, self.parameters, strict=True):
+            if own.get(name) is not parameter:
+                raise ValueError(
+                    f"parameter {name!r} of the partition is not in this model: make the partition from it"
+                )
+        _ = self.device
+
+    @property
+    def precision(self) -> float:
+        """The relative rounding of the parameters' type; of the coarsest one, where there are several."""
+        return max(torch.finfo(p.dtype).eps for p in self.parameters)
+
     def __repr__(self) -> str:
         rows = [("group", "tensors", "scalars")]
         rows += [
@@ -332,8 +351,8 @@ class _Assignment:
         for name, label in zip(self.names, self.labels, strict=True):
             missing = int((label == _UNASSIGNED).sum())
             if missing:
-                share = "" if missing == label.numel() else f"{missing} of {label.numel()} entries of "
-                raise ValueError(f"{share}parameter {name!r} {_shape(label)} in no group: add it to one, or freeze it")
+                share = "" if missing == label.numel() else f" with {missing} of its {label.numel()} entries"
+                raise ValueError(f"parameter {name!r} {_shape(label)}{share} in no group: add it to one, or freeze it")
         return tuple(
             label if parts else int(label.flatten()[0])
             for label, parts in zip(self.labels, self.has_parts, strict=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any, Protocol
 
 import torch
@@ -29,8 +30,8 @@ class RateRule(Protocol):
         """Takes a measurement in; where it or its solve fails, the rates stay as they were."""
         ...
 
-    def halve(self) -> None:
-        """Halves every rate."""
+    def scale(self, factor: float) -> None:
+        """Multiplies every rate."""
         ...
 
     def state_dict(self) -> dict[str, Any]:
@@ -73,9 +74,9 @@ class PaperRates:
             self.average = self.momentum * past + (1 - self.momentum) * step.sizes
         return step.status
 
-    def halve(self) -> None:
-        """Halves the average."""
-        self.average = None if self.average is None else self.average / 2
+    def scale(self, factor: float) -> None:
+        """Multiplies the average."""
+        self.average = None if self.average is None else self.average * factor
 
     def state_dict(self) -> dict[str, Any]:
         """The averaged rates."""
@@ -92,6 +93,8 @@ class AveragedRates:
     1. ḡ, H̄ and |D^(3)[s, s, s]| are averaged over measurements.
     2. The cubic model of the averages is shrunk towards a target and solved; negative rates are set to zero.  Where it
        has no minimum (no cubic term and negative curvature), the target itself is taken: what remains as ρ grows.
+       A curvature below the rounding of the whole counts as that rounding.  The bias before a batch norm has no effect
+       on the loss: what is measured of it is rounding, and the ratio of two roundings must not become its rate.
     3. No rate more than doubles between measurements.
     4. An exact line search along the result in the cubic model of the averages, never beyond 1.
 
@@ -101,19 +104,26 @@ class AveragedRates:
         target: ``"shared"``, one rate for all groups, or ``"invariant"``, which keeps the invariance to a rescaling of
             each group.
         averaging: the share of the past in the averages.
+        precision: the relative rounding of a measurement: the ``eps`` of the parameters' type.
     """
 
     fidelity = True
     growth = 2.0
 
     def __init__(
-        self, regularization: float = 1.0, shrinkage: float = 10.0, target: str = "shared", averaging: float = 0.9
+        self,
+        regularization: float = 1.0,
+        shrinkage: float = 10.0,
+        target: str = "shared",
+        averaging: float = 0.9,
+        precision: float = 0.0,
     ) -> None:
         check_not_negative("regularization", regularization)
         check_not_negative("shrinkage", shrinkage)
         if target not in ("shared", "invariant"):
             raise ValueError(f"target must be 'shared' or 'invariant', got {target!r}")
         self.regularization, self.shrinkage, self.target = regularization, shrinkage, target
+        self.precision = precision
         self.average = SummaryAverage(averaging)
         self._rates: Tensor | None = None
         self._ceiling: Tensor | None = None
@@ -128,9 +138,9 @@ class AveragedRates:
         if not summary.is_finite():
             return Status.NOT_FINITE
         mean = self.average.update(summary)
-        shrunk = solve.shrink(mean, self.shrinkage, self.target)
-        step = solve.cubic(shrunk, self.regularization)
-        sizes = step.sizes if step.ok else solve.target_rates(mean, self.target)
+        certain = _above_rounding(mean, self.precision)
+        step = solve.cubic(solve.shrink(certain, self.shrinkage, self.target), self.regularization)
+        sizes = step.sizes if step.ok else solve.target_rates(certain, self.target)
         limited = sizes.clamp(min=0)
         if self._ceiling is not None:
             limited = torch.minimum(limited, self._ceiling)
@@ -139,10 +149,10 @@ class AveragedRates:
             self._keep(step.sizes)
         return step.status
 
-    def halve(self) -> None:
-        """Halves every rate."""
+    def scale(self, factor: float) -> None:
+        """Multiplies every rate, and its limit with it."""
         if self._rates is not None:
-            self._keep(self._rates / 2)
+            self._keep(self._rates * factor)
 
     def _keep(self, rates: Tensor) -> None:
         """Makes these the rates, and their growth limit the next ceiling; a rate of zero keeps the ceiling it had.
@@ -165,6 +175,15 @@ class AveragedRates:
         """The inverse of :meth:`state_dict`."""
         self.average.load_state_dict(state["average"])
         self._rates, self._ceiling = _vector(state["rates"]), _vector(state["ceiling"])
+
+
+def _above_rounding(summary: Summary, precision: float) -> Summary:
+    """The summary with every diagonal entry of H̄ at least as large as the rounding of the whole of it."""
+    assert summary.hessian is not None
+    floor = precision * summary.hessian.abs().sum()
+    diagonal = summary.hessian.diagonal()
+    raised = torch.where(diagonal.abs() < floor, floor, diagonal)
+    return replace(summary, hessian=summary.hessian + torch.diag(raised - diagonal))
 
 
 def _vector(values: list[float] | None) -> Tensor | None:

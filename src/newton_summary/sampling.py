@@ -12,7 +12,7 @@ import torch
 from torch.utils import _pytree as pytree
 from torch.utils.data import BatchSampler, DataLoader, Dataset, IterableDataset, RandomSampler, SequentialSampler
 
-from newton_summary._checks import check_not_negative
+from newton_summary._checks import check_batches, check_not_negative
 from newton_summary.measure.loss import preserved_randomness
 
 
@@ -31,7 +31,7 @@ class BatchStream:
 
     Raises:
         TypeError: it is no iterable.
-        ValueError: the iterable is empty or can be read only once.
+        ValueError: the iterable is empty, can be read only once, or is a single batch.
 
     Example:
         >>> loader = DataLoader(torch.arange(10.0), batch_size=5)
@@ -49,6 +49,7 @@ class BatchStream:
             )
         if not isinstance(data, Iterable):
             raise TypeError(f"curvature_data must be an iterable of batches, got {type(data).__name__}")
+        check_batches("curvature_data", data)
         check_not_negative("seed", seed)
         self.data = data
         self.seed = seed

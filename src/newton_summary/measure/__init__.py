@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 from tqdm import tqdm
 
+from newton_summary._checks import check_batches
 from newton_summary.directions import next_step
 from newton_summary.measure.auto import AUTO, FORWARD, AutoEngine
 from newton_summary.measure.forward import ForwardEngine
@@ -18,7 +19,7 @@ from newton_summary.measure.graph import Refusal
 from newton_summary.measure.loss import Loss, LossFunction, batch_size, check_dependence, preserved_randomness
 from newton_summary.measure.nested import NestedEngine, taylor
 from newton_summary.measure.rules import register_rule
-from newton_summary.partition import Partition, unwrap
+from newton_summary.partition import Partition
 from newton_summary.summary import Summary
 
 __all__ = [
@@ -111,7 +112,7 @@ def summarize(
     _check_request(order, third, batches, direction)
     chosen = resolve_engine(engine) if order <= 3 else NestedEngine()
     partition = partition or Partition.canonical(model)
-    _check_partition(partition, model)
+    partition.check_is_of(model)
     loss = Loss(loss_fn, model)
     with torch.inference_mode(False), _rewinding(batches, partition.device):
         if direction is None:
@@ -219,20 +220,9 @@ def _check_request(order: int, third: str, batches: Iterable[Any], direction: Di
         raise ValueError(f"order must be at least 1, got {order}")
     if third not in ("diagonal", "full"):
         raise ValueError(f"third must be 'diagonal' or 'full', got {third!r}")
-    if isinstance(batches, Tensor | Mapping) or (
-        isinstance(batches, tuple) and batches and all(isinstance(item, Tensor) for item in batches)
-    ):
-        raise ValueError(f"batches must be an iterable of batches, got one {type(batches).__name__}: pass [batch]")
+    check_batches("batches", batches)
     if direction is None and isinstance(batches, Iterator):
         raise ValueError(
             f"batches is a one-shot {type(batches).__name__}, and is gone through twice, for the gradient and for the "
             "summary along it: pass a list or a DataLoader, or a direction"
         )
-
-
-def _check_partition(partition: Partition, model: nn.Module) -> None:
-    own = dict(unwrap(model).named_parameters(remove_duplicate=False))
-    for name, parameter in zip(partition.parameter_names, partition.parameters, strict=True):
-        if own.get(name) is not parameter:
-            raise ValueError(f"parameter {name!r} of the partition is not in this model: make the partition from it")
-    _ = partition.device
