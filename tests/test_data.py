@@ -284,6 +284,21 @@ def test_fetching_checks_what_came(monkeypatch):
     assert not data.folders()[0].exists()
 
 
+def test_fetching_without_a_network_says_so(monkeypatch):
+    def load_dataset(name, split):
+        raise ConnectionError("no route to host")
+
+    module = types.ModuleType("datasets")
+    module.load_dataset = load_dataset
+    monkeypatch.setitem(sys.modules, "datasets", module)
+    message = (
+        r"ylecun/mnist cannot be fetched \(ConnectionError: no route to host\): is there a network\?\nPut mnist.npz"
+    )
+    with pytest.raises(UsageError, match=message):
+        data.fetch(MNIST)
+    assert not data.folders()[0].exists()
+
+
 def test_missing_packages_are_named_with_their_cure(monkeypatch):
     monkeypatch.setitem(sys.modules, "datasets", None)
     with pytest.raises(UsageError, match="pip install datasets"):

@@ -110,6 +110,7 @@ def _interactions(options: argparse.Namespace) -> int:
         model.load_state_dict(state["model"])
         when = f"after {len(state['rows']) - 1} epochs of {state['config']['optimizer']}"
     folder = _new_folder(options.out, f"interactions-{task.name}")
+    files.make_folder(folder)
     summary = figures.measure_interactions(task, model, data, progress=True)
     files.write_atomically(folder / "summary.pt", summary.save)
     title = f"{task.name} {when}, along the gradient over the training set"

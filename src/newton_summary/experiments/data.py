@@ -248,7 +248,7 @@ def fetch(source: Source, folder: Path | None = None) -> Path:
         folder: where the file goes.  Default: the first of :func:`folders`.
 
     Raises:
-        UsageError: ``datasets`` is not installed, or what came is not this data set.
+        UsageError: ``datasets`` is not installed, nothing can be fetched, or what came is not this data set.
     """
     from newton_summary.experiments.files import write_atomically
 
@@ -259,7 +259,12 @@ def fetch(source: Source, folder: Path | None = None) -> Path:
     name, column = source.hub
     arrays: dict[str, Array] = {}
     for part in ("train", "test"):
-        rows = load_dataset(name, split=part)
+        try:
+            rows = load_dataset(name, split=part)
+        except Exception as error:  # no network, no such data set, no room …: it raises errors of many kinds
+            raise UsageError(
+                f"{name} cannot be fetched ({type(error).__name__}: {error}): is there a network?\n{cure(source)}"
+            ) from error
         pictures = np.stack([np.asarray(picture, dtype=np.uint8) for picture in rows[column]])
         arrays[f"x_{part}"] = np.moveaxis(pictures, 3, 1) if pictures.ndim == 4 else pictures
         arrays[f"y_{part}"] = np.asarray(rows["label"], dtype=np.uint8)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import os
+import tempfile
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -43,6 +44,21 @@ def write_atomically(path: Path, write: Callable[[Path], None]) -> None:
     finally:
         if path.parent.is_dir():
             temporary.unlink(missing_ok=True)
+
+
+def make_folder(folder: Path) -> None:
+    """Makes a folder that files can be written into: to be called before anything long is computed for it.
+
+    Raises:
+        UsageError: it cannot be made or written.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        reason = error.strerror or str(error)
+        raise UsageError(f"cannot write to {folder} ({reason}): choose another folder with --out") from error
 
 
 def write_text(path: Path, text: str) -> None:
