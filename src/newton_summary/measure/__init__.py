@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 from tqdm import tqdm
 
-from newton_summary._checks import check_batches
+from newton_summary._checks import check_batches, check_count
 from newton_summary.directions import next_step
 from newton_summary.measure.auto import AUTO, FORWARD, AutoEngine
 from newton_summary.measure.forward import ForwardEngine
@@ -74,6 +74,7 @@ def summarize(
     order: int = 3,
     third: Literal["diagonal", "full"] = "diagonal",
     engine: str | Engine = "auto",
+    slices: int = 1,
     progress: bool = False,
 ) -> Summary:
     """Measures the derivatives of a loss according to a partition (docs/method.md, section 1).
@@ -92,6 +93,8 @@ def summarize(
         order: the highest order of derivatives, from 1.  Above 3 every order is measured in full, by nested passes.
         third: the diagonal of the third order, or all S³ entries.
         engine: ``"auto"``, ``"forward"`` (which raises where it does not work) or ``"nested"``, or an :class:`Engine`.
+        slices: into how many parts along the first dimension of its tensors each batch is cut, to bound memory.  The
+            result is the same where the loss is a mean over samples, which batch normalisation in training mode breaks.
         progress: whether to show a progress bar over the batches.
 
     Returns:
@@ -109,19 +112,19 @@ def summarize(
         >>> summary.hessian.shape
         torch.Size([4, 4])
     """
-    _check_request(order, third, batches, direction)
+    _check_request(order, third, batches, direction, slices)
     chosen = resolve_engine(engine) if order <= 3 else NestedEngine()
     partition = partition or Partition.canonical(model)
     partition.check_is_of(model)
     loss = Loss(loss_fn, model)
     with torch.inference_mode(False), _rewinding(batches, partition.device):
         if direction is None:
-            direction = _mean_gradient(loss, partition, _counted(batches, progress, "gradient"))
+            direction = _mean_gradient(loss, partition, _counted(batches, slices, progress, "gradient"))
         along = resolve_direction(direction, partition)
     with torch.inference_mode(False), _rewinding(batches, partition.device):
         parts = [
             chosen.measure(loss, batch, partition, along, order, third)
-            for batch in _counted(batches, progress, "summary")
+            for batch in _counted(batches, slices, progress, "summary")
         ]
         if not parts:
             raise ValueError("there are no batches to measure on")
@@ -185,9 +188,23 @@ def _mean_gradient(loss: Loss, partition: Partition, batches: Iterable[Any]) -> 
     return total
 
 
-def _counted(batches: Iterable[Any], progress: bool, what: str) -> Iterator[Any]:
+def _counted(batches: Iterable[Any], slices: int, progress: bool, what: str) -> Iterator[Any]:
     for batch in tqdm(batches, desc=what, disable=not progress, leave=False):
-        yield pytree.tree_map(_ordinary, batch)
+        yield from _cut(pytree.tree_map(_ordinary, batch), slices)
+
+
+def _cut(batch: Any, slices: int) -> Iterator[Any]:
+    """A batch in parts of nearly equal size: slices of the tensors that have an entry for each sample."""
+    size = batch_size(batch)
+    count = min(slices, size)
+    for part in range(count):
+        samples = slice(part * size // count, (part + 1) * size // count)
+        yield pytree.tree_map(
+            lambda leaf, samples=samples: (
+                leaf[samples] if isinstance(leaf, Tensor) and leaf.dim() > 0 and len(leaf) == size else leaf
+            ),
+            batch,
+        )
 
 
 def _ordinary(value: Any) -> Any:
@@ -215,12 +232,13 @@ def _check_finite(loss: Tensor) -> None:
         raise ValueError(f"the loss is {loss.item()}: look for it in the data, or lower the learning rate")
 
 
-def _check_request(order: int, third: str, batches: Iterable[Any], direction: Direction) -> None:
+def _check_request(order: int, third: str, batches: Iterable[Any], direction: Direction, slices: int) -> None:
     if order < 1:
         raise ValueError(f"order must be at least 1, got {order}")
     if third not in ("diagonal", "full"):
         raise ValueError(f"third must be 'diagonal' or 'full', got {third!r}")
     check_batches("batches", batches)
+    check_count("slices", slices)
     if direction is None and isinstance(batches, Iterator):
         raise ValueError(
             f"batches is a one-shot {type(batches).__name__}, and is gone through twice, for the gradient and for the "
