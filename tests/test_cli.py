@@ -19,12 +19,12 @@ TINY = Task("tiny", lambda: mlp([64, 12, 10]), epochs=2)
 
 
 @pytest.fixture(autouse=True)
-def workplace(tmp_path, monkeypatch):
-    """An empty folder to work in, a tiny task, and no data files."""
+def workplace(tmp_path, tmp_path_factory, monkeypatch):
+    """An empty folder to work in, a tiny task, and no data files; caches, matplotlib's too, are elsewhere."""
     threads = torch.get_num_threads()
     monkeypatch.chdir(tmp_path)
     monkeypatch.setitem(tasks.TASKS, "tiny", TINY)
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
     monkeypatch.delenv("NEWTON_SUMMARY_DATA", raising=False)
     yield tmp_path
     torch.set_num_threads(threads)

@@ -287,7 +287,7 @@ def test_curvature_below_the_rounding_of_the_whole_is_no_curvature() -> None:
 @pytest.mark.parametrize("target", ["shared", "invariant"])
 def test_a_bias_before_a_batch_norm_does_not_run_away(target) -> None:
     """The loss does not depend on it: all that is measured of it is rounding, in float32."""
-    torch.manual_seed(1)
+    torch.manual_seed(3)
     model = nn.Sequential(nn.Linear(5, 8), nn.BatchNorm1d(8), nn.ReLU(), nn.Linear(8, 3))
     batches = make_batches(dtype=torch.float32)
     optimizer = ns.NewtonSummary(model, loss_fn, curvature_data=batches, every=5, target=target)
