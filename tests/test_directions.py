@@ -356,3 +356,12 @@ def test_every_direction_keeps_the_protocol():
         for member in ("defaults", "update", "unit", "state_dict", "load_state_dict"):
             assert hasattr(direction, member)
     assert directions.Direction
+
+
+@pytest.mark.parametrize("kind", [Momentum, Adam])
+def test_sparse_gradients_are_refused_with_a_cure(kind):
+    held = [nn.Embedding(4, 3, sparse=True).weight]
+    held[0].grad = torch.eye(4, 3).to_sparse()
+    direction = kind()
+    with pytest.raises(ValueError, match=r"of shape \(4, 3\) has sparse gradients.*SparseAdam"):
+        direction.update(groups(direction, held), defaultdict(dict))

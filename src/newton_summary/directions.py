@@ -233,7 +233,14 @@ def _buckets(groups: Groups, *keys: str) -> Iterable[tuple[tuple[Any, ...], list
 
 
 def _gradients(parameters: list[Tensor]) -> list[Tensor]:
-    return [p.grad for p in parameters if p.grad is not None]
+    gradients = [p.grad for p in parameters if p.grad is not None]
+    for gradient in gradients:
+        if gradient.is_sparse:
+            raise ValueError(
+                f"a parameter of shape {tuple(gradient.shape)} has sparse gradients, which need a direction of their "
+                "own: pass a torch.optim.SparseAdam, or make the layer with sparse=False"
+            )
+    return gradients
 
 
 def _adam_memory(parameter: Tensor, state: dict[str, Any]) -> dict[str, Any]:
