@@ -7,6 +7,7 @@ import pkgutil
 import pytest
 
 import newton_summary
+from newton_summary.measure import rules
 
 MODULES = sorted(m.name for m in pkgutil.walk_packages(newton_summary.__path__, "newton_summary."))
 
@@ -25,6 +26,7 @@ def documented(module_name):
 @pytest.mark.parametrize("name", [m for m in MODULES if not m.endswith("__main__")])
 def test_examples_run(name, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(rules, "_RULES", dict(rules._RULES))  # an example adds one
     _, tests = documented(name)
     for test in tests:
         runner = doctest.DocTestRunner(optionflags=doctest.ELLIPSIS)
