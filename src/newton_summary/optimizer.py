@@ -125,6 +125,9 @@ class NewtonSummary(torch.optim.Optimizer):
         Its last line, reducing λ_1 on a plateau of the training loss, is torch's own
         ``ReduceLROnPlateau(optimizer, factor=0.5, patience=2)``, stepped every few epochs.
 
+        It has no guard against groups on which the loss does not depend, such as a bias before a batch norm: their
+        rates are ratios of roundings.  Freeze them.
+
         Args:
             model: the module to train.
             loss_fn: ``loss_fn(model, batch)`` gives a scalar, the mean over the batch.
