@@ -254,3 +254,8 @@ def test_misuse_is_refused() -> None:
         advise([Summary(1.0, [1.0])])
     with pytest.raises(KeyError, match="no group is called 'x': the groups are g"):
         advise([one(1.0, 1.0)])["x"]
+
+
+def test_a_curvature_next_to_zero_limits_nothing():
+    """The quotient overflows, which is infinity and no warning."""
+    assert alone(Summary(1.0, [1.0], [[2e-313]], [0.0])).tolist() == [math.inf]

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from solve_reference import KINDS, problem
 
 from newton_summary import Summary
-from newton_summary.solve import Status, cubic, newton, shrink
+from newton_summary.solve import Status, cubic, newton, shrink, target_rates
 
 
 def target_of(summary: Summary, target: str) -> list[float]:
@@ -34,6 +34,7 @@ def test_gradient_and_hessian_as_defined(kind, target):
     for seed in range(5):
         summary = problem(kind, seed).summary
         shrunk, rates = shrink(summary, 3.0, target), target_of(summary, target)
+        assert target_rates(summary, target).tolist() == pytest.approx(rates, rel=1e-9)
         for s in range(len(summary)):
             pull = 3 * abs(float(summary.hessian[s, s]))
             expected = float(summary.gradient[s]) + pull * rates[s]

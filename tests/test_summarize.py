@@ -1,5 +1,6 @@
 """summarize(): every form of its arguments, what it leaves alone, and what it refuses."""
 
+import collections
 import copy
 import random
 
@@ -530,3 +531,17 @@ def test_models_without_trainable_parameters():
     case = make("mlp")
     case.model.requires_grad_(False)
     refused("Sequential has no trainable parameters", case)
+
+
+def test_a_direction_by_name_is_refused():
+    model = torch.nn.Linear(2, 1)
+    batch = torch.randn(3, 2)
+    with pytest.raises(ValueError, match="direction must be tensors or an optimizer, got 'adam'"):
+        ns.summarize(lambda m, b: m(b).square().mean(), model, [batch], direction="adam")
+
+
+def test_batches_that_are_mappings_of_their_own_kind_count_by_their_size():
+    model = torch.nn.Linear(2, 1)
+    batches = [collections.UserDict(x=torch.randn(n, 2)) for n in (3, 5)]
+    summary = ns.summarize(lambda m, b: m(b["x"]).square().mean(), model, batches, engine="nested")
+    assert summary.weight == 8

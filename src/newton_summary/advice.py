@@ -216,7 +216,7 @@ def _best(summary: Summary, regularization: float) -> Array:
     """The minimiser over η ≥ 0 of each group's cubic model, shape (S,), by a quadratic formula free of cancellation."""
     gradient, curvature, cubic = _own_terms(summary, regularization)
     root = np.sqrt(curvature**2 + 4 * cubic * np.maximum(gradient, 0))
-    with np.errstate(divide="ignore", invalid="ignore"):
+    with np.errstate(divide="ignore", invalid="ignore", over="ignore"):  # where nothing limits a step, infinity
         bent = 2 * gradient / (curvature + root)
         straight = (root - curvature) / (2 * cubic)  # where curvature is negative
     best = np.where(curvature >= 0, bent, straight)

@@ -139,6 +139,8 @@ def resolve_direction(direction: Direction, partition: Partition) -> list[Tensor
     Raises:
         ValueError: a tensor is missing, unknown, of another shape or device, or not finite.
     """
+    if isinstance(direction, str):
+        raise ValueError(f"direction must be tensors or an optimizer, got {direction!r}: names are for NewtonSummary")
     if isinstance(direction, torch.optim.Optimizer):
         direction = next_step(direction, partition.parameters)
     if isinstance(direction, Mapping):

@@ -146,7 +146,7 @@ def check_dependence(gradients: Iterable[Tensor | None]) -> None:
 
 def batch_size(batch: Any) -> int:
     """The number of samples in a batch: the first dimension of the first tensor in it that has one, else 1."""
-    for leaf in pytree.tree_leaves(batch):
+    for leaf in pytree.tree_leaves(dict(batch) if isinstance(batch, Mapping) else batch):
         if isinstance(leaf, Tensor) and leaf.dim() > 0:
             return leaf.shape[0]
     return 1

@@ -113,7 +113,7 @@ def _flat_status(model: Model) -> Status:
         return Status.SOLVED
     block = model.hessian[np.ix_(flat, flat)]
     curvatures = np.diag(block)
-    if (curvatures <= 0).any():  # a row of zeros among the others' is seen through g or H: the model falls for ever
+    if (curvatures <= 0).any():  # also at 0: what nothing pulls at is not seen
         return Status.UNBOUNDED
     scales = 1 / np.sqrt(curvatures)
     values, vectors = eigh(block * scales * scales[:, None])
