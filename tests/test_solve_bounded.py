@@ -25,11 +25,12 @@ def summary_of(gradient, hessian, third=None) -> Summary:
 
 
 def slope_of(p: Problem, eta: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """The gradient of the objective, and the sum of the sizes of its terms."""
+    """The gradient of the objective, and the sum of the sizes of its terms, but for 1e-6 of those of all groups."""
     d = np.cbrt(np.abs(p.third))
-    pull = p.regularization / 2 * np.linalg.norm(d * eta) * d**2 * eta
-    size = np.abs(p.gradient) + np.abs(p.hessian) @ np.abs(eta) + np.abs(pull)
-    return p.hessian @ eta + pull - p.gradient, size
+    stiffness = p.regularization / 2 * np.linalg.norm(d * eta) * d**2
+    size = np.abs(p.gradient) + np.abs(p.hessian) @ np.abs(eta) + stiffness * np.abs(eta)
+    all_groups = np.sqrt((np.abs(np.diag(p.hessian)) + stiffness) * (np.abs(eta) @ size))
+    return p.hessian @ eta + stiffness * eta - p.gradient, size + 1e-6 * all_groups
 
 
 def check_stationary(p: Problem, eta: np.ndarray, lower: np.ndarray, upper: np.ndarray, tolerance: float = 1e-9):
@@ -91,7 +92,7 @@ def by_enumeration(gradient: np.ndarray, hessian: np.ndarray, lower: np.ndarray,
 @pytest.mark.parametrize("shape", ["nonnegative", "box"])
 def test_solutions_meet_the_conditions_and_are_no_worse_than_clipped_ones(kind, shape):
     for seed in range(15):
-        p = problem(kind, seed, largest=8)
+        p = problem(kind, seed, largest=12)
         n = len(p.gradient)
         lower, upper = (np.zeros(n), np.full(n, INF)) if shape == "nonnegative" else random_box(p, seed)
         how = {"nonnegative": True} if shape == "nonnegative" else {"bounds": (lower, upper)}
@@ -232,10 +233,12 @@ def test_a_local_minimum_next_to_the_start_is_not_all():
 
 
 def test_a_saddle_inside_is_left_also_where_the_lowest_curvature_of_all_points_out_of_the_box():
-    """Curvature is lowest along (0, 1, −1), out of the box either way; along (1, 0, 0) it is negative, too."""
-    hessian = [[-0.1, 0.0, 0.0], [0.0, 1.0, 2.0], [0.0, 2.0, 1.0]]
-    step = newton(summary_of(np.zeros(3), hessian), bounds=([-1, 0, 0], 1))
-    assert step.sizes.abs().tolist() == [1.0, 0.0, 0.0]
+    """Curvature is lowest along (0, 0, 1, −1), out of the box either way; along (1, −1, 0, 0) it is negative, too."""
+    hessian = np.zeros((4, 4))
+    hessian[:2, :2], hessian[2:, 2:] = [[1.0, 1.1], [1.1, 1.0]], [[1.0, 2.0], [2.0, 1.0]]
+    step = newton(summary_of(np.zeros(4), hessian), bounds=([-1, -1, 0, 0], 1))
+    assert step.sizes.abs().numpy() == pytest.approx([1.0, 1.0, 0.0, 0.0])
+    assert step.predicted_decrease == pytest.approx(0.1)
 
 
 def test_a_ridge_is_minimised_in_the_box():
@@ -290,6 +293,28 @@ def test_a_flat_valley_in_the_box_has_a_solution():
     assert step.ok
     assert step.sizes.sum().item() == pytest.approx(1.0, rel=1e-12)
     assert step.predicted_decrease == pytest.approx(0.5, rel=1e-12)
+
+
+@pytest.mark.parametrize("decades", [5, 50, 150, 300])
+def test_numbers_of_all_sizes_are_solved_or_fail_with_a_status(decades):
+    rng = np.random.default_rng(decades)
+    statuses = []
+    for _ in range(30):
+        n = int(rng.integers(1, 6))
+
+        def numbers(*shape: int) -> np.ndarray:
+            return rng.standard_normal(shape) * 10 ** rng.uniform(-decades, decades, shape) * (rng.random(shape) < 0.8)
+
+        summary = summary_of(numbers(n), numbers(n, n), numbers(n))
+        boxed = cubic(summary, bounds=(-1, 2))
+        steps = [cubic(summary), newton(summary), ridge(summary, 1.0), boxed, cubic(summary, nonnegative=True)]
+        for step in steps:
+            assert step.ok == bool(step.sizes.isfinite().all())
+            assert step.ok == math.isfinite(step.predicted_decrease)
+        assert boxed.status is not Status.UNBOUNDED
+        statuses += [step.status for step in steps]
+    if decades == 5:
+        assert Status.NOT_CONVERGED not in statuses
 
 
 @pytest.mark.parametrize("solver", [newton, lambda s, **how: ridge(s, 1.0, **how), cubic])

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from newton_summary._checks import check_not_negative
-from newton_summary.solve.linear import Array
+from newton_summary.solve.linear import EPSILON, Array
 from newton_summary.solve.step import Status, Step
 from newton_summary.summary import Summary
 
@@ -19,22 +19,19 @@ ACCEPTED_ERROR = 1e-9
 
 @dataclass(frozen=True)
 class Model:
-    """m(η) = −gᵀη + ½ ηᵀHη + ⅓ (‖Dη‖² + c²)^(3/2), up to a constant (``docs/method.md``, section 2).
+    """m(η) = −gᵀη + ½ ηᵀHη + ⅓ ‖Dη‖³ (``docs/method.md``, section 2).
 
-    The weight λ_int / 6 of the cubic term is part of D.  Coordinates that are held fixed leave their share of the norm
-    in c, which is otherwise 0.  With r = √(‖Dη‖² + c²), stationary points satisfy (H + r D²) η = g.
+    The weight λ_int / 6 of the cubic term is part of D.  With r = ‖Dη‖, stationary points satisfy (H + r D²) η = g.
 
     Args:
         gradient: g, shape (n,).
         hessian: H, shape (n, n), symmetric.
         cubic: the diagonal of D, shape (n,), not negative.
-        offset: c, not negative.
     """
 
     gradient: Array
     hessian: Array
     cubic: Array
-    offset: float = 0.0
 
     def __len__(self) -> int:
         return len(self.gradient)
@@ -70,7 +67,7 @@ class Model:
 
     def radius(self, x: Array) -> float:
         """The norm r that weighs the cubic term's curvature."""
-        return float(np.hypot(np.linalg.norm(self.cubic * x), self.offset))
+        return float(np.linalg.norm(self.cubic * x))
 
     def shifted(self, r: float) -> Array:
         """H + r D², shape (n, n)."""
@@ -94,7 +91,7 @@ class Model:
         r = self.radius(x)
         along = moves @ (self.cubic**2 * x)
         squares = np.sum((self.cubic * moves) ** 2, axis=1)
-        longer = np.hypot(np.linalg.norm(self.cubic * (x + moves), axis=1), self.offset) + r
+        longer = np.linalg.norm(self.cubic * (x + moves), axis=1) + r
         growth = np.divide(2 * along + squares, longer, out=np.zeros_like(along), where=longer > 0)  # of r
         quadratic = moves @ self.slope(x) + np.sum((moves @ self.hessian) * moves, axis=1) / 2
         result: Array = quadratic + r * squares / 2 + r * growth**2 / 2 + growth**3 / 3
@@ -107,40 +104,37 @@ class Model:
 
     def magnitude(self, x: Array) -> Array:
         """The sum of the sizes of the terms of each entry of the slope: what its rounding errors are relative to."""
+        size = np.abs(x)
         result: Array = (
-            np.abs(self.hessian) @ np.abs(x) + self.radius(x) * self.cubic**2 * np.abs(x) + np.abs(self.gradient)
+            np.abs(self.hessian) @ size + self.radius(x) * self.cubic**2 * size + np.abs(self.gradient) + self.level(x)
         )
         return result
 
-    def error(self, x: Array) -> float:
-        """The largest entry of the slope relative to its magnitude: the componentwise backward error.
+    def level(self, x: Array) -> Array:
+        """The slopes, shape (n,), that change the model by no more than the square of a rounding error."""
+        size, stiffness = np.abs(x), self.radius(x) * self.cubic**2
+        curvature = np.abs(np.diag(self.hessian)) + stiffness
+        value = size @ (np.abs(self.hessian) @ size + stiffness * size + np.abs(self.gradient))
+        result: Array = EPSILON * np.sqrt(curvature * value)
+        return result
 
-        It is the same in all units of the groups and of the loss.
+    def errors(self, x: Array) -> Array:
+        """Each entry of the slope relative to its magnitude, without sign: the componentwise backward errors.
+
+        They are the same in all units of the groups and of the loss.
         """
         magnitude = self.magnitude(x)
-        relative = np.divide(np.abs(self.slope(x)), magnitude, out=np.zeros(len(x)), where=magnitude != 0)
-        return float(np.max(relative, initial=0.0))
+        return np.divide(np.abs(self.slope(x)), magnitude, out=np.zeros(len(x)), where=magnitude != 0)
 
     # Other forms of it ------------------------------------------------------------------------------------------------
 
-    def scaled(self, factors: Array, loss: float = 1.0) -> Model:
-        """The model, divided by ``loss``, as a function of x / factors."""
-        return Model(
-            self.gradient * factors / loss,
-            self.hessian * factors * factors[:, None] / loss,
-            self.cubic * factors / np.cbrt(loss),
-            self.offset / float(np.cbrt(loss)),
-        )
+    def scaled(self, factors: Array) -> Model:
+        """The model as a function of x / factors."""
+        return Model(self.gradient * factors, self.hessian * factors * factors[:, None], self.cubic * factors)
 
-    def restricted(self, free: Array, x: Array) -> Model:
-        """The model of the coordinates in the mask ``free``, the others being held at their values in ``x``."""
-        held = np.where(free, 0.0, x)
-        return Model(
-            (self.gradient - self.hessian @ held)[free],
-            self.hessian[np.ix_(free, free)],
-            self.cubic[free],
-            self.radius(held),
-        )
+    def restricted(self, free: Array) -> Model:
+        """The model of the coordinates in a mask, the others being 0."""
+        return Model(self.gradient[free], self.hessian[np.ix_(free, free)], self.cubic[free])
 
     def seen(self) -> Array:
         """The mask of the coordinates on which the model depends."""

@@ -50,12 +50,12 @@ def stationary(model: Model) -> Step:
     seen = model.seen()
     x = np.zeros(len(model))
     with np.errstate(all="ignore"):  # what overflows fails the check at the end
-        part = model.restricted(seen, x)
+        part = model.restricted(seen)
         solution = _solve(part.hessian, part.gradient)
         if solution is None:
             return Step.failed(len(model), Status.SINGULAR)
         x[seen] = solution
-        accurate = np.isfinite(x).all() and model.error(x) <= ACCEPTED_ERROR
+        accurate = np.isfinite(x).all() and (model.errors(x) <= ACCEPTED_ERROR).all()
     return model.step(x, Status.SOLVED if accurate else Status.NOT_CONVERGED)
 
 

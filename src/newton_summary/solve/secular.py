@@ -40,7 +40,7 @@ _ROUNDS = 400  # a bound on loops that end by themselves
 
 
 def minimise(model: Model) -> tuple[Array, Status]:
-    """The global minimiser of a model without offset, shape (n,), and whether there is one.
+    """The global minimiser of a model, shape (n,), and whether there is one.
 
     Coordinates on which nothing depends get 0.  Of two minimisers, in the hard case, the one with the larger Σ D_s x_s
     is taken.
@@ -48,10 +48,11 @@ def minimise(model: Model) -> tuple[Array, Status]:
     seen = model.seen()
     x = np.zeros(len(model))
     with np.errstate(all="ignore"):  # what overflows fails the check at the end
-        part = model.restricted(seen, x)
+        part = model.restricted(seen)
         status = _flat_status(part)
         if status is Status.SOLVED:
-            found = [y for y in (polish(part, start) for start in _solve(part)) if is_minimiser(part, y)]
+            polished = (polish(part, start, np.ones(len(part), dtype=bool)) for start in _solve(part))
+            found = [y for y in polished if is_minimiser(part, y)]
             if found:
                 x[seen] = _better(part, found[0], found[-1])
             else:
@@ -69,36 +70,41 @@ def _better(model: Model, x: Array, y: Array) -> Array:
 
 def is_minimiser(model: Model, x: Array) -> bool:
     """Whether the sufficient conditions for a global minimiser hold, to a little more than rounding errors."""
-    if not (np.isfinite(x).all() and model.error(x) <= ACCEPTED_ERROR):
+    if not (np.isfinite(x).all() and (model.errors(x) <= ACCEPTED_ERROR).all()):
         return False
     matrix = model.shifted(model.radius(x)) + _share(model, x, _ACCEPTED_CURVATURE)
     level = np.diag(~matrix.any(axis=1)).astype(float)  # rows of zeros do no harm
     return cholesky(matrix + level) is not None
 
 
-def polish(model: Model, x: Array, rounds: int = 6) -> Array:
-    """Newton steps towards the stationary point next to x, as long as they reduce its backward error.
+def polish(model: Model, x: Array, free: Array, rounds: int = 6) -> Array:
+    """Newton steps of the coordinates in a mask towards the stationary point next to x, while they bring it nearer.
 
     The Hessian of the model is used, which at a minimiser is positive definite also where A is singular; where several
     eigenvalues of A are 0, it takes a shift by rounding errors.
     """
-    error = model.error(x)
+    error = _largest_error(model, x, free)
     for _ in range(rounds):
         if not error > EPSILON:
             break
         slope, curvature = model.slope(x), model.curvature(x)
         for matrix in (curvature, curvature + _share(model, x, rounding(len(x)))):
-            factor = cholesky(matrix)
+            factor = cholesky(matrix[np.ix_(free, free)])
             if factor is None:
                 continue
-            new = x - backward(factor, forward(factor, slope))
-            new_error = model.error(new)
+            new = x.copy()
+            new[free] -= backward(factor, forward(factor, slope[free]))
+            new_error = _largest_error(model, new, free)
             if new_error < error:
                 x, error = new, new_error
                 break
         else:
             break
     return x
+
+
+def _largest_error(model: Model, x: Array, free: Array) -> float:
+    return float(np.max(model.errors(x)[free], initial=0.0))
 
 
 def _share(model: Model, x: Array, share: float) -> Array:
@@ -130,17 +136,17 @@ def _flat_status(model: Model) -> Status:
 
 def _solve(model: Model) -> list[Array]:
     """The minimiser before it is polished; in the hard case two candidates."""
-    low, base = _bracket(model)
+    base = _base(model)
     factor = cholesky(model.shifted(base))
     if factor is None:  # overflow, or a bracket that rounding errors have spoilt
         return []
     whitened = forward(factor, model.gradient)
-    candidates = _from_base(model, low, base, factor, whitened) if low < base else [whitened]
+    candidates = _from_base(model, base, factor, whitened) if base > 0 else [whitened]
     return [backward(factor, candidate) for candidate in candidates]
 
 
-def _bracket(model: Model) -> tuple[float, float]:
-    """Bounds of the solution r within a factor of 2, or both next to 0; A is positive definite at the upper one.
+def _base(model: Model) -> float:
+    """An upper bound of the solution r at which A is positive definite, at most twice the solution or next to 0.
 
     Wherever A(r) is positive definite, the solution lies between r and ψ(r); where it is not, above r.
     """
@@ -162,7 +168,7 @@ def _bracket(model: Model) -> tuple[float, float]:
             r = high
         else:
             r, stride = high / stride, min(stride**2, _LONGEST)
-    return low, high
+    return high
 
 
 def guess(model: Model) -> float:
@@ -175,7 +181,7 @@ def guess(model: Model) -> float:
     return float(np.max(alone, initial=0.0)) or float(np.max(np.abs(stiffness), initial=0.0)) or 1.0
 
 
-def _from_base(model: Model, low: float, base: float, factor: Array, whitened: Array) -> list[Array]:
+def _from_base(model: Model, base: float, factor: Array, whitened: Array) -> list[Array]:
     """Lᵀ x for the solution x, from L and L⁻¹ g at the base (step 2 above).
 
     In the hard case a multiple of the last eigenvector fills up the norm, with either sign: rounding errors decide on
@@ -202,13 +208,12 @@ def _from_base(model: Model, low: float, base: float, factor: Array, whitened: A
         size = max(_TINY, _norm(eigenvalues, coefficients(gap)))  # in this order also where it is NaN
         return math.log(size) - math.log(max(_TINY, r(gap)))
 
-    smallest = max(_SMALLEST_GAP, 1 - (base - low) * largest)
-    gap = math.exp(_root(excess, math.log(smallest), 0.0))
+    gap = math.exp(_root(excess, math.log(_SMALLEST_GAP), 0.0))
     parts = coefficients(gap)
     if gap > _HARD_GAP:
         return [vectors @ parts]
     others = _norm(eigenvalues[:-1], parts[:-1])
-    last = math.sqrt(max(r(gap) - others, 0.0)) * math.sqrt((r(gap) + others) / largest)
+    last = math.sqrt(max((r(gap) - others) * (r(gap) + others), 0.0) / largest)
     rest = vectors[:, :-1] @ parts[:-1]
     return [rest + sign * last * vectors[:, -1] for sign in (1, -1)]
 
