@@ -14,7 +14,6 @@ from typing import Any, TypeAlias
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from scipy import special
 from torch import Tensor
 
 from newton_summary import solve
@@ -313,6 +312,8 @@ class _Test:
 
 def _quantile(level: float, count: int) -> float:
     """How many standard errors a mean of this many batches may be from the truth at this level (Student's t)."""
+    from scipy import special  # here, because it takes long to import
+
     return float(special.stdtrit(count - 1, (1 + level) / 2))
 
 

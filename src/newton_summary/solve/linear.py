@@ -1,4 +1,7 @@
-"""The linear algebra of the solvers: Cholesky factors, and scales that depend on no units."""
+"""The linear algebra of the solvers: Cholesky factors, and scales that depend on no units.
+
+scipy is imported where it is used, here and in the other solvers: importing it takes longer than all of the package.
+"""
 
 from __future__ import annotations
 
@@ -6,7 +9,6 @@ from typing import Any, TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy.linalg import blas, lapack
 
 Array: TypeAlias = NDArray[Any]
 
@@ -18,6 +20,8 @@ def cholesky(matrix: Array) -> Array | None:
 
     Its rounding errors follow the scales of the coordinates, so no scaling is needed first.
     """
+    from scipy.linalg import lapack
+
     factor, info = lapack.dpotrf(matrix, lower=1, clean=1)
     return factor if info == 0 else None
 
@@ -42,6 +46,8 @@ def backward(factor: Array, right: Array) -> Array:
 
 def _triangular(factor: Array, right: Array, transposed: int) -> Array:
     """A triangular solve by BLAS, which LAPACK's dtrtrs would share among threads even where it takes a microsecond."""
+    from scipy.linalg import blas
+
     if not len(factor):
         return right
     if right.ndim == 1:

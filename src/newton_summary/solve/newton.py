@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import numpy as np
-from scipy.linalg import lapack
 
 from newton_summary.solve.bounded import Bounds, Box, solve
 from newton_summary.solve.linear import Array, equilibrate, rounding
@@ -61,6 +60,8 @@ def stationary(model: Model) -> Step:
 
 def _solve(matrix: Array, right: Array) -> Array | None:
     """The solution of a symmetric system, refined once; ``None`` where the matrix is singular to rounding."""
+    from scipy.linalg import lapack
+
     if not len(matrix):
         return right
     scales = equilibrate(matrix)

@@ -23,7 +23,6 @@ import math
 from collections.abc import Callable
 
 import numpy as np
-from scipy.optimize import brentq
 
 from newton_summary.solve.linear import EPSILON, Array, backward, cholesky, eigh, forward, rounding
 from newton_summary.solve.model import ACCEPTED_ERROR, Model
@@ -224,6 +223,8 @@ def _norm(eigenvalues: Array, coefficients: Array) -> float:
 
 def _root(falling: Callable[[float], float], left: float, right: float) -> float:
     """The root of a falling function; the nearer end where there is none."""
+    from scipy.optimize import brentq
+
     ends = falling(left), falling(right)
     if not ends[0] > 0:
         return left
