@@ -305,3 +305,16 @@ def test_groups_that_the_optimizer_does_not_hold_do_not_move() -> None:
     advice = monitor.measure(batches[1:4])
     assert advice["0.weight"].words == "`0.weight`: this step does not move it"
     assert math.isnan(monitor.records[-1].learning_rates[0])
+
+
+def test_its_repr_says_what_it_watches_and_what_it_advises() -> None:
+    model, batches = make_model(), make_batches()
+    monitor = ns.Monitor(model, loss_fn, optimizer=torch.optim.SGD(model.parameters(), lr=0.1), every=7)
+    assert repr(monitor) == (
+        "Monitor of SGD: 4 groups, every 7 steps, measured 0×, of which 0× not finite\nno advice yet"
+    )
+    loss_fn(model, batches[0]).backward()
+    monitor.measure(batches[1:4])
+    first, *rest = repr(monitor).splitlines()
+    assert first.endswith("every 7 steps, measured 1×, of which 0× not finite")
+    assert rest == repr(monitor.advice).splitlines()

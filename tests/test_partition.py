@@ -10,8 +10,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
+import newton_summary as ns
 from newton_summary import Partition
-from newton_summary.partition import unwrap
+from newton_summary.along import losses_along
+from newton_summary.partition import resolve_partition, unwrap
 
 
 def small():
@@ -409,3 +411,54 @@ def test_parameters_on_two_devices():
     with pytest.raises(ValueError, match=r"parameter '1.weight' is on meta, '0.weight' on cpu: move the model to one"):
         _ = Partition.canonical(model).device
     assert Partition.canonical(small()).device == torch.device("cpu")
+
+
+# By name, wherever a partition is taken -------------------------------------------------------------------------------
+
+
+def mean_square(model, batch):
+    return model(batch).square().mean()
+
+
+TAKERS = {
+    "summarize": lambda model, partition: ns.summarize(mean_square, model, [torch.ones(2, 4)], partition=partition),
+    "losses_along": lambda model, partition: losses_along(
+        mean_square, model, torch.ones(2, 4), [1.0], direction=list(model.parameters()), partition=partition
+    ),
+    "NewtonSummary": lambda model, partition: ns.NewtonSummary(model, mean_square, partition=partition),
+    "paper": lambda model, partition: ns.NewtonSummary.paper(model, mean_square, partition=partition),
+    "Monitor": lambda model, partition: ns.Monitor(
+        model, mean_square, optimizer=torch.optim.SGD(model.parameters(), lr=0.1), partition=partition
+    ),
+    "suggest_rates": lambda model, partition: ns.suggest_rates(
+        mean_square,
+        model,
+        [torch.ones(2, 4)] * 3,
+        torch.optim.SGD(model.parameters(), lr=0.01),
+        partition=partition,
+        steps=2,
+    ),
+}
+
+
+@pytest.mark.parametrize("take", TAKERS.values(), ids=TAKERS)
+def test_everything_that_takes_a_partition_takes_names(take):
+    model = nn.Sequential(nn.Linear(4, 3), nn.Tanh(), nn.Linear(3, 2))
+    with pytest.raises(ValueError, match="unknown partition 'layers': choose one of trivial, canonical, discrete, by_"):
+        take(model, "layers")
+    with pytest.raises(TypeError, match=r"Partition.canonical\(model\), or one of the names .*; got function"):
+        take(model, lambda model: None)
+    taken = take(model, "by_kind")
+    groups = {"partition": lambda: taken.partition.names, "names": lambda: taken.names, "rates": lambda: [*taken.rates]}
+    found = next((read() for what, read in groups.items() if hasattr(taken, what)), None)
+    assert len(taken if found is None else found) == 2
+    if found is not None:
+        assert tuple(found) == ("weights", "biases")
+
+
+@pytest.mark.parametrize("name", ["trivial", "canonical", "discrete", "by_kind", "by_module"])
+def test_a_name_is_that_of_a_constructor(name):
+    model = small()
+    partition = resolve_partition(name, model)
+    assert partition.names == getattr(Partition, name)(model).names
+    assert resolve_partition(partition, model) is partition

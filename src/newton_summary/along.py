@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from newton_summary.directions import next_step
 from newton_summary.measure import Loss, LossFunction
-from newton_summary.partition import Partition
+from newton_summary.partition import Partition, resolve_partition
 
 
 def losses_along(
@@ -20,7 +20,7 @@ def losses_along(
     factors: Sequence[float],
     *,
     direction: Sequence[Tensor] | torch.optim.Optimizer,
-    partition: Partition | None = None,
+    partition: Partition | str | None = None,
 ) -> Tensor:
     """The loss after each group alone has taken a multiple of its step, L(θ − η u_s): S · n forward passes.
 
@@ -32,7 +32,7 @@ def losses_along(
         batch: what the loss is computed on.
         factors: η, n numbers.
         direction: u, one tensor for each parameter of the partition; or an optimizer, whose next step it is.
-        partition: S groups.  Default: one for each tensor.
+        partition: S groups, or the name of a constructor.  Default: one for each tensor.
 
     Returns:
         Losses, shape (S, n), float64 on the host.
@@ -45,7 +45,7 @@ def losses_along(
         >>> losses_along(loss_fn, model, torch.ones(1, 2), [0.0, 1.0], direction=u)[0, 1].item()
         0.0
     """
-    partition = partition or Partition.canonical(model)
+    partition = resolve_partition("canonical" if partition is None else partition, model)
     if isinstance(direction, torch.optim.Optimizer):
         direction = next_step(direction, partition.parameters)
     loss, result = Loss(loss_fn, model), torch.empty(len(partition), len(factors), dtype=torch.float64)

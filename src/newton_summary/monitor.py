@@ -20,7 +20,7 @@ from newton_summary.advice import Advice, advise
 from newton_summary.directions import next_step
 from newton_summary.measure import Engine, Loss, LossFunction, preserved_randomness, resolve_engine
 from newton_summary.optimizer import NewtonSummary, default_partition
-from newton_summary.partition import Partition
+from newton_summary.partition import Partition, resolve_partition
 from newton_summary.sampling import BatchStream
 from newton_summary.summary import Summary
 
@@ -86,7 +86,7 @@ class Monitor:
         model: the module that is trained.
         loss_fn: ``loss_fn(model, batch)`` gives a scalar, the mean over the batch.
         optimizer: any ``torch.optim.Optimizer`` whose ``step()`` needs no closure.
-        partition: the groups.  Default: one for each tensor, coarser above 100 tensors.
+        partition: the groups, or the name of a constructor.  Default: one for each tensor, coarser above 100 tensors.
         every: the number of steps between measurements.
         writer: takes scalars by ``add_scalar(tag, value, step)``.
         path: a file to which every record is appended, one JSON object a line.
@@ -129,7 +129,7 @@ class Monitor:
         loss_fn: LossFunction,
         *,
         optimizer: torch.optim.Optimizer,
-        partition: Partition | None = None,
+        partition: Partition | str | None = None,
         every: int = 100,
         writer: Writer | None = None,
         path: str | Path | None = None,
@@ -143,7 +143,7 @@ class Monitor:
             check_positive(what, value)
         if isinstance(optimizer, NewtonSummary):
             raise TypeError("NewtonSummary measures by itself: read optimizer.summary and optimizer.rates")
-        self.partition = partition or default_partition(model)
+        self.partition = default_partition(model) if partition is None else resolve_partition(partition, model)
         self.optimizer = optimizer
         self.every, self.level, self.regularization = every, level, regularization
         self.writer, self.path = writer, None if path is None else Path(path)
@@ -276,6 +276,12 @@ class Monitor:
         self._write(self.records[-1])
 
     # Telling ----------------------------------------------------------------------------------------------------------
+
+    def __repr__(self) -> str:
+        watched = f"Monitor of {type(self.optimizer).__name__}: {len(self.partition)} groups, every {self.every} steps"
+        counted = f"measured {self.counts['measured']}×, of which {self.counts['failed']}× not finite"
+        advice = "no advice yet" if self.advice is None else repr(self.advice)
+        return f"{watched}, {counted}\n{advice}"
 
     def to_frame(self) -> Any:
         """The history as a ``pandas.DataFrame``, one row for each record and group.

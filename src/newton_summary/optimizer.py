@@ -14,7 +14,7 @@ from newton_summary import directions
 from newton_summary._checks import check_count, check_not_negative
 from newton_summary.directions import Direction
 from newton_summary.measure import Engine, Loss, LossFunction, resolve_engine
-from newton_summary.partition import Partition
+from newton_summary.partition import Partition, resolve_partition
 from newton_summary.rates import AveragedRates, PaperRates, RateRule
 from newton_summary.sampling import BatchStream
 from newton_summary.solve import Status
@@ -40,7 +40,7 @@ class NewtonSummary(torch.optim.Optimizer):
         curvature_data: batches to measure on, iterated for ever by an independent sampler (see
             :class:`~newton_summary.sampling.BatchStream`): a ``DataLoader`` over the training set, or a list of
             batches. Without it, call :meth:`measure`.
-        partition: the groups.  Default: one for each tensor, coarser above 100 tensors.
+        partition: the groups, or the name of a constructor.  Default: one for each tensor, coarser above 100 tensors.
         direction: ``"adam"``, ``"momentum"``, ``"gradient"``, a ``torch.optim.Optimizer`` over the same parameters
             whose own step it is, or a :class:`~newton_summary.directions.Direction`.
         lr: λ_1, dimensionless: a scale on all rates, for every ``lr_scheduler`` to work on.  At 2 a step is as long as
@@ -87,7 +87,7 @@ class NewtonSummary(torch.optim.Optimizer):
         loss_fn: LossFunction,
         *,
         curvature_data: Iterable[Any] | None = None,
-        partition: Partition | None = None,
+        partition: Partition | str | None = None,
         direction: str | torch.optim.Optimizer | Direction = "adam",
         lr: float = 1.5,
         steps: int | None = None,
@@ -99,7 +99,7 @@ class NewtonSummary(torch.optim.Optimizer):
         engine: str | Engine = "auto",
         seed: int = 0,
     ) -> None:
-        partition = partition or default_partition(model)
+        partition = default_partition(model) if partition is None else resolve_partition(partition, model)
         rule = AveragedRates(regularization, shrinkage, target, averaging, partition.precision)
         self._set_up(model, loss_fn, curvature_data, partition, direction, lr, steps, every, rule, engine, seed)
 
@@ -110,7 +110,7 @@ class NewtonSummary(torch.optim.Optimizer):
         loss_fn: LossFunction,
         *,
         curvature_data: Iterable[Any] | None = None,
-        partition: Partition | None = None,
+        partition: Partition | str | None = None,
         lr: float = 0.3,
         regularization: float = 1.0,
         every: int = 10,
@@ -153,7 +153,7 @@ class NewtonSummary(torch.optim.Optimizer):
         model: nn.Module,
         loss_fn: LossFunction,
         curvature_data: Iterable[Any] | None,
-        partition: Partition | None,
+        partition: Partition | str | None,
         direction: str | torch.optim.Optimizer | Direction,
         lr: float,
         steps: int | None,
@@ -166,7 +166,7 @@ class NewtonSummary(torch.optim.Optimizer):
         check_count("every", every)
         if steps is not None:
             check_count("steps", steps)
-        self.partition = partition or default_partition(model)
+        self.partition = default_partition(model) if partition is None else resolve_partition(partition, model)
         self.partition.check_is_of(model)
         self.direction = directions.resolve(direction)
         self.every, self.steps = every, steps

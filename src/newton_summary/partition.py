@@ -8,7 +8,7 @@ construction, and every part of a tensor that can be indexed can be a group.
 from __future__ import annotations
 
 import fnmatch
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import cached_property
 from typing import Any, TypeAlias
 
@@ -292,6 +292,34 @@ class Partition:
             whole.setdefault(self.names[label] if isinstance(label, int) else name, []).append(parameter)
         order = {name: i for i, name in enumerate(self.names)}
         return [{"name": name, "params": whole[name]} for name in sorted(whole, key=lambda n: order.get(n, len(order)))]
+
+
+_BY_NAME: dict[str, Callable[[nn.Module], Partition]] = {
+    "trivial": Partition.trivial,
+    "canonical": Partition.canonical,
+    "discrete": Partition.discrete,
+    "by_kind": Partition.by_kind,
+    "by_module": Partition.by_module,
+}
+
+
+def resolve_partition(partition: Partition | str, model: nn.Module) -> Partition:
+    """A partition of a model, given as such or by the name of a constructor that needs nothing but the model.
+
+    Raises:
+        ValueError: the name is unknown.
+        TypeError: it is something else.
+    """
+    if isinstance(partition, Partition):
+        return partition
+    if not isinstance(partition, str):
+        raise TypeError(
+            f"partition must be a Partition, such as Partition.canonical(model), or one of the names "
+            f"{', '.join(_BY_NAME)}; got {type(partition).__name__}"
+        )
+    if partition not in _BY_NAME:
+        raise ValueError(f"unknown partition {partition!r}: choose one of {', '.join(_BY_NAME)}, or make a Partition")
+    return _BY_NAME[partition](model)
 
 
 def trainable_parameters(model: nn.Module) -> dict[str, nn.Parameter]:

@@ -16,7 +16,7 @@ from newton_summary.advice import alone
 from newton_summary.directions import next_step
 from newton_summary.measure import Engine, Loss, LossFunction, preserved_randomness, resolve_engine
 from newton_summary.optimizer import NewtonSummary, default_partition
-from newton_summary.partition import Partition, unwrap
+from newton_summary.partition import Partition, resolve_partition, unwrap
 from newton_summary.sampling import BatchStream
 from newton_summary.summary import Summary
 
@@ -62,7 +62,7 @@ def suggest_rates(
     batches: Iterable[Any],
     optimizer: torch.optim.Optimizer,
     *,
-    partition: Partition | None = None,
+    partition: Partition | str | None = None,
     steps: int = 120,
     engine: str | Engine = "auto",
     seed: int = 0,
@@ -84,7 +84,8 @@ def suggest_rates(
         model: the module that is to be trained, in the mode that it is trained in.
         batches: training batches: a ``DataLoader`` or a list.  They are read over and over where they are few.
         optimizer: any ``torch.optim.Optimizer`` over the model's parameters whose ``step()`` needs no closure.
-        partition: the groups, of whole tensors.  Default: one for each tensor, coarser above 100 tensors.
+        partition: the groups, of whole tensors, or the name of a constructor.  Default: one for each tensor, coarser
+            above 100 tensors.
         steps: the length of each trial.
         engine: what measures: a name, or an :class:`~newton_summary.measure.Engine`.
         seed: fixes the order of the batches.
@@ -108,7 +109,7 @@ def suggest_rates(
     if isinstance(optimizer, NewtonSummary):
         raise TypeError("NewtonSummary sets its rates by itself: it needs no suggestion")
     model = unwrap(model)
-    partition = partition or default_partition(model)
+    partition = default_partition(model) if partition is None else resolve_partition(partition, model)
     before = _rates_of(optimizer, partition)
     batches = list(batches) if isinstance(batches, Iterator) else batches
     start = _Start(loss_fn, model, optimizer, partition, batches, seed)

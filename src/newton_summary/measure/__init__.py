@@ -19,7 +19,7 @@ from newton_summary.measure.graph import Refusal
 from newton_summary.measure.loss import Loss, LossFunction, batch_size, check_dependence, preserved_randomness
 from newton_summary.measure.nested import NestedEngine, taylor
 from newton_summary.measure.rules import register_rule
-from newton_summary.partition import Partition
+from newton_summary.partition import Partition, resolve_partition
 from newton_summary.summary import Summary
 
 __all__ = [
@@ -69,7 +69,7 @@ def summarize(
     model: nn.Module,
     batches: Iterable[Any],
     *,
-    partition: Partition | None = None,
+    partition: Partition | str | None = None,
     direction: Direction = None,
     order: int = 3,
     third: Literal["diagonal", "full"] = "diagonal",
@@ -86,7 +86,7 @@ def summarize(
         loss_fn: ``loss_fn(model, batch)`` gives a scalar, the mean over the batch.
         model: any module; it stays in the mode that it is in.
         batches: an iterable of batches, such as a ``DataLoader`` or ``[batch]``.
-        partition: S groups.  Default: one for each tensor.
+        partition: S groups, or the name of a constructor: ``"by_module"``.  Default: one for each tensor.
         direction: u, in the parameters' own units: tensors in the partition's order, a dictionary by name, or a
             ``torch.optim.Optimizer`` whose next step it is (after ``backward()``).  Default: the gradient over the same
             batches, which are then gone through twice, in the same random state.
@@ -114,7 +114,7 @@ def summarize(
     """
     _check_request(order, third, batches, direction, slices)
     chosen = resolve_engine(engine) if order <= 3 else NestedEngine()
-    partition = partition or Partition.canonical(model)
+    partition = resolve_partition("canonical" if partition is None else partition, model)
     partition.check_is_of(model)
     loss = Loss(loss_fn, model)
     with torch.inference_mode(False), _rewinding(batches, partition.device):
