@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import json
 import logging
 import math
 from collections import Counter, deque
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Protocol
@@ -18,10 +19,12 @@ from torch import Tensor, nn
 from newton_summary._checks import check_positive
 from newton_summary.advice import Advice, advise
 from newton_summary.directions import next_step
+from newton_summary.distributed import Processes
 from newton_summary.measure import Engine, Loss, LossFunction, preserved_randomness, resolve_engine
 from newton_summary.optimizer import NewtonSummary, default_partition
 from newton_summary.partition import Partition, resolve_partition
 from newton_summary.sampling import BatchStream
+from newton_summary.sharding import gathered
 from newton_summary.summary import Summary
 
 logger = logging.getLogger(__name__)
@@ -82,8 +85,11 @@ class Monitor:
     computed on is too optimistic about descent along that gradient: measure on batches of an independent sampler where
     batches are small and the gradient is mostly noise.  :meth:`attach` does.
 
+    With several processes each measures on its own samples, all get the same advice, and the first one writes
+    (docs/distributed.md).
+
     Args:
-        model: the module that is trained.
+        model: the module that is trained, or what ``DistributedDataParallel`` or ``torch.compile`` made of it.
         loss_fn: ``loss_fn(model, batch)`` gives a scalar, the mean over the batch.
         optimizer: any ``torch.optim.Optimizer`` whose ``step()`` needs no closure.
         partition: the groups, or the name of a constructor.  Default: one for each tensor, coarser above 100 tensors.
@@ -95,6 +101,8 @@ class Monitor:
         level: the confidence of the advice's intervals.
         regularization: λ_int, the weight of the cubic term.
         engine: what measures: a name, or an :class:`~newton_summary.measure.Engine`.
+        process_group: the processes whose measurements are averaged.  Default: those of the
+            ``DistributedDataParallel`` module, or else of the default group, where one was initialised.
 
     Attributes:
         advice: the last advice, or ``None``.
@@ -138,6 +146,7 @@ class Monitor:
         level: float = 0.9,
         regularization: float = 1.0,
         engine: str | Engine = "auto",
+        process_group: Any = None,
     ) -> None:
         for what, value in (("every", every), ("window", window), ("history", history)):
             check_positive(what, value)
@@ -153,6 +162,7 @@ class Monitor:
         self.records: deque[Record] = deque(maxlen=history)
         self.counts = Counter({"measured": 0, "failed": 0})
         self._loss = Loss(loss_fn, model)
+        self._processes = Processes(model, process_group)
         self._window: deque[tuple[Summary, Tensor]] = deque(maxlen=window)
         self._taken = 0
         self._awaiting: _Awaiting | None = None
@@ -193,7 +203,7 @@ class Monitor:
             ValueError: the data is empty or one-shot, or the number of repeats is not positive.
         """
         check_positive("repeats", repeats)
-        stream = BatchStream(batches, seed)
+        stream = BatchStream(batches, seed, self._processes.rank, self._processes.count)
 
         def before_step(*_: Any) -> None:
             if self._taken % self.every == 0:
@@ -224,11 +234,10 @@ class Monitor:
         batches, randomness = list(batches), _Randomness(device)
         if not batches:
             raise ValueError("there are no batches to measure on")
-        along = next_step(self.optimizer, self.partition.parameters)
-        with preserved_randomness({device}):
-            parts = [
-                self.engine.measure(self._loss, batch, self.partition, along, 3, "diagonal").cpu() for batch in batches
-            ]
+        u = next_step(self.optimizer, self.partition.parameters)
+        with preserved_randomness({device}), self._exactly(u) as (partition, along):
+            own = [self.engine.measure(self._loss, batch, partition, along, 3, "diagonal") for batch in batches]
+        parts = [part.cpu() for part in self._processes.average(own)]
         self.summary = mean = Summary.mean(parts)
         self.counts["measured"] += 1
         if not mean.is_finite():
@@ -239,8 +248,17 @@ class Monitor:
         self._window.extend((part, rates) for part in parts)
         self.advice = advise(self._in_todays_units(rates), regularization=self.regularization, level=self.level)
         self.records.append(_record(self._taken, mean, rates, self.advice))
-        self._awaiting = _Awaiting(batches, randomness, [part.weight for part in parts])
+        self._awaiting = _Awaiting(batches, randomness, [part.weight for part in own])
         return self.advice
+
+    @contextlib.contextmanager
+    def _exactly(self, u: Sequence[Tensor]) -> Iterator[tuple[Partition, Sequence[Tensor]]]:
+        """A block in full precision and with whole parameters: the partition and a direction over them."""
+        with (
+            torch.autocast(self.partition.device.type, enabled=False),
+            gathered(self._loss.model, self.partition, u) as whole,
+        ):
+            yield whole
 
     def _in_todays_units(self, rates: Tensor) -> list[Summary]:
         """The window's summaries along steps as long as they would be at the present learning rates."""
@@ -268,10 +286,12 @@ class Monitor:
         waiting, self._awaiting = self._awaiting, None
         losses = []
         for batch in waiting.batches:
-            with self._loss.undisturbed(), torch.no_grad():
+            with self._exactly([]), self._loss.undisturbed(), torch.no_grad():
                 waiting.randomness.restore()
                 losses.append(float(self._loss(batch)))
-        after = sum(w * loss for w, loss in zip(waiting.weights, losses, strict=True)) / sum(waiting.weights)
+        total = sum(waiting.weights)
+        own = sum(w * loss for w, loss in zip(waiting.weights, losses, strict=True)) / total
+        after = self._processes.mean([own], [total], self.partition.device)[0]
         self.records[-1] = replace(self.records[-1], actual_decrease=self.records[-1].loss - after)
         self._write(self.records[-1])
 
@@ -315,6 +335,8 @@ class Monitor:
             self._write(self.records[-1])
 
     def _write(self, record: Record) -> None:
+        if self._processes.rank != 0:
+            return
         if self.path is not None:
             with self.path.open("a", encoding="utf-8") as file:
                 file.write(json.dumps(record.to_dict(), ensure_ascii=False) + "\n")

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import logging
+import math
 from collections import Counter
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
@@ -13,10 +14,13 @@ from torch import Tensor, nn
 from newton_summary import directions
 from newton_summary._checks import check_count, check_not_negative
 from newton_summary.directions import Direction
+from newton_summary.distributed import Processes
 from newton_summary.measure import Engine, Loss, LossFunction, resolve_engine
+from newton_summary.measure.loss import batch_size
 from newton_summary.partition import Partition, resolve_partition
 from newton_summary.rates import AveragedRates, PaperRates, RateRule
 from newton_summary.sampling import BatchStream
+from newton_summary.sharding import gathered, sharded_like, unsharded
 from newton_summary.solve import Status
 from newton_summary.summary import Summary
 
@@ -34,8 +38,10 @@ class NewtonSummary(torch.optim.Optimizer):
     solved for (:class:`~newton_summary.rates.AveragedRates` says how).  There is nothing to tune.  It is used in the
     loop that you have: ``zero_grad()``, ``backward()``, ``step()``.
 
+    With several processes each measures on its own samples, and all take the same step (docs/distributed.md).
+
     Args:
-        model: the module to train.
+        model: the module to train, or what ``DistributedDataParallel`` or ``torch.compile`` made of it.
         loss_fn: ``loss_fn(model, batch)`` gives a scalar, the mean over the batch.
         curvature_data: batches to measure on, iterated for ever by an independent sampler (see
             :class:`~newton_summary.sampling.BatchStream`): a ``DataLoader`` over the training set, or a list of
@@ -55,6 +61,8 @@ class NewtonSummary(torch.optim.Optimizer):
         averaging: the share of the past in the averages of the measurements.
         engine: what measures: a name, or an :class:`~newton_summary.measure.Engine`.
         seed: fixes the sampler of ``curvature_data``.
+        process_group: the processes whose measurements are averaged.  Default: those of the
+            ``DistributedDataParallel`` module, or else of the default group, where one was initialised.
 
     Attributes:
         partition: the groups.
@@ -98,10 +106,13 @@ class NewtonSummary(torch.optim.Optimizer):
         averaging: float = 0.9,
         engine: str | Engine = "auto",
         seed: int = 0,
+        process_group: Any = None,
     ) -> None:
         partition = default_partition(model) if partition is None else resolve_partition(partition, model)
         rule = AveragedRates(regularization, shrinkage, target, averaging, partition.precision)
-        self._set_up(model, loss_fn, curvature_data, partition, direction, lr, steps, every, rule, engine, seed)
+        processes = Processes(model, process_group)
+        data = None if curvature_data is None else BatchStream(curvature_data, seed, processes.rank, processes.count)
+        self._set_up(model, loss_fn, data, partition, direction, lr, steps, every, rule, engine, processes)
 
     @classmethod
     def paper(
@@ -119,6 +130,7 @@ class NewtonSummary(torch.optim.Optimizer):
         direction: str | torch.optim.Optimizer | Direction | None = None,
         engine: str | Engine = "auto",
         seed: int = 0,
+        process_group: Any = None,
     ) -> NewtonSummary:
         """Algorithm 1 of arXiv:2312.03885, to the letter (docs/method.md, section 2).
 
@@ -141,18 +153,21 @@ class NewtonSummary(torch.optim.Optimizer):
             direction: something else than the averaged gradient.
             engine: what measures.
             seed: fixes the second sampler.
+            process_group: the processes whose measurements are averaged.
         """
         optimizer = cls.__new__(cls)
         chosen = directions.Momentum(momentum) if direction is None else direction
         rule = PaperRates(regularization, rate_momentum)
-        optimizer._set_up(model, loss_fn, curvature_data, partition, chosen, lr, None, every, rule, engine, seed)
+        processes = Processes(model, process_group)
+        data = None if curvature_data is None else BatchStream(curvature_data, seed, processes.rank, processes.count)
+        optimizer._set_up(model, loss_fn, data, partition, chosen, lr, None, every, rule, engine, processes)
         return optimizer
 
     def _set_up(
         self,
         model: nn.Module,
         loss_fn: LossFunction,
-        curvature_data: Iterable[Any] | None,
+        stream: BatchStream | None,
         partition: Partition | str | None,
         direction: str | torch.optim.Optimizer | Direction,
         lr: float,
@@ -160,7 +175,7 @@ class NewtonSummary(torch.optim.Optimizer):
         every: int,
         rule: RateRule,
         engine: str | Engine,
-        seed: int,
+        processes: Processes,
     ) -> None:
         check_not_negative("lr", lr)
         check_count("every", every)
@@ -176,7 +191,8 @@ class NewtonSummary(torch.optim.Optimizer):
         self.status: Status | None = None
         self.counts = Counter({"measured": 0, "failed": 0, "halved": 0})
         self._loss = Loss(loss_fn, model)
-        self._stream = None if curvature_data is None else BatchStream(curvature_data, seed)
+        self._stream = stream
+        self._processes = processes
         self._taken = 0
         self._pending: dict[Tensor, Tensor] | None = None
         self._factors: list[float | Tensor] | None = None
@@ -235,17 +251,29 @@ class NewtonSummary(torch.optim.Optimizer):
     def measure(self, batch: Any) -> Summary:
         """Measures on a batch of your choice and solves for new rates, along the direction of the step to come.
 
-        Call it between ``backward()`` and ``step()``; the rates hold until the next measurement.
+        Call it between ``backward()`` and ``step()``; the rates hold until the next measurement.  Gradients must be as
+        they will be used: summed over all micro-batches, averaged over processes, unscaled, clipped.  Where they are
+        not finite, the measurement fails and the direction forgets them: a step may be skipped.
+
+        Args:
+            batch: with several processes, this one's part of the samples; every process must measure.
 
         Returns:
-            The measurement.
+            The measurement, of all processes' samples.
 
         Raises:
             RuntimeError: there are no gradients.
         """
         if all(p.grad is None for p in self.partition.parameters):
             raise RuntimeError("no gradients to take a direction from: call backward() before measure()")
-        return self._measure(batch, self._current_direction())
+        gradients = directions.Gradient().update(self.param_groups, self.state)
+        total = sum(float(unsharded(g.sum(dtype=torch.float64))) for g in gradients.values())
+        return self._measure(batch, self._current_direction() if math.isfinite(total) else gradients)
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """Clears the gradients, and the direction that was computed of them if no step was taken."""
+        self._pending = None
+        super().zero_grad(set_to_none)
 
     def state_dict(self) -> dict[str, Any]:
         """Everything a run needs to go on exactly: torch's state, rates, averages, counters, the sampler's position."""
@@ -318,20 +346,23 @@ class NewtonSummary(torch.optim.Optimizer):
         return self._pending
 
     def _measure(self, batch: Any, u: dict[Tensor, Tensor]) -> Summary:
-        along = [u[p] if p in u else torch.zeros_like(p) for p in self.partition.parameters]
-        summary = self.engine.measure(self._loss, batch, self.partition, along, 3, "diagonal").cpu()
-        self.summary = summary
-        self.status = self.rule.update(summary)
-        self.counts["measured"] += 1
-        if self.status is not Status.SOLVED:
-            self.counts["failed"] += 1
-            logger.info("measurement at step %d failed: %s", self._taken, self.status.value)
-        elif self.rule.fidelity:
-            self._hold_to_the_loss(summary, batch, along)
+        """Measures on all processes' batches together, in full precision whatever the training uses."""
+        own = [u[p] if p in u else torch.zeros_like(p) for p in self.partition.parameters]
+        exactly = torch.autocast(self.partition.device.type, enabled=False)
+        with exactly, gathered(self._loss.model, self.partition, own) as (partition, along):
+            part = self.engine.measure(self._loss, batch, partition, along, 3, "diagonal")
+            self.summary = summary = self._processes.average([part])[0].cpu()
+            self.status = self.rule.update(summary)
+            self.counts["measured"] += 1
+            if self.status is not Status.SOLVED:
+                self.counts["failed"] += 1
+                logger.info("measurement at step %d failed: %s", self._taken, self.status.value)
+            elif self.rule.fidelity:
+                self._hold_to_the_loss(summary, batch, partition, along)
         self._publish_rates()
         return summary
 
-    def _hold_to_the_loss(self, summary: Summary, batch: Any, along: list[Tensor]) -> None:
+    def _hold_to_the_loss(self, summary: Summary, batch: Any, partition: Partition, along: Sequence[Tensor]) -> None:
         """Halves the rates until the loss follows its quadratic model along the step, on the batch it was measured on.
 
         Both sides see the same samples, so that their noise cancels.  Rounding of the loss is no disagreement.  Where
@@ -345,7 +376,7 @@ class NewtonSummary(torch.optim.Optimizer):
         for halvings in range(_MOST_HALVINGS):
             linear = -float(summary.gradient @ eta)
             quadratic = 0.5 * float(eta @ summary.hessian @ eta)
-            actual = self._loss_after(eta, batch, along) - summary.loss.item()
+            actual = self._loss_after(eta, batch, partition, along) - summary.loss.item()
             if abs(actual - (linear + quadratic)) <= 0.5 * (abs(linear) + abs(quadratic)) + rounding:
                 self.rule.scale(0.5**halvings)
                 self.counts["halved"] += halvings
@@ -353,11 +384,13 @@ class NewtonSummary(torch.optim.Optimizer):
             eta = eta / 2
         logger.info("the loss at step %d follows its model at no length of step: it is noise", self._taken)
 
-    def _loss_after(self, eta: Tensor, batch: Any, along: list[Tensor]) -> float:
-        factors = self.partition.spread(eta.tolist())
-        moved = [p.detach() - u * f for p, u, f in zip(self.partition.parameters, along, factors, strict=True)]
+    def _loss_after(self, eta: Tensor, batch: Any, partition: Partition, along: Sequence[Tensor]) -> float:
+        """The loss on all processes' batches after a step of this length."""
+        factors = partition.spread(eta.tolist())
+        moved = [p.detach() - u * f for p, u, f in zip(partition.parameters, along, factors, strict=True)]
         with self._loss.undisturbed(), torch.no_grad():
-            return self._loss(batch, dict(zip(self.partition.parameter_names, moved, strict=True))).item()
+            own = self._loss(batch, dict(zip(partition.parameter_names, moved, strict=True))).item()
+        return self._processes.mean([own], [batch_size(batch)], partition.device)[0]
 
     def _apply(self, u: dict[Tensor, Tensor]) -> None:
         """θ ← θ − λ_1 η_s u, for the parameters that have a direction."""
@@ -377,7 +410,7 @@ class NewtonSummary(torch.optim.Optimizer):
             torch._foreach_sub_(parameters, torch._foreach_mul(vectors, factors))
         for p, v, f in moving:
             if isinstance(f, Tensor):
-                p.addcmul_(v, f, value=-1)
+                p.addcmul_(v, sharded_like(f, p), value=-1)
 
     def _scale_of_parameter(self) -> dict[Tensor, float]:
         """λ_1 for each parameter: its group's ``lr``, times the schedule where the number of steps is known."""

@@ -339,15 +339,19 @@ def trainable_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
 
 
 def unwrap(model: nn.Module) -> nn.Module:
-    """The module itself, where ``model`` is what ``torch.compile`` made of it.
+    """The module itself, where ``model`` is what ``torch.compile`` or ``DistributedDataParallel`` made of it.
 
     Raises:
-        TypeError: it is no module.
+        TypeError: it is no module, or one whose parameters are hidden.
     """
-    original = getattr(model, "_orig_mod", model)
-    if not isinstance(original, nn.Module):
+    if not isinstance(model, nn.Module):
         raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
-    return original
+    if type(model).__name__ == "FullyShardedDataParallel":
+        raise TypeError("FullyShardedDataParallel hides a model's parameters: use torch.distributed.fsdp.fully_shard")
+    inner = getattr(model, "_orig_mod", None)
+    if isinstance(model, nn.parallel.DistributedDataParallel | nn.DataParallel):
+        inner = model.module
+    return unwrap(inner) if isinstance(inner, nn.Module) else model
 
 
 def kind_of(name: str, parameter: Tensor) -> str:

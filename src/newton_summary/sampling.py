@@ -25,9 +25,15 @@ class BatchStream:
     number: the position in the stream is two integers, and resuming is exact.  For other iterables a resumed stream
     skips what it had read, which is exact where the iterable repeats itself.
 
+    Several processes share the samples of every batch of a map-style dataset: all draw the same batch, and each loads
+    its part.  Where the sampler gives every process samples of its own (torch's ``DistributedSampler`` and its kind),
+    and with other iterables, each measures on the whole of its own batches.
+
     Args:
         data: an iterable of batches that can be iterated more than once.
         seed: fixes the order; not negative.
+        rank: the number of this process.
+        count: the number of processes.
 
     Raises:
         TypeError: it is no iterable.
@@ -42,7 +48,7 @@ class BatchStream:
         {'seed': 0, 'epoch': 1, 'position': 1}
     """
 
-    def __init__(self, data: Iterable[Any], seed: int = 0) -> None:
+    def __init__(self, data: Iterable[Any], seed: int = 0, rank: int = 0, count: int = 1) -> None:
         if isinstance(data, Iterator):
             raise ValueError(
                 f"curvature_data is a one-shot {type(data).__name__}: pass a DataLoader or a list of batches"
@@ -53,6 +59,7 @@ class BatchStream:
         check_not_negative("seed", seed)
         self.data = data
         self.seed = seed
+        self.rank, self.count = rank, count
         self.epoch, self.position = 0, 0
         self._batches: Iterator[Any] | None = None
         samples: Any = data.dataset if isinstance(data, DataLoader) else data
@@ -80,7 +87,7 @@ class BatchStream:
 
     def __deepcopy__(self, memo: dict[int, Any]) -> BatchStream:
         """A stream at the same position over the same data, which is shared."""
-        twin = BatchStream(self.data, self.seed)
+        twin = BatchStream(self.data, self.seed, self.rank, self.count)
         twin.load_state_dict(self.state_dict())
         return twin
 
@@ -116,7 +123,15 @@ class BatchStream:
         for position in range(skip):
             self._reseed(position)
             next(source, None)
-        return source if loader is None else (_fetch(loader, index) for index in source)
+        return source if loader is None else (_fetch(loader, self._own(loader, index)) for index in source)
+
+    def _own(self, loader: DataLoader[Any], batch: Any) -> Any:
+        """This process's part of the indices of a batch; all of them, where there are fewer than processes."""
+        samplers = _layers(loader.sampler if loader.batch_sampler is None else loader.batch_sampler)
+        shared = any(hasattr(layer, name) for layer in samplers for name in ("num_replicas", "num_processes"))
+        if shared or not isinstance(batch, list | tuple) or len(batch) < self.count:
+            return batch
+        return batch[self.rank * len(batch) // self.count : (self.rank + 1) * len(batch) // self.count]
 
     def _indices(self, loader: DataLoader[Any]) -> Iterable[Any]:
         """The indices of every batch of a pass, in an order that is a function of the seed and the epoch."""

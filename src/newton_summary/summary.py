@@ -175,10 +175,15 @@ class Summary:
 
     def cpu(self) -> Summary:
         """The same on the host, moved there in one transfer."""
+        return self if self.gradient.device.type == "cpu" else self.unpack(self.pack().cpu())
+
+    def pack(self) -> Tensor:
+        """Every number in one vector, without names and weight."""
+        return torch.cat([value.flatten() for value in self._tensors().values()])
+
+    def unpack(self, packed: Tensor) -> Summary:
+        """The inverse of :meth:`pack`: the same groups, orders and weight with other numbers."""
         tensors = self._tensors()
-        if self.gradient.device.type == "cpu":
-            return self
-        packed = torch.cat([value.flatten() for value in tensors.values()]).cpu()
         parts = packed.split([value.numel() for value in tensors.values()])
         return self._with({key: part.view(tensors[key].shape) for key, part in zip(tensors, parts, strict=True)})
 

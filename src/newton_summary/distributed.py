@@ -1,0 +1,99 @@
+"""Several processes that measure together: each its own part of the samples, all with the same result."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from newton_summary.partition import unwrap
+from newton_summary.summary import Summary
+
+
+class Processes:
+    """The processes that train one model together, as ``torchrun`` starts them; in a plain script, this one alone.
+
+    Args:
+        model: the module that is trained, or what ``DistributedDataParallel`` made of it.
+        group: those whose measurements are averaged.  Default: the group of the ``DistributedDataParallel`` module, or
+            else the default group, where one was initialised.
+
+    Attributes:
+        rank: the number of this process among them, from 0.
+        count: how many there are.
+
+    Raises:
+        ValueError: there are several, and the model has a ``SyncBatchNorm``.
+
+    Example:
+        >>> Processes(nn.Linear(2, 1)).count
+        1
+    """
+
+    def __init__(self, model: nn.Module, group: Any = None) -> None:
+        if group is None and isinstance(model, nn.parallel.DistributedDataParallel):
+            group = model.process_group
+        self._join(group)
+        if self.count > 1:
+            _check_no_exchange(unwrap(model))
+
+    def _join(self, group: Any) -> None:
+        self._group = group
+        started = dist.is_available() and dist.is_initialized()
+        self.rank = dist.get_rank(group) if started else 0
+        self.count = dist.get_world_size(group) if started else 1
+
+    def average(self, summaries: Sequence[Summary]) -> list[Summary]:
+        """The summaries over the samples of all processes, from those over the samples of each.
+
+        One all-reduce, of S² + 2S + 2 numbers for each summary: the loss, ḡ, H̄ and the diagonal of the third order,
+        weighted by the number of samples, and that number.  What is not finite anywhere is so everywhere afterwards.
+
+        Args:
+            summaries: as many in every process, of the same groups and orders.
+        """
+        if self.count == 1:
+            return list(summaries)
+        rows = self._weighted_means([s.pack() for s in summaries], [s.weight for s in summaries])
+        return [
+            replace(summary.unpack(mean), weight=float(weight))
+            for summary, (mean, weight) in zip(summaries, rows, strict=True)
+        ]
+
+    def mean(self, values: Sequence[float], weights: Sequence[float], device: torch.device) -> list[float]:
+        """Weighted means of numbers over all processes, in one all-reduce."""
+        if self.count == 1:
+            return list(values)
+        numbers = [torch.tensor([value], dtype=torch.float64, device=device) for value in values]
+        return [float(mean) for mean, _ in self._weighted_means(numbers, weights)]
+
+    def _weighted_means(self, vectors: Sequence[Tensor], weights: Sequence[float]) -> list[tuple[Tensor, Tensor]]:
+        """For each vector its mean over the processes, and the sum of its weights."""
+        rows = torch.stack([torch.cat([w * v, v.new_tensor([w])]) for v, w in zip(vectors, weights, strict=True)])
+        dist.all_reduce(rows, group=self._group)
+        return [(row[:-1] / row[-1], row[-1]) for row in rows.unbind()]
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Processes:
+        """The same: process groups cannot be copied."""
+        return self
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Nothing: what is unpickled belongs to the default group of the process that it finds itself in."""
+        return {}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self._join(None)
+
+
+def _check_no_exchange(model: nn.Module) -> None:
+    """Raises where a layer exchanges statistics with other processes in its forward pass."""
+    for name, module in model.named_modules():
+        if isinstance(module, nn.SyncBatchNorm):
+            raise ValueError(
+                f"module {name!r} is a SyncBatchNorm, which has no second derivatives across processes: use a "
+                "BatchNorm, whose statistics are those of each process"
+            )

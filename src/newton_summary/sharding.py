@@ -1,0 +1,112 @@
+"""Models whose parameters are spread over processes by ``torch.distributed.fsdp.fully_shard``: whole for a measurement.
+
+Steps, directions and their memories are computed on the shards, as any optimizer's are.  A derivative needs every
+parameter: for a measurement each process gathers them, measures on its own samples, and gives them back.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+from collections.abc import Iterator, Sequence
+from typing import Any, TypeAlias, cast
+
+from torch import Tensor, nn
+
+from newton_summary.partition import Partition
+
+_Whole: TypeAlias = tuple[Partition, Sequence[Tensor]]
+
+
+@contextlib.contextmanager
+def gathered(model: nn.Module, partition: Partition, direction: Sequence[Tensor]) -> Iterator[_Whole]:
+    """A block in which a sharded model is an ordinary one, with whole parameters; every process must enter it.
+
+    Args:
+        model: the module itself; it is left as it was.  Where nothing is sharded, nothing happens.
+        partition: of its parameters.
+        direction: one tensor for each parameter of the partition.
+
+    Returns:
+        The partition over the whole parameters, and the whole direction.
+
+    Raises:
+        ValueError: parameters are sharded by something else than ``fully_shard``.
+    """
+    if not any(is_sharded(p) for p in model.parameters()):
+        yield partition, direction
+        return
+    _check_plain_inside(model)
+    whole = {p: nn.Parameter(unsharded(p.detach()), p.requires_grad) for p in model.parameters()}
+    over_whole = copy.copy(partition)
+    over_whole.parameters = tuple(whole[p] for p in partition.parameters)
+    with _swapped(model, whole), _without_hooks(model):
+        yield over_whole, [unsharded(u) for u in direction]
+
+
+def is_sharded(tensor: Tensor) -> bool:
+    """Whether it is a ``DTensor``; asked without importing them, which takes long."""
+    return hasattr(tensor, "full_tensor")
+
+
+def unsharded(tensor: Tensor) -> Tensor:
+    """The whole of a tensor of which every process has a part."""
+    whole: Tensor = cast(Any, tensor).full_tensor() if is_sharded(tensor) else tensor
+    return whole
+
+
+def sharded_like(tensor: Tensor, parameter: Tensor) -> Tensor:
+    """This process's part of a tensor that every process has, split as a parameter is."""
+    if not is_sharded(parameter):
+        return tensor
+    from torch.distributed.tensor import DTensor, distribute_tensor
+
+    assert isinstance(parameter, DTensor)
+    return distribute_tensor(tensor, parameter.device_mesh, parameter.placements, src_data_rank=None)
+
+
+@contextlib.contextmanager
+def _swapped(model: nn.Module, whole: dict[nn.Parameter, nn.Parameter]) -> Iterator[None]:
+    places = [
+        (module._parameters, name, p)
+        for module in model.modules()
+        for name, p in module._parameters.items()
+        if p is not None
+    ]
+    try:
+        for parameters, name, p in places:
+            parameters[name] = whole[p]
+        yield
+    finally:
+        for parameters, name, p in places:
+            parameters[name] = p
+
+
+@contextlib.contextmanager
+def _without_hooks(model: nn.Module) -> Iterator[None]:
+    """Takes the hooks off that gather, cast and free parameters around every forward pass."""
+    tables = [table for m in model.modules() for table in (m._forward_pre_hooks, m._forward_hooks)]
+    before = [dict(table) for table in tables]
+    try:
+        for table, hooks in zip(tables, before, strict=True):
+            for key in [key for key, hook in hooks.items() if _origin(hook).startswith("torch.distributed.fsdp")]:
+                del table[key]
+        yield
+    finally:
+        for table, hooks in zip(tables, before, strict=True):
+            table.clear()
+            table.update(hooks)
+
+
+def _check_plain_inside(model: nn.Module) -> None:
+    for name, module in model.named_modules():
+        for hook in (*module._forward_pre_hooks.values(), *module._forward_hooks.values()):
+            if _origin(hook).startswith("torch.distributed.tensor"):
+                raise ValueError(
+                    f"module {name!r} computes on parts of tensors (tensor parallelism), which cannot be measured: "
+                    "shard the model with torch.distributed.fsdp.fully_shard alone"
+                )
+
+
+def _origin(hook: object) -> str:
+    return getattr(hook, "__module__", None) or ""
