@@ -19,10 +19,11 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from newton_summary.experiments import files
+from newton_summary.experiments import files, snapshots
 from newton_summary.experiments.data import Batch, Data, shuffled
 from newton_summary.experiments.errors import UsageError
 from newton_summary.experiments.optimizers import CHECK_EVERY, Setting, default_rate, get_recipe
+from newton_summary.experiments.snapshots import Snapshot, Watcher
 from newton_summary.experiments.tasks import Task
 from newton_summary.optimizer import NewtonSummary
 
@@ -127,15 +128,15 @@ def train(task: Task, config: Config, data: Data, folder: Path | None = None, *,
         task: model, loss and batch size.
         config: optimizer, rate, epochs and seed.
         data: what to train on.
-        folder: where metrics and a checkpoint are written at the end of every epoch.  A checkpoint in it is continued,
-            bit for bit.  ``None``: nothing is written.
+        folder: where metrics, interactions and a checkpoint are written at the end of every epoch.  A checkpoint in it
+            is continued, bit for bit.  ``None``: nothing is written, and no interactions are measured.
         progress: whether to show a bar over the steps.
 
     Raises:
         UsageError: the folder holds a run of another configuration or on other data, or cannot be written.
         Interrupted: Ctrl-C was pressed.
     """
-    trainer = Trainer(task, config, data)
+    trainer = Trainer(task, config, data, watched=folder is not None)
     if folder is not None and (folder / files.CHECKPOINT).exists():
         trainer.load_state_dict(files.load_checkpoint(folder), folder)
     if not trainer.rows:
@@ -159,9 +160,16 @@ def train(task: Task, config: Config, data: Data, folder: Path | None = None, *,
 
 
 class Trainer:
-    """The state of a run: model, optimizer, place in the data, and the record so far."""
+    """The state of a run: model, optimizer, place in the data, and the record so far.
 
-    def __init__(self, task: Task, config: Config, data: Data) -> None:
+    Args:
+        task: model, loss and batch size.
+        config: optimizer, rate, epochs and seed.
+        data: what to train on.
+        watched: whether interactions are measured at chosen epochs, which changes nothing of the training.
+    """
+
+    def __init__(self, task: Task, config: Config, data: Data, *, watched: bool = False) -> None:
         self.task, self.config, self.data = task, config, data
         self.steps_per_epoch = len(data.train[1]) // task.batch_size
         self.steps = config.epochs * self.steps_per_epoch
@@ -175,6 +183,8 @@ class Trainer:
         )
         self.epoch, self.position, self.seconds = 0, 0, 0.0
         self.rows: list[Row] = []
+        self.snapshots: list[Snapshot] = []
+        self._watcher = Watcher(task, data, self.model, config.seed) if watched else None
         self.environments = [environment()]
         self._batches: Iterator[Batch] | None = None
 
@@ -198,6 +208,10 @@ class Trainer:
         if self._batches is None:
             seed, size = self.config.seed, self.task.batch_size
             self._batches = shuffled(self.data.train, size, seed, self.epoch, self.position)
+        chosen = snapshots.is_chosen(self.config.epochs, self.steps_per_epoch, self.taken)
+        watcher = None if chosen is None else self._watcher
+        if watcher is not None:
+            watcher.remember(self.model)
         start = time.perf_counter()
         self.optimizer.zero_grad()
         loss = self.task.loss_fn(self.model, next(self._batches))
@@ -207,6 +221,9 @@ class Trainer:
             self.optimizer.step()
             self.position += 1
         self.seconds += time.perf_counter() - start
+        if watcher is not None and chosen is not None and finite:
+            found = watcher.look(self.model, epoch=chosen, step=self.taken - 1)
+            self.snapshots += [found] if found else []
         if self.position == self.steps_per_epoch:
             self.epoch, self.position, self._batches = self.epoch + 1, 0, None
         if not finite or self.position == 0:
@@ -239,11 +256,13 @@ class Trainer:
     # Keeping ----------------------------------------------------------------------------------------------------------
 
     def save(self, folder: Path | None) -> None:
-        """Writes the checkpoint and the metrics."""
+        """Writes the checkpoint, the metrics and the interactions."""
         if folder is not None:
             files.save_checkpoint(folder, self.state_dict())
             header = {"config": asdict(self.config), "data": self.data.describe(), "environments": self.environments}
             files.write_metrics(folder, header, map(asdict, self.rows))
+            partition = self.task.partition(self.model)
+            snapshots.write(folder, dict(zip(partition.names, partition.sizes, strict=True)), self.snapshots)
 
     def state_dict(self) -> dict[str, Any]:
         """Everything that the rest of the run depends on."""
@@ -256,6 +275,7 @@ class Trainer:
             "plateau": None if self.plateau is None else self.plateau.state_dict(),
             "place": (self.epoch, self.position, self.seconds),
             "rows": [asdict(row) for row in self.rows],
+            "snapshots": [asdict(snapshot) for snapshot in self.snapshots],
             "random": torch.get_rng_state(),
         }
 
@@ -278,6 +298,7 @@ class Trainer:
             self.plateau.load_state_dict(state["plateau"])
         self.epoch, self.position, self.seconds = state["place"]
         self.rows = [Row(**row) for row in state["rows"]]
+        self.snapshots = [Snapshot(**values) for values in state.get("snapshots", [])]
         before = state["environments"]
         self.environments = before if self.finished or before[-1] == environment() else [*before, environment()]
         torch.set_rng_state(state["random"])

@@ -1,0 +1,169 @@
+"""What a run remembers of its interactions: measurements along the very steps that its optimizer took, now and then."""
+
+from __future__ import annotations
+
+import copy
+import json
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+
+from newton_summary.experiments import files
+from newton_summary.experiments.data import Batch, Data
+from newton_summary.experiments.errors import UsageError
+from newton_summary.experiments.tasks import Task
+from newton_summary.measure import Loss, preserved_randomness, resolve_engine
+from newton_summary.summary import Summary
+
+INTERACTIONS = "interactions.json"
+
+_BATCHES = 5
+
+
+@dataclass(frozen=True)
+class Snapshot:
+    """The interactions of the groups along one step of the optimizer, measured on batches of an independent sampler.
+
+    Args:
+        epoch: whole epochs trained before the step; at the last step of a run, those of the run.
+        step: steps taken before it.
+        actual_decrease: of the loss on these batches, by the step.
+        parts: a :meth:`~newton_summary.Summary.to_dict` for each batch, along θ − θ', the step: a factor of 1 is what
+            the optimizer did.
+    """
+
+    epoch: int
+    step: int
+    actual_decrease: float
+    parts: list[dict[str, Any]]
+
+    def summaries(self) -> list[Summary]:
+        """The measurement of each batch."""
+        return [Summary.from_dict(part) for part in self.parts]
+
+
+def chosen_epochs(epochs: int) -> list[int]:
+    """The epochs before which a run looks at its interactions: 0, 1, 2, 5, 10, 20, 50 and so on, below the last.
+
+    Example:
+        >>> chosen_epochs(12)
+        [0, 1, 2, 5, 10]
+    """
+    numbers = (mantissa * 10**power for power in range(len(str(epochs))) for mantissa in (1, 2, 5))
+    return [0, *(number for number in numbers if number < epochs)]
+
+
+def is_chosen(epochs: int, steps_per_epoch: int, taken: int) -> int | None:
+    """The epoch that a snapshot at this step stands for, or ``None`` where none is made.
+
+    Args:
+        epochs: of the run.
+        steps_per_epoch: steps in each.
+        taken: steps taken so far.
+
+    Example:
+        >>> [is_chosen(3, 10, taken) for taken in (0, 5, 10, 29)]
+        [0, None, 1, 3]
+    """
+    epoch, position = divmod(taken, steps_per_epoch)
+    if position == 0 and epoch in chosen_epochs(epochs):
+        return epoch
+    return epochs if taken == epochs * steps_per_epoch - 1 else None
+
+
+class Watcher:
+    """Measures along the steps that an optimizer took; nothing of the model that is trained is changed.
+
+    Args:
+        task: the loss, the groups and the size of a batch.
+        data: what batches are drawn from.
+        model: that is trained.
+        seed: of the run; with the epoch it decides the batches.
+    """
+
+    def __init__(self, task: Task, data: Data, model: nn.Module, seed: int) -> None:
+        self.task, self.data, self.seed = task, data, seed
+        self.model = copy.deepcopy(model)  # one for all snapshots: the engine traces a model once
+        self.partition = task.partition(self.model)
+
+    def remember(self, model: nn.Module) -> None:
+        """To be called before the step."""
+        self.model.load_state_dict(model.state_dict())
+
+    def look(self, model: nn.Module, *, epoch: int, step: int) -> Snapshot | None:
+        """Measures, after the step.
+
+        Args:
+            model: after the step.
+            epoch: that the snapshot stands for.
+            step: steps taken before this one.
+
+        Returns:
+            The snapshot; ``None`` where a number in it is not finite.
+        """
+        new = dict(model.named_parameters())
+        old = zip(self.partition.parameter_names, self.partition.parameters, strict=True)
+        direction = [p.detach() - new[name].detach() for name, p in old]
+        batches = _batches(self.task, self.data, self.seed, epoch)
+        engine, loss, later = (
+            resolve_engine("auto"),
+            Loss(self.task.loss_fn, self.model),
+            Loss(self.task.loss_fn, model),
+        )
+        with torch.no_grad(), preserved_randomness({self.partition.device}):
+            parts = [engine.measure(loss, batch, self.partition, direction, 3, "diagonal").cpu() for batch in batches]
+        with later.undisturbed(), torch.no_grad():
+            losses = [float(later(batch)) for batch in batches]
+        weights = [part.weight for part in parts]
+        after = sum(w * value for w, value in zip(weights, losses, strict=True)) / sum(weights)
+        decrease = Summary.mean(parts).loss.item() - after
+        if not (math.isfinite(decrease) and all(part.is_finite() for part in parts)):
+            return None
+        return Snapshot(epoch, step, decrease, [part.to_dict() for part in parts])
+
+
+def _batches(task: Task, data: Data, seed: int, epoch: int) -> list[Batch]:
+    """Batches without a common sample, in an order that has nothing to do with that of training."""
+    images, classes = data.train
+    entropy = int(np.random.SeedSequence((seed, epoch, len(classes))).generate_state(1)[0])
+    order = torch.randperm(len(classes), generator=torch.Generator().manual_seed(entropy))
+    chosen = order[: _BATCHES * task.batch_size].split(task.batch_size)
+    return [(images[index], classes[index]) for index in chosen]
+
+
+# Keeping --------------------------------------------------------------------------------------------------------------
+
+
+def write(folder: Path, sizes: Mapping[str, int], snapshots: Sequence[Snapshot]) -> None:
+    """Writes ``interactions.json``: the number of parameters in each group, and the snapshots.
+
+    Raises:
+        UsageError: it cannot be written.
+    """
+    content = {"groups": dict(sizes), "snapshots": [asdict(snapshot) for snapshot in snapshots]}
+    files.write_text(folder / INTERACTIONS, json.dumps(content, allow_nan=False, ensure_ascii=False) + "\n")
+
+
+def read(folder: Path) -> tuple[dict[str, int], list[Snapshot]]:
+    """Reads what :func:`write` wrote; nothing where a run has no such file.
+
+    Raises:
+        UsageError: the file is damaged.
+    """
+    path = folder / INTERACTIONS
+    if not path.is_file():
+        return {}, []
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+        snapshots = [Snapshot(**values) for values in content["snapshots"]]
+        for snapshot in snapshots:
+            snapshot.summaries()
+        return dict(content["groups"]), snapshots
+    except (OSError, ValueError, TypeError, KeyError) as error:
+        raise UsageError(f"{path} is damaged ({type(error).__name__}): delete it, or train the run again") from error
