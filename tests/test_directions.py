@@ -8,8 +8,8 @@ import torch
 from cases import make, unchanged
 from torch import nn
 
-from newton_summary import directions
 from newton_summary.directions import Adam, Gradient, Momentum, StepOf, next_step, resolve
+from newton_summary.testing import check_direction
 
 KEYS = ("gradient", "momentum", "adam")
 
@@ -146,22 +146,9 @@ def test_adams_hyperparameters_are_read_from_the_groups():
 
 
 @pytest.mark.parametrize("kind", KEYS)
-def test_the_memory_is_in_the_optimizers_state(kind):
-    """A direction that starts from a copied state goes on as the first one would."""
-    held = parameters()
-    direction, state = resolve(kind), defaultdict(dict)
-    for _ in range(3):
-        new_gradients(held)
-        direction.update(groups(direction, held), state)
-    copied = defaultdict(dict, {p: copy.deepcopy(s) for p, s in state.items()})
-    successor = resolve(kind)
-    successor.load_state_dict(direction.state_dict())
-    new_gradients(held)
-    expected = {p: u.clone() for p, u in direction.update(groups(direction, held), state).items()}
-    u = successor.update(groups(successor, held), copied)
-    for p in held:
-        assert torch.equal(u[p], expected[p])
-    assert direction.unit(held[0]) == 1.0
+def test_every_direction_by_name_keeps_the_contract(kind):
+    check_direction(lambda parameters: kind)
+    assert resolve(kind).unit(parameters()[0]) == 1.0
 
 
 # The step of another optimizer ----------------------------------------------------------------------------------------
@@ -192,6 +179,15 @@ def test_repeating_the_steps_of_an_optimizer_gives_its_own_trajectory(kind):
         reference.step()
         for p, q in zip(held, twins, strict=True):
             torch.testing.assert_close(p, q, rtol=1e-12, atol=1e-13)
+
+
+@pytest.mark.parametrize("kind", INNER)
+def test_the_step_of_every_optimizer_keeps_the_contract(kind):
+    check_direction(INNER[kind])
+
+
+def test_without_gradients_there_is_no_step():
+    assert StepOf(INNER["sgd"](parameters())).update([], defaultdict(dict)) == {}
 
 
 def test_a_step_is_in_units_of_that_optimizers_rates():
@@ -349,13 +345,6 @@ def test_an_optimizer_that_needs_a_closure_gives_no_direction():
 def test_hyperparameters_out_of_range(make_direction, message):
     with pytest.raises(ValueError, match=message):
         make_direction()
-
-
-def test_every_direction_keeps_the_protocol():
-    for direction in (Gradient(), Momentum(), Adam(), StepOf(torch.optim.SGD(parameters(), lr=0.1))):
-        for member in ("defaults", "update", "unit", "state_dict", "load_state_dict"):
-            assert hasattr(direction, member)
-    assert directions.Direction
 
 
 @pytest.mark.parametrize("kind", [Momentum, Adam])

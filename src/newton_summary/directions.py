@@ -151,6 +151,8 @@ class StepOf:
     def update(self, groups: Groups, state: State) -> dict[Tensor, Tensor]:
         """New tensors, u = θ − θ'."""
         parameters = [p for group in self.optimizer.param_groups for p in group["params"] if p.grad is not None]
+        if not parameters:
+            return {}
         before = [p.detach().clone() for p in parameters]
         self.optimizer.step()
         steps = torch._foreach_sub(before, [p.detach() for p in parameters])
