@@ -29,3 +29,13 @@ def _alone():
     before = settings()
     yield
     assert settings() == before
+
+
+@pytest.fixture(scope="session")
+def two():
+    """Two processes in one group, started when a test first asks for them."""
+    from ranks import Ranks
+
+    ranks = Ranks(2)
+    yield ranks
+    ranks.close()

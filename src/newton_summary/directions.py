@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from newton_summary._checks import check_fraction
+from newton_summary.sharding import local
 
 Groups = list[dict[str, Any]]
 State = defaultdict[Tensor, Any]
@@ -156,7 +157,7 @@ class StepOf:
         before = [p.detach().clone() for p in parameters]
         self.optimizer.step()
         steps = torch._foreach_sub(before, [p.detach() for p in parameters])
-        torch._foreach_copy_([p.detach() for p in parameters], before)
+        torch._foreach_copy_([local(p.detach()) for p in parameters], [local(b) for b in before])
         return dict(zip(parameters, steps, strict=True))
 
     def unit(self, parameter: Tensor) -> float:

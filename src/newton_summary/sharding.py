@@ -55,6 +55,12 @@ def unsharded(tensor: Tensor) -> Tensor:
     return whole
 
 
+def local(tensor: Tensor) -> Tensor:
+    """This process's part of a sharded tensor, in the same memory."""
+    part: Tensor = cast(Any, tensor).to_local() if is_sharded(tensor) else tensor
+    return part
+
+
 def sharded_like(tensor: Tensor, parameter: Tensor) -> Tensor:
     """This process's part of a tensor that every process has, split as a parameter is."""
     if not is_sharded(parameter):

@@ -1,0 +1,433 @@
+"""Two real processes against one: the same samples, the same steps."""
+
+from __future__ import annotations
+
+import copy
+import io
+import itertools
+from dataclasses import asdict
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+from torch.utils.data import DataLoader, DistributedSampler, IterableDataset, TensorDataset
+
+import newton_summary as ns
+from newton_summary.distributed import Processes
+from newton_summary.sampling import BatchStream
+from newton_summary.solve import Status
+
+DTYPE = torch.float64
+BATCH = 100  # samples of a step, of all processes together
+
+
+def make_data(count: int = 500):
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(count, 5, generator=generator, dtype=DTYPE)
+    return x, (x @ torch.randn(5, 3, generator=generator, dtype=DTYPE)).argmax(1)
+
+
+def make_model() -> nn.Sequential:
+    torch.manual_seed(1)
+    return nn.Sequential(nn.Linear(5, 8), nn.Tanh(), nn.Linear(8, 3)).to(DTYPE)
+
+
+def loss_fn(model, batch):
+    return nn.functional.cross_entropy(model(batch[0]), batch[1])
+
+
+def here() -> tuple[int, int]:
+    """This process's number, and how many there are: one in the tests' own process."""
+    return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+
+
+def part(batch):
+    """This process's part of the samples."""
+    rank, count = here()
+    return tuple(t.chunk(count)[rank] for t in batch)
+
+
+def plain_loader():
+    return DataLoader(TensorDataset(*make_data()), batch_size=BATCH, shuffle=True)
+
+
+def sharded_loader():
+    rank, count = here()
+    data = TensorDataset(*make_data())
+    return DataLoader(data, batch_size=BATCH // count, sampler=DistributedSampler(data, count, rank))
+
+
+LOADERS = {"plain": plain_loader, "sharded": sharded_loader}
+MAKERS = {
+    "default": lambda m, data: ns.NewtonSummary(m, loss_fn, curvature_data=data, every=3),
+    "paper": lambda m, data: ns.NewtonSummary.paper(m, loss_fn, curvature_data=data, every=3, lr=0.1),
+    "AdamW's step": lambda m, data: ns.NewtonSummary(
+        m, loss_fn, curvature_data=data, every=3, direction=torch.optim.AdamW(m.parameters(), lr=1e-2)
+    ),
+    "parts of tensors": lambda m, data: ns.NewtonSummary(
+        m, loss_fn, curvature_data=data, every=3, partition=split_rows(m), steps=50
+    ),
+}
+
+
+def split_rows(model) -> ns.Partition:
+    rows = {"top": [("0.weight", slice(0, 3))], "rest": [("0.weight", slice(3, 8)), "0.bias", "2.weight", "2.bias"]}
+    return ns.Partition(rows, model)
+
+
+def train(kind: str, loader: str, steps: int, start: int = 0, saved: bytes | None = None, given: str = "bare"):
+    """Trains for some steps, from a checkpoint if there is one, and gives the next."""
+    model = make_model()
+    if saved is not None:
+        state = torch.load(io.BytesIO(saved), weights_only=True)
+        model.load_state_dict(state["model"])
+    parallel = DistributedDataParallel(model) if dist.is_initialized() else model
+    optimizer = MAKERS[kind](parallel if given == "wrapped" else model, LOADERS[loader]())
+    if saved is not None:
+        optimizer.load_state_dict(state["optimizer"])
+    x, y = make_data()
+    for t in range(start, start + steps):
+        batch = part((x.split(BATCH)[t % 5], y.split(BATCH)[t % 5]))
+        optimizer.zero_grad()
+        loss_fn(parallel, batch).backward()
+        optimizer.step()
+    file = io.BytesIO()
+    torch.save({"model": model.state_dict(), "optimizer": optimizer.state_dict()}, file)
+    return file.getvalue()
+
+
+def leaves(saved: bytes) -> list:
+    state = torch.load(io.BytesIO(saved), weights_only=True)
+    flat, structure = torch.utils._pytree.tree_flatten(state)
+    return [*flat, str(structure)]
+
+
+def assert_same(saved: bytes, other: bytes, tolerance: float = 1e-10) -> None:
+    """Every number of two checkpoints agrees, and they have the same keys."""
+    for a, b in zip(leaves(saved), leaves(other), strict=True):
+        if isinstance(a, torch.Tensor | float):
+            torch.testing.assert_close(
+                torch.as_tensor(a, dtype=DTYPE), torch.as_tensor(b, dtype=DTYPE), rtol=tolerance, atol=tolerance
+            )
+        else:
+            assert a == b
+
+
+# Two are one ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("kind", "loader", "given"),
+    [
+        ("default", "plain", "bare"),
+        ("default", "plain", "wrapped"),
+        ("default", "sharded", "wrapped"),
+        ("paper", "sharded", "bare"),
+        ("AdamW's step", "plain", "wrapped"),
+        ("parts of tensors", "plain", "wrapped"),
+    ],
+)
+def test_two_with_50_samples_each_are_one_with_100(two, kind, loader, given) -> None:
+    one = train(kind, loader, 20)
+    first, second = two.run(train, kind, loader, 20, given=given)
+    assert_same(first, second, tolerance=0.0)
+    assert_same(first, one)
+
+
+@pytest.mark.parametrize(("kind", "loader"), [("default", "plain"), ("paper", "sharded"), ("AdamW's step", "plain")])
+def test_a_run_of_two_resumes_as_one_and_the_reverse(two, kind, loader) -> None:
+    whole = train(kind, loader, 20)
+    of_two = two.run(train, kind, loader, 10)[0]
+    assert_same(train(kind, loader, 10, start=10, saved=of_two), whole)
+    of_one = train(kind, loader, 10)
+    assert_same(two.run(train, kind, loader, 10, start=10, saved=of_one)[1], whole)
+
+
+def measure_uneven(sizes):
+    """One explicit measurement, and what went over the wire."""
+    rank, count = here()
+    model, sent = make_model(), []
+    optimizer = ns.NewtonSummary(model, loss_fn)
+    x, y = make_data(sum(sizes))
+    loss_fn(model, (x, y)).backward()
+    own = (x.split(sizes)[rank], y.split(sizes)[rank]) if count > 1 else (x, y)
+    optimizer.rule.fidelity = False
+    all_reduce = dist.all_reduce
+    try:
+        dist.all_reduce = lambda tensor, **options: (sent.append(tensor.numel()), all_reduce(tensor, **options))
+        summary = optimizer.measure(own)
+    finally:
+        dist.all_reduce = all_reduce
+    return summary.to_dict(), optimizer.rates, sent
+
+
+def test_parts_count_by_their_samples_in_one_all_reduce(two) -> None:
+    (expected, rates, _), results = measure_uneven([70, 30]), two.run(measure_uneven, [70, 30])
+    for summary, own_rates, sent in results:
+        assert sent == [4**2 + 2 * 4 + 2]
+        assert summary.pop("names") == expected["names"]
+        for key in ("loss", "gradient", "hessian", "third", "weight"):
+            torch.testing.assert_close(torch.tensor(summary[key]), torch.tensor(expected[key]), rtol=1e-12, atol=1e-14)
+        assert own_rates == pytest.approx(rates, rel=1e-10)
+
+
+def halve(walls):
+    """A loss with a wall near the starting point, at another place for every sample."""
+    model = nn.ParameterDict({"w": torch.tensor([1.0], dtype=DTYPE)})
+
+    def loss(model, batch):
+        w = model["w"][0]
+        return (0.5 * w**2 + 1e3 * torch.relu(batch - w) ** 2).mean()
+
+    optimizer = ns.NewtonSummary(model, loss, direction="gradient", lr=1.0)
+    loss(model, torch.tensor(walls, dtype=DTYPE)).backward()
+    optimizer.measure(part((torch.tensor(walls, dtype=DTYPE),))[0])
+    return optimizer.counts["halved"], list(optimizer.rates.values())
+
+
+def test_all_halve_where_the_loss_of_one_leaves_its_model(two) -> None:
+    count, rates = halve([-10.0, 0.9])
+    assert count > 0
+    for own_count, own_rates in two.run(halve, [-10.0, 0.9]):
+        assert own_count == count
+        assert own_rates == pytest.approx(rates, rel=1e-12)
+
+
+def poison(value: float):
+    rank, _ = here()
+    model, (x, y) = make_model(), make_data(100)
+    bad = x.clone()
+    bad[rank * 50] = value if rank == 1 else x[0]
+    optimizer = ns.NewtonSummary(model, loss_fn)
+    seen = []
+    for features in (x, bad, x):
+        optimizer.zero_grad()
+        loss_fn(model, (x, y)).backward()
+        optimizer.measure(part((features, y)))
+        optimizer.step()
+        seen.append((optimizer.status, optimizer.rates))
+    return seen, dict(optimizer.counts), [p.tolist() for p in model.parameters()]
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_what_is_not_finite_for_one_has_failed_for_all(two, value) -> None:
+    results = two.run(poison, value)
+    assert results[0] == results[1]
+    (first, failed, last), counts, _ = results[0]
+    assert [first[0], failed[0], last[0]] == [Status.SOLVED, Status.NOT_FINITE, Status.SOLVED]
+    assert failed[1] == first[1] != last[1]
+    assert counts == {"measured": 3, "failed": 1, "halved": counts["halved"]}
+
+
+def count_hooks():
+    """How often gradients are averaged, and whether a measurement touches them."""
+    model, (x, y) = make_model(), make_data(100)
+    parallel, buckets = DistributedDataParallel(model), []
+
+    def hook(state, bucket):
+        buckets.append(bucket.index())
+        return dist.all_reduce(bucket.buffer() / 2, async_op=True).get_future().then(lambda f: f.value()[0])
+
+    parallel.register_comm_hook(None, hook)
+    optimizer = ns.NewtonSummary(parallel, loss_fn)
+    counts = []
+    for engine in ("forward", "nested", "forward"):
+        optimizer.engine = ns.measure.resolve_engine(engine)
+        optimizer.zero_grad()
+        loss_fn(parallel, part((x, y))).backward()
+        before = [p.grad.clone() for p in parallel.parameters()]
+        optimizer.measure(part((x, y)))
+        counts.append(len(buckets))
+        assert all(torch.equal(p.grad, g) for p, g in zip(parallel.parameters(), before, strict=True))
+        optimizer.step()
+    return counts
+
+
+def test_measuring_leaves_the_hooks_and_buckets_of_ddp_alone(two) -> None:
+    for first, second, third in two.run(count_hooks):
+        assert (second, third) == (2 * first, 3 * first)
+
+
+def each_alone(explicit: bool):
+    rank, _ = here()
+    groups = [dist.new_group([r]) for r in range(2)]
+    optimizer = ns.NewtonSummary(make_model(), loss_fn, process_group=groups[rank] if explicit else None)
+    batch = tuple(t[rank * 50 : rank * 50 + 50] for t in make_data(100))
+    loss_fn(optimizer._loss.model, batch).backward()
+    return optimizer.measure(batch).loss.item(), loss_fn(optimizer._loss.model, batch).item()
+
+
+def test_a_process_group_says_who_measures_together(two) -> None:
+    for measured, own in two.run(each_alone, True):
+        assert measured == pytest.approx(own, rel=1e-12)
+    results = two.run(each_alone, False)
+    assert results[0][0] == results[1][0] == pytest.approx((results[0][1] + results[1][1]) / 2, rel=1e-12)
+
+
+def accumulate():
+    """Two micro-batches a step: gradients are averaged with the last one."""
+    model, (x, y) = make_model(), make_data(100)
+    parallel = DistributedDataParallel(model) if dist.is_initialized() else model
+    optimizer = ns.NewtonSummary(parallel, loss_fn, curvature_data=plain_loader(), every=3)
+    for _ in range(10):
+        optimizer.zero_grad()
+        first, second = (tuple(t.chunk(2)[i] for t in part((x, y))) for i in range(2))
+        if dist.is_initialized():
+            with parallel.no_sync():
+                (loss_fn(parallel, first) / 2).backward()
+        else:
+            (loss_fn(parallel, first) / 2).backward()
+        (loss_fn(parallel, second) / 2).backward()
+        optimizer.step()
+    return [p.detach().clone() for p in model.parameters()]
+
+
+def test_accumulated_gradients(two) -> None:
+    one, results = accumulate(), two.run(accumulate)
+    for other in results:
+        for p, q in zip(one, other, strict=True):
+            torch.testing.assert_close(p, q, rtol=1e-10, atol=1e-10)
+
+
+def compiled(order: str):
+    model = make_model()
+    parallel = {
+        "compiled inside": lambda: DistributedDataParallel(torch.compile(model, backend="eager")),
+        "compiled outside": lambda: torch.compile(DistributedDataParallel(model), backend="eager"),
+    }[order]()
+    optimizer = MAKERS["default"](parallel, plain_loader())
+    assert optimizer.partition.names[0] == "0.weight"
+    x, y = make_data(100)
+    for _ in range(4):
+        optimizer.zero_grad()
+        loss_fn(parallel, part((x, y))).backward()
+        optimizer.step()
+    return [p.detach().clone() for p in model.parameters()]
+
+
+@pytest.mark.slow
+def test_compiled_and_parallel_in_either_order(two) -> None:
+    results = [*two.run(compiled, "compiled inside"), *two.run(compiled, "compiled outside")]
+    for other in results[1:]:
+        for p, q in zip(results[0], other, strict=True):
+            torch.testing.assert_close(p, q, rtol=1e-12, atol=1e-14)
+
+
+# The monitor ----------------------------------------------------------------------------------------------------------
+
+
+def watch(folder: str, repeats: int):
+    rank, _ = here()
+    model = make_model()
+    parallel = DistributedDataParallel(model) if dist.is_initialized() else model
+    optimizer = torch.optim.Adam(parallel.parameters(), lr=1e-3)
+    monitor = ns.Monitor(parallel, loss_fn, optimizer=optimizer, every=2, path=f"{folder}/{rank}.jsonl")
+    monitor.attach(plain_loader(), repeats=repeats)
+    x, y = make_data(100)
+    for _ in range(7):
+        optimizer.zero_grad()
+        loss_fn(parallel, part((x, y))).backward()
+        optimizer.step()
+    monitor.close()
+    return list(map(asdict, monitor.records)), [p.tolist() for p in model.parameters()]
+
+
+@pytest.mark.parametrize("repeats", [1, 3])
+def test_the_monitors_of_two_give_the_advice_of_one_and_the_first_writes(two, tmp_path, repeats) -> None:
+    for folder in ("one", "two"):
+        (tmp_path / folder).mkdir()
+    expected, parameters = watch(str(tmp_path / "one"), repeats)
+    results = two.run(watch, str(tmp_path / "two"), repeats)
+    assert str(results[0]) == str(results[1])
+    records, own_parameters = results[0]
+    for p, q in zip(parameters, own_parameters, strict=True):
+        torch.testing.assert_close(torch.tensor(p), torch.tensor(q), rtol=1e-9, atol=1e-12)
+    assert len(records) == len(expected) == 4
+    for record, other in zip(records, expected, strict=True):
+        assert (record["step"], record["names"], record["words"]) == (other["step"], other["names"], other["words"])
+        for key in ("loss", "predicted_decrease", "actual_decrease", "alone", "low", "high", "joint"):
+            mine, theirs = (torch.tensor(r[key], dtype=DTYPE) for r in (record, other))
+            torch.testing.assert_close(mine, theirs, rtol=1e-9, atol=1e-12, equal_nan=True)
+    assert len((tmp_path / "two" / "0.jsonl").read_text().splitlines()) == 4
+    assert not (tmp_path / "two" / "1.jsonl").exists()
+
+
+# Whose samples --------------------------------------------------------------------------------------------------------
+
+
+def rows(stream: BatchStream, batches: int) -> list[list[int]]:
+    return [stream.next(torch.device("cpu")).tolist() for _ in range(batches)]
+
+
+@pytest.mark.parametrize(("size", "count"), [(10, 2), (10, 3), (7, 4)])
+def test_every_sample_of_a_batch_is_measured_by_one_process(size, count) -> None:
+    loader = DataLoader(torch.arange(43), batch_size=size)
+    whole = rows(BatchStream(loader, seed=3), 9)
+    parts = [rows(BatchStream(loader, seed=3, rank=rank, count=count), 9) for rank in range(count)]
+    for batch, *own in zip(whole, *parts, strict=True):
+        if len(batch) >= count:
+            assert list(itertools.chain(*own)) == batch
+            assert max(map(len, own)) - min(map(len, own)) <= 1
+        else:
+            assert own == [batch] * count
+    assert any(len(batch) < count for batch in whole) == (43 % size < count)
+
+
+def test_a_copy_of_a_stream_keeps_its_part() -> None:
+    stream = BatchStream(DataLoader(torch.arange(43), batch_size=10), rank=1, count=2)
+    rows(stream, 2)
+    assert rows(copy.deepcopy(stream), 3) == rows(stream, 3)
+
+
+class _Counting(IterableDataset):
+    def __iter__(self):
+        return iter(range(8))
+
+
+@pytest.mark.parametrize(
+    "data",
+    [
+        [torch.arange(4), torch.arange(4, 8)],
+        DataLoader(_Counting(), batch_size=4),
+        DataLoader(torch.arange(8), batch_size=4, sampler=DistributedSampler(torch.arange(8), 2, 0, shuffle=False)),
+    ],
+    ids=["list", "iterable", "sharded"],
+)
+def test_batches_that_are_a_process_own_stay_whole(data) -> None:
+    assert rows(BatchStream(data, rank=1, count=2), 4) == rows(BatchStream(data), 4)
+
+
+# Misuse ---------------------------------------------------------------------------------------------------------------
+
+
+def refuse_sync_batch_norm():
+    model = nn.Sequential(nn.Linear(5, 3), nn.SyncBatchNorm(3))
+    with pytest.raises(ValueError, match=r"module '1' is a SyncBatchNorm, .*: use a BatchNorm"):
+        ns.NewtonSummary(model, loss_fn)
+
+
+def test_synchronised_statistics_are_refused(two) -> None:
+    two.run(refuse_sync_batch_norm)
+
+
+def test_in_a_plain_script_nothing_is_exchanged(monkeypatch) -> None:
+    monkeypatch.setattr(dist, "all_reduce", None)
+    optimizer = MAKERS["default"](make_model(), plain_loader())
+    assert (optimizer._processes.rank, optimizer._processes.count) == (0, 1)
+    assert_same(train("default", "plain", 4), train("default", "plain", 4), tolerance=0.0)
+
+
+def copies():
+    processes = Processes(make_model())
+    twin = copy.deepcopy(processes)
+    torch.save(processes, file := io.BytesIO())
+    file.seek(0)
+    again = torch.load(file, weights_only=False)
+    return [(p.rank, p.count, p.mean([float(p.rank)], [1.0], torch.device("cpu"))) for p in (twin, again)]
+
+
+def test_copies_belong_to_the_same_processes(two) -> None:
+    for rank, result in enumerate(two.run(copies)):
+        assert result == [(rank, 2, [0.5])] * 2
