@@ -54,7 +54,7 @@ def losses_along(
         moves = [u * factor for u, factor in zip(direction, only, strict=True)]
         for column, eta in enumerate(factors):
             moved = [p.detach() - eta * move for p, move in zip(partition.parameters, moves, strict=True)]
-            with loss.undisturbed(), torch.no_grad():
+            with loss.undisturbed():  # with gradients on: a loss may differentiate by itself
                 named = dict(zip(partition.parameter_names, moved, strict=True))
-                result[group, column] = float(loss(batch, named))
+                result[group, column] = loss(batch, named).item()
     return result

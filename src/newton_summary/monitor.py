@@ -286,9 +286,10 @@ class Monitor:
         waiting, self._awaiting = self._awaiting, None
         losses = []
         for batch in waiting.batches:
-            with self._exactly([]), self._loss.undisturbed(), torch.no_grad():
+            with self._exactly([]) as (whole, _), self._loss.undisturbed():  # a loss may differentiate by itself
                 waiting.randomness.restore()
-                losses.append(float(self._loss(batch)))
+                fixed = {n: p.detach() for n, p in zip(whole.parameter_names, whole.parameters, strict=True)}
+                losses.append(self._loss(batch, fixed).item())
         total = sum(waiting.weights)
         own = sum(w * loss for w, loss in zip(waiting.weights, losses, strict=True)) / total
         after = self._processes.mean([own], [total], self.partition.device)[0]

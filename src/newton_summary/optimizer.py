@@ -388,7 +388,7 @@ class NewtonSummary(torch.optim.Optimizer):
         """The loss on all processes' batches after a step of this length."""
         factors = partition.spread(eta.tolist())
         moved = [p.detach() - u * f for p, u, f in zip(partition.parameters, along, factors, strict=True)]
-        with self._loss.undisturbed(), torch.no_grad():
+        with self._loss.undisturbed():  # with gradients on: a loss may differentiate by itself
             own = self._loss(batch, dict(zip(partition.parameter_names, moved, strict=True))).item()
         return self._processes.mean([own], [batch_size(batch)], partition.device)[0]
 

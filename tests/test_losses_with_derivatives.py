@@ -1,0 +1,65 @@
+"""Losses that differentiate by themselves, as physics-informed networks have them."""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+
+import newton_summary as ns
+from newton_summary.along import losses_along
+
+
+def make_model():
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(1, 8), nn.Tanh(), nn.Linear(8, 1)).double()
+
+
+def loss_fn(model, batch):
+    """u'' = −u at random points, from u(0) = 0 and u'(0) = 1."""
+    x = torch.cat([batch, batch.new_zeros(1, 1)]).requires_grad_()
+    u = model(x)
+    (slope,) = torch.autograd.grad(u.sum(), x, create_graph=True)
+    (bend,) = torch.autograd.grad(slope.sum(), x, create_graph=True)
+    return (bend + u).square().mean() + u[-1, 0] ** 2 + (slope[-1, 0] - 1) ** 2
+
+
+def make_batches():
+    return list(torch.rand(10, 16, 1, generator=torch.Generator().manual_seed(0), dtype=torch.float64))
+
+
+def test_the_optimizer_trains_with_them() -> None:
+    model, batches = make_model(), make_batches()
+    optimizer = ns.NewtonSummary(model, loss_fn, curvature_data=batches, every=5)
+    before = loss_fn(model, batches[0]).item()
+    for _ in range(5):
+        for batch in batches:
+            optimizer.zero_grad()
+            loss_fn(model, batch).backward()
+            optimizer.step()
+    assert loss_fn(model, batches[0]).item() < 0.1 * before
+    assert optimizer.counts["measured"] == 10
+    assert optimizer.counts["failed"] == 0
+
+
+def test_the_monitor_knows_what_came_of_a_step() -> None:
+    model, batches = make_model(), make_batches()
+    optimizer = torch.optim.SGD(model.parameters(), lr=1e-3)
+    monitor = ns.Monitor(model, loss_fn, optimizer=optimizer, every=1)
+    before = loss_fn(model, batches[0])
+    before.backward()
+    monitor.step(batches[0])
+    optimizer.step()
+    (record,) = monitor.records
+    assert record.actual_decrease == before.item() - loss_fn(model, batches[0]).item()
+
+
+def test_the_true_loss_along_groups() -> None:
+    model, (batch, *_) = make_model(), make_batches()
+    u = [torch.randn_like(p) for p in model.parameters()]
+    losses = losses_along(loss_fn, model, batch, [0.1], direction=u)
+    for group, p in enumerate(model.parameters()):
+        with torch.no_grad():
+            p -= 0.1 * u[group]
+        torch.testing.assert_close(losses[group, 0], loss_fn(model, batch).detach(), rtol=1e-12, atol=0)
+        with torch.no_grad():
+            p += 0.1 * u[group]
