@@ -10,16 +10,17 @@ of group i.  One backward pass gives all adjoints, one sweep over the graph all 
 from __future__ import annotations
 
 import weakref
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from newton_summary.measure.composed import Composed
 from newton_summary.measure.graph import Graph, Refusal, trace
 from newton_summary.measure.inputs import Inputs, SameFunction
-from newton_summary.measure.loss import Loss, check_dependence, preserved_randomness
+from newton_summary.measure.loss import Loss, check_dependence
 from newton_summary.measure.sweep import Request, Tape, sweep
 from newton_summary.partition import Partition
 from newton_summary.summary import Summary
@@ -54,12 +55,14 @@ class ForwardEngine:
         """
         if order > 3:
             raise Refusal(f"order {order} is above 3")
-        with loss.undisturbed(), torch.autocast(partition.device.type, enabled=False):
+        with loss.undisturbed() as rewind, torch.autocast(partition.device.type, enabled=False):
             inputs = Inputs(loss, batch, partition)
             known = self._find(inputs)
             request = Request(partition, direction, order, third)
             if known.graph is not None and known.checked:
                 tape = _replayed(known.graph, inputs, request)
+                if known.graph.draws:
+                    rewind()
                 if tape is not None and _close(tape.loss, _eager_value(inputs), tape.graph.coarse, _VALUE_TOLERANCE):
                     summary = sweep(tape, request, inputs.weight)
                     if not known.checked_third:
@@ -68,7 +71,7 @@ class ForwardEngine:
                     return summary
             if known.refusal is not None:
                 raise known.refusal
-            return self._measure_anew(inputs, request, known)
+            return self._measure_anew(inputs, request, known, rewind)
 
     def __reduce__(self) -> tuple[Any, ...]:
         """A copy, or what is unpickled, traces anew."""
@@ -97,15 +100,17 @@ class ForwardEngine:
         del entries[self.graphs :]
         return entries[0]
 
-    def _measure_anew(self, inputs: Inputs, request: Request, known: _Known) -> Summary:
-        """Traces the loss in one way after the other, until its derivatives agree."""
+    def _measure_anew(self, inputs: Inputs, request: Request, known: _Known, rewind: Callable[[], None]) -> Summary:
+        """Traces the loss in one way after the other, until its derivatives agree, from one random state."""
+        rewind()
         expected = _Expected(inputs, request)
         reasons = []
         known.graph = None
         for above_autograd in (True, False):
             try:
-                with preserved_randomness(inputs.devices):
-                    graph = trace(inputs.function, inputs.tensors(), above_autograd)
+                rewind()
+                graph = trace(inputs.function, inputs.tensors(), above_autograd)
+                rewind()
                 tape = Tape(graph, inputs, with_gradient=True, keep=request.full)
                 expected.check_gradient(tape)
                 summary = sweep(tape, replace(request, order=max(request.order, 2)), inputs.weight)
@@ -137,10 +142,9 @@ class _Known:
 
 
 def _eager_value(inputs: Inputs) -> Tensor:
-    """The loss itself, from the same random state that a graph then starts from."""
-    with preserved_randomness(inputs.devices):
-        tensors = inputs.tensors()
-        return inputs.function(*(t.detach() for t in tensors[: inputs.count]), *tensors[inputs.count :]).detach()
+    """The loss itself."""
+    tensors = inputs.tensors()
+    return inputs.function(*(t.detach() for t in tensors[: inputs.count]), *tensors[inputs.count :]).detach()
 
 
 def _replayed(graph: Graph, inputs: Inputs, request: Request) -> Tape | None:
@@ -168,15 +172,15 @@ class _Expected:
 
     def __init__(self, inputs: Inputs, request: Request) -> None:
         self.names = inputs.partition.parameter_names
-        with preserved_randomness(inputs.devices):
-            tensors = inputs.tensors()
-            parameters = tensors[: inputs.count]
+        tensors = inputs.tensors()
+        parameters = tensors[: inputs.count]
+        with Composed():
             self.loss = inputs.function(*tensors)
-            self.gradient: list[Tensor | None] = [None] * inputs.count
-            if self.loss.requires_grad:
-                self.gradient = list(torch.autograd.grad(self.loss, parameters, create_graph=True, allow_unused=True))
-            check_dependence(self.gradient)
-            self.rows = self._hessian_rows(parameters, request)
+        self.gradient: list[Tensor | None] = [None] * inputs.count
+        if self.loss.requires_grad:
+            self.gradient = list(torch.autograd.grad(self.loss, parameters, create_graph=True, allow_unused=True))
+        check_dependence(self.gradient)
+        self.rows = self._hessian_rows(parameters, request)
         self.is_finite = bool(self.loss.isfinite())
 
     def _hessian_rows(self, parameters: Sequence[Tensor], request: Request) -> Tensor | None:

@@ -63,6 +63,7 @@ class Graph:
         constants: slots of tensors that the loss function captured.
         result: the slot of the loss.
         slots: how many values there are.
+        draws: whether it draws random numbers.
     """
 
     instructions: list[Instruction]
@@ -70,7 +71,7 @@ class Graph:
     constants: list[tuple[int, Tensor]]
     result: int
     slots: int
-    origin: str = ""
+    draws: bool = False
     plan: list[Any] | None = None
     coarse: bool = False
 
@@ -115,7 +116,7 @@ def trace(function: Callable[..., Tensor], inputs: Sequence[Tensor], above_autog
             lowered = make_fx(torch.func.functionalize(marked), decomposition_table=lowerings())(*plain)
     except Exception as error:
         raise Refusal(f"tracing failed with {type(error).__name__}: {first_line(error)}") from error
-    return _compile(lowered, "above autograd" if above_autograd else "below autograd")
+    return _compile(lowered)
 
 
 class _Marking(fx.Interpreter):
@@ -146,7 +147,7 @@ def _in_place(target: Any) -> bool:
     return schema is not None and schema.is_mutable
 
 
-def _compile(module: fx.GraphModule, origin: str) -> Graph:
+def _compile(module: fx.GraphModule) -> Graph:
     """A traced module as a list of instructions, without what the loss does not need."""
     nodes = list(module.graph.nodes)
     needed = _needed(nodes)
@@ -166,7 +167,8 @@ def _compile(module: fx.GraphModule, origin: str) -> Graph:
             result = slot[_output(node)]
         else:
             instructions.append(_instruction(node, slot))
-    graph = Graph(instructions, inputs, constants, result, len(slot), origin)
+    draws = any(_draws(instruction.op) for instruction in instructions)
+    graph = Graph(instructions, inputs, constants, result, len(slot), draws)
     _mark_last_uses(graph)
     return graph
 
@@ -175,13 +177,14 @@ def _needed(nodes: list[fx.Node]) -> set[fx.Node]:
     """The nodes that the result depends on, the inputs, and random draws (which move the random state)."""
     needed: set[fx.Node] = set()
     for node in reversed(nodes):
-        random = (
-            isinstance(node.target, torch._ops.OpOverload) and torch.Tag.nondeterministic_seeded in node.target.tags
-        )
-        if node.op in ("output", "placeholder") or random or node in needed:
+        if node.op in ("output", "placeholder") or _draws(node.target) or node in needed:
             needed.add(node)
             needed.update(node.all_input_nodes)
     return needed
+
+
+def _draws(op: Any) -> bool:
+    return isinstance(op, torch._ops.OpOverload) and torch.Tag.nondeterministic_seeded in op.tags
 
 
 def _instruction(node: fx.Node, slot: dict[fx.Node, int]) -> Instruction:

@@ -33,7 +33,6 @@ class Inputs:
     def __init__(self, loss: Loss, batch: Any, partition: Partition) -> None:
         self.loss, self.batch, self.partition = loss, batch, partition
         self.count = len(partition.parameters)
-        self.devices = set() if partition.device.type == "cpu" else {partition.device}
         trainable = set(partition.parameter_names)
         frozen = {name: p for name, p in loss.model.named_parameters() if name not in trainable}
         self.state = frozen | dict(loss.model.named_buffers())

@@ -13,7 +13,6 @@ from torch import Tensor
 
 from newton_summary.measure.graph import Graph, Instruction, Ref, Refusal, first_line
 from newton_summary.measure.inputs import Inputs
-from newton_summary.measure.loss import preserved_randomness
 from newton_summary.measure.lowering import CONSTANT
 from newton_summary.measure.rules import Call, Groups, Jet, Place, Rule, Sums, rule_for
 from newton_summary.measure.rules.jets import rows_of
@@ -71,7 +70,7 @@ class Tape:
 
     Args:
         graph: the loss.
-        inputs: what it is run on, from the present random state, which stays as it is.
+        inputs: what it is run on, from the present random state.
         with_gradient: whether the gradient by the parameters is wanted, too.
         keep: whether another backward pass will follow.
     """
@@ -80,8 +79,7 @@ class Tape:
         tensors = inputs.tensors()
         self.graph = graph
         self.final: Jet | None = None
-        with preserved_randomness(inputs.devices):
-            self.values = graph.run(tensors, _BATCHABLE if keep else None)
+        self.values = graph.run(tensors, _BATCHABLE if keep else None)
         self.loss: Tensor = self.values[graph.result]
         self.steps = _plan(graph, self.values)
         self.adjoints, self.gradient = self._differentiate(tensors[: inputs.count] if with_gradient else [], keep)
