@@ -1,4 +1,4 @@
-"""The command ``newton-summary``: train, compare, interactions, data."""
+"""The command ``newton-summary``: train, compare, interactions, report, data."""
 
 from __future__ import annotations
 
@@ -118,6 +118,13 @@ def _interactions(options: argparse.Namespace) -> int:
     return 0
 
 
+def _report(options: argparse.Namespace) -> int:
+    from newton_summary import report
+
+    _tell_paths([report.write(options.run, options.out)])
+    return 0
+
+
 def _data(options: argparse.Namespace) -> int:
     task = get_task(options.task)
     if options.fetch and task.source is not None:
@@ -213,9 +220,13 @@ def _parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
     names, tasks = ", ".join(OPTIMIZERS), ", ".join(TASKS)
 
-    def add(name: str, run: Callable[[argparse.Namespace], int], text: str, optional: bool) -> argparse.ArgumentParser:
+    def add_plain(name: str, run: Callable[[argparse.Namespace], int], text: str) -> argparse.ArgumentParser:
         command = commands.add_parser(name, help=text, description=text, epilog=_EPILOG)
         command.set_defaults(command=run)
+        return command
+
+    def add(name: str, run: Callable[[argparse.Namespace], int], text: str, optional: bool) -> argparse.ArgumentParser:
+        command = add_plain(name, run, text)
         command.add_argument("task", metavar="TASK", nargs="?" if optional else None, help=tasks)
         command.add_argument("--data", type=Path, metavar="DIR", help="the folder of the data files")
         return command
@@ -245,6 +256,10 @@ def _parser() -> argparse.ArgumentParser:
     heat.add_argument("--run", type=Path, metavar="RUN", help="measure a run's network, not the initial one")
     heat.add_argument("--seed", type=int, default=0, metavar="N", help="of the initial weights (default: 0)")
     add_computing(heat, "runs/interactions-TASK, numbered if it exists")
+
+    page = add_plain("report", _report, "A web page about a run or a comparison, in one file that needs no network.")
+    page.add_argument("run", type=Path, metavar="RUN", help="the folder that train or compare wrote")
+    page.add_argument("--out", type=Path, metavar="FILE", help="the page (default: RUN/report.html)")
 
     check = add("data", _data, "Says where a task's data is, and checks it.", False)
     check.add_argument("--fetch", action="store_true", help="get it through the package datasets first")

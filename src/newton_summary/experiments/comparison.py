@@ -14,8 +14,6 @@ from newton_summary.experiments.errors import UsageError
 from newton_summary.experiments.tasks import Task, get_task
 from newton_summary.experiments.training import Config, Run, train
 
-PLAN = "comparison.json"
-
 
 @dataclass(frozen=True)
 class Plan:
@@ -50,7 +48,7 @@ class Plan:
 
     def save(self, folder: Path) -> None:
         """Writes the plan into the comparison's folder."""
-        files.write_text(folder / PLAN, json.dumps(asdict(self), indent=2) + "\n")
+        files.write_text(folder / files.PLAN, json.dumps(asdict(self), indent=2) + "\n")
 
     @staticmethod
     def load(folder: Path) -> Plan:
@@ -60,11 +58,11 @@ class Plan:
             UsageError: the folder holds no comparison.
         """
         try:
-            values = json.loads((folder / PLAN).read_text(encoding="utf-8"))
+            values = json.loads((folder / files.PLAN).read_text(encoding="utf-8"))
             values |= {key: tuple(values[key]) for key in ("optimizers", "seeds")}
             return Plan(**values)
         except (OSError, ValueError, TypeError, KeyError) as error:
-            raise UsageError(f"there is no comparison in {folder}: {PLAN} is missing or damaged") from error
+            raise UsageError(f"there is no comparison in {folder}: {files.PLAN} is missing or damaged") from error
 
 
 def run_folder(folder: Path, config: Config) -> Path:

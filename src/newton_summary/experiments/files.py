@@ -19,6 +19,7 @@ from newton_summary.experiments.errors import UsageError
 
 CHECKPOINT = "checkpoint.pt"
 METRICS = "metrics.jsonl"
+PLAN = "comparison.json"
 
 
 def write_atomically(path: Path, write: Callable[[Path], None]) -> None:

@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from newton_summary.experiments import files
 from newton_summary.experiments.data import Batch, Data
@@ -35,17 +35,23 @@ class Snapshot:
         step: steps taken before it.
         actual_decrease: of the loss on these batches, by the step.
         parts: a :meth:`~newton_summary.Summary.to_dict` for each batch, along θ − θ', the step: a factor of 1 is what
-            the optimizer did.
+            the optimizer did.  A group that the step did not move, by a rate of 0, is measured along its gradient.
+        still: the names of those groups.
     """
 
     epoch: int
     step: int
     actual_decrease: float
     parts: list[dict[str, Any]]
+    still: list[str]
 
     def summaries(self) -> list[Summary]:
         """The measurement of each batch."""
         return [Summary.from_dict(part) for part in self.parts]
+
+    def along_the_step(self) -> list[Summary]:
+        """The same with nothing for the groups that the step did not move."""
+        return [part.scale([float(name not in self.still) for name in part.names]) for part in self.summaries()]
 
 
 def chosen_epochs(epochs: int) -> list[int]:
@@ -100,16 +106,14 @@ class Watcher:
         """Measures, after the step.
 
         Args:
-            model: after the step.
+            model: after the step, with the gradients that it was computed from.
             epoch: that the snapshot stands for.
             step: steps taken before this one.
 
         Returns:
             The snapshot; ``None`` where a number in it is not finite.
         """
-        new = dict(model.named_parameters())
-        old = zip(self.partition.parameter_names, self.partition.parameters, strict=True)
-        direction = [p.detach() - new[name].detach() for name, p in old]
+        direction, still = self._step_to(model)
         batches = _batches(self.task, self.data, self.seed, epoch)
         engine, loss, later = (
             resolve_engine("auto"),
@@ -125,7 +129,21 @@ class Watcher:
         decrease = Summary.mean(parts).loss.item() - after
         if not (math.isfinite(decrease) and all(part.is_finite() for part in parts)):
             return None
-        return Snapshot(epoch, step, decrease, [part.to_dict() for part in parts])
+        return Snapshot(epoch, step, decrease, [part.to_dict() for part in parts], still)
+
+    def _step_to(self, model: nn.Module) -> tuple[list[Tensor], list[str]]:
+        """θ − θ', with gradients for the groups where that is 0, and their names."""
+        parameters = dict(model.named_parameters())
+        after = [parameters[name] for name in self.partition.parameter_names]
+        step = [old.detach() - new.detach() for old, new in zip(self.partition.parameters, after, strict=True)]
+        still = []
+        for name, tensors in zip(self.partition.names, self.partition.tensors_of, strict=True):
+            if not any(bool(step[i].any()) for i in tensors):
+                still.append(name)
+                for i in tensors:
+                    gradient = after[i].grad
+                    step[i] = step[i] if gradient is None else gradient.detach()
+        return step, still
 
 
 def _batches(task: Task, data: Data, seed: int, epoch: int) -> list[Batch]:

@@ -1,0 +1,147 @@
+"""What a run's snapshots show: a heatmap, the strongest interactions and the advice at each of them, under a slider."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+
+from newton_summary.advice import Advice, advise, correlations
+from newton_summary.experiments.snapshots import Snapshot
+from newton_summary.report.reading import Record
+from newton_summary.report.text import code, escape, interval, number, percent, sentence, signed, table, times
+from newton_summary.summary import Summary
+
+_MOST_NUMBERED = 12
+_MOST_PAIRS = 10
+_MOST_ADVISED = 40
+_MOST_CELLS = 80_000
+_STRONG = 81  # percent: from here on light text on a dark cell reads better, or dark on light in dark mode
+_SCALE = (
+    '<div class="scale"><span>−1 help each other</span><span class="bar" aria-hidden="true"></span>'
+    "<span>+1 pull against each other</span></div>"
+)
+
+
+def slider(run: Record, key: str, runs: int) -> str:
+    """The moments of a run, one at a time where scripts work, and all of them elsewhere.
+
+    Args:
+        run: with snapshots.
+        key: an identifier within the page.
+        runs: how many runs share the page: heatmaps of many groups are shown at fewer moments.
+    """
+    chosen = thinned(run.snapshots, len(run.sizes), runs)
+    shown = "".join(_moment(run, snapshot) for snapshot in chosen)
+    last = len(chosen) - 1
+    return (
+        f'<div class="chooser" hidden><label for="{key}">Epoch</label>'
+        f'<input type="range" id="{key}" min="0" max="{last}" step="1" value="{last}" data-moments="{key}-moments">'
+        f'<output for="{key}"></output></div>'
+        f'<div id="{key}-moments">{shown}</div>'
+    )
+
+
+def thinned(snapshots: Sequence[Snapshot], groups: int, runs: int) -> list[Snapshot]:
+    """As many snapshots as fit into a page of a reasonable size, evenly, the first and the last among them."""
+    count = max(2, min(len(snapshots), _MOST_CELLS // max(groups**2 * runs, 1)))
+    if count >= len(snapshots):
+        return list(snapshots)
+    return [snapshots[round(i * (len(snapshots) - 1) / (count - 1))] for i in range(count)]
+
+
+def when(run: Record, snapshot: Snapshot) -> str:
+    """The moment of a snapshot, in words."""
+    if snapshot.step == 0:
+        return "0: the first step"
+    name = f"{snapshot.epoch} of {run.config.epochs}"
+    return f"{name}: the last step" if snapshot.epoch == run.config.epochs else f"{name}: step {snapshot.step + 1:,}"
+
+
+def _moment(run: Record, snapshot: Snapshot) -> str:
+    mean, along = Summary.mean(snapshot.summaries()), snapshot.along_the_step()
+    advice = advise(along)
+    label = when(run, snapshot)
+    return (
+        f'<section class="moment" data-label="{escape(label)}" aria-label="epoch {escape(label)}">'
+        f'<h4>Epoch {escape(label)}</h4><div class="pair"><div>{heatmap(mean)}</div>'
+        f"<div>{_strongest(mean)}</div></div>{_advice(advice, snapshot.still)}"
+        f'<p class="note">Loss {number(mean.loss.item())} on {mean.weight:,.0f} training samples drawn for this '
+        "measurement: the quadratic model predicts that the step lowers it by "
+        f"{number(advice.predicted_decrease)}; it lowered it by {number(snapshot.actual_decrease)}.</p></section>"
+    )
+
+
+def heatmap(summary: Summary) -> str:
+    """H̄ as correlations, a table whose cells are coloured; with numbers in them where there are few groups."""
+    matrix = correlations(summary)
+    values = matrix.tolist()
+    numbered = len(summary) <= _MOST_NUMBERED
+    head = "".join(f'<th scope="col"><span>{escape(name)}</span></th>' for name in summary.names)
+    rows = "".join(
+        f'<tr><th scope="row">{escape(name)}</th>{"".join(_cell(value, numbered) for value in row)}</tr>\n'
+        for name, row in zip(summary.names, values, strict=True)
+    )
+    kind = "heatmap" if numbered else "heatmap dense"
+    caption = "Interactions: H̄ as correlations"
+    return (
+        f'<div class="scroll" tabindex="0" role="region" aria-label="{caption}"><table class="{kind}">'
+        f"<caption>{caption}</caption><thead><tr><td></td>{head}</tr></thead><tbody>\n{rows}</tbody></table></div>{_SCALE}"
+    )
+
+
+def _cell(value: float, numbered: bool) -> str:
+    share = min(round(100 * abs(value)), 100)
+    kind = "".join(letter for letter, applies in (("n", value < 0), ("s", share > _STRONG)) if applies)
+    kinds = f' class="{" ".join(kind)}"' if kind else ""
+    shown = signed(value).removeprefix("+") if numbered else ""
+    return f'<td{kinds} style="--v:{share}%">{shown}</td>'
+
+
+def _strongest(summary: Summary) -> str:
+    """The pairs that interact most, with their entries of H̄."""
+    if len(summary) < 2:
+        return "<p>One group has nothing to interact with.</p>"
+    matrix, hessian = correlations(summary), summary.tensor(2)
+    rows, columns = torch.triu_indices(len(summary), len(summary), offset=1)
+    order = matrix[rows, columns].abs().argsort(descending=True, stable=True)[:_MOST_PAIRS].tolist()
+    found = [(int(rows[i]), int(columns[i])) for i in order]
+    return table(
+        "Strongest interactions",
+        ("groups", "correlation", "H̄", "they"),
+        [
+            (
+                f"{code(summary.names[i])} {code(summary.names[j])}",
+                signed(float(matrix[i, j])),
+                number(float(hessian[i, j])),
+                _meaning(float(matrix[i, j])),
+            )
+            for i, j in found
+        ],
+        numbers=(1, 2),
+    )
+
+
+def _meaning(correlation: float) -> str:
+    if abs(correlation) < 0.1:
+        return "hardly interact"
+    return "pull against each other" if correlation > 0 else "help each other"
+
+
+def _advice(advice: Advice, still: Sequence[str]) -> str:
+    """Factors on the step that was taken; of very many groups those that differ most from the rest."""
+    groups = advice.ranked()[:_MOST_ADVISED] if len(advice) > _MOST_ADVISED else advice.groups
+    rows = [
+        (code(g.name), "not moved", "–", "–")
+        if g.name in still
+        else (code(g.name), times(g.alone), interval(g.low, g.high), times(g.joint))
+        for g in groups
+    ]
+    header = ("group", "alone", f"{percent(advice.level, 0)} interval", "jointly")
+    listed = table("Advice: factors on the step of each group", header, rows, numbers=(1, 2, 3))
+    silent = {group.words for group in advice.groups if group.name in still}
+    said = [sentence(words) for words in advice.sentences() if words not in silent]
+    words = (
+        f"<ul>{''.join(f'<li>{one}</li>' for one in said[:_MOST_PAIRS])}</ul>" if said else "<p>Nothing stands out.</p>"
+    )
+    return f'<div class="pair"><div>{listed}</div><div class="words"><p class="heading">In words</p>{words}</div></div>'

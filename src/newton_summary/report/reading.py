@@ -1,0 +1,91 @@
+"""What runs have left in their folders, read back."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from newton_summary.experiments import files, snapshots
+from newton_summary.experiments.errors import UsageError
+from newton_summary.experiments.snapshots import Snapshot
+from newton_summary.experiments.training import Config, Row
+
+
+@dataclass(frozen=True)
+class Record:
+    """A run, as its files tell it.
+
+    Args:
+        config: what it was told to do.
+        data: what identifies its data.
+        environments: versions and settings, the last one last.
+        rows: one for each epoch, the start included.
+        sizes: the number of parameters in each group; empty for a run without interactions.
+        snapshots: its interactions at chosen epochs.
+    """
+
+    config: Config
+    data: dict[str, Any]
+    environments: list[dict[str, Any]]
+    rows: list[Row]
+    sizes: dict[str, int]
+    snapshots: list[Snapshot]
+
+    @property
+    def label(self) -> str:
+        """What tells it from the other runs of a comparison."""
+        return f"{self.config.optimizer}, seed {self.config.seed}"
+
+    @property
+    def state(self) -> str:
+        """How it ended."""
+        last = self.rows[-1]
+        if last.diverged:
+            return f"diverged at step {last.step}"
+        return "done" if last.epoch >= self.config.epochs else f"{last.epoch} of {self.config.epochs} epochs"
+
+
+def read(folder: Path) -> list[Record]:
+    """The run in a folder, or the runs of the comparison in it, in the order in which they were asked for.
+
+    Raises:
+        UsageError: there is neither, or a file is damaged.
+    """
+    if (folder / files.METRICS).is_file():
+        return [_read_run(folder)]
+    found = [_read_run(path.parent) for path in sorted(folder.glob(f"*/{files.METRICS}"))]
+    if not found:
+        raise UsageError(f"there is no run in {folder}: name a folder that newton-summary train or compare wrote")
+    order = _asked_for(folder)
+    return sorted(found, key=lambda run: (order.get(run.config.optimizer, len(order)), run.config.seed))
+
+
+def _read_run(folder: Path) -> Record:
+    path = folder / files.METRICS
+    try:
+        header, *rows = map(json.loads, path.read_text(encoding="utf-8").splitlines())
+        sizes, looks = snapshots.read(folder)
+        record = Record(
+            config=Config(**header["config"]),
+            data=dict(header["data"]),
+            environments=[dict(environment) for environment in header["environments"]],
+            rows=[Row(**row) for row in rows],
+            sizes=sizes,
+            snapshots=looks,
+        )
+    except (OSError, ValueError, TypeError, KeyError) as error:
+        raise UsageError(f"{path} is damaged ({type(error).__name__}): train the run again") from error
+    if not (record.rows and record.environments):
+        raise UsageError(f"{path} is damaged (nothing is recorded): train the run again")
+    return record
+
+
+def _asked_for(folder: Path) -> dict[str, int]:
+    """The place of each optimizer in a comparison's plan, where there is one."""
+    try:
+        names = json.loads((folder / files.PLAN).read_text(encoding="utf-8"))["optimizers"]
+        return {str(name): place for place, name in enumerate(names)}
+    except (OSError, ValueError, TypeError, KeyError):
+        return {}
