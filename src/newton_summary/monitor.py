@@ -286,7 +286,7 @@ class Monitor:
         waiting, self._awaiting = self._awaiting, None
         losses = []
         for batch in waiting.batches:
-            with self._exactly([]) as (whole, _), self._loss.undisturbed():  # a loss may differentiate by itself
+            with self._exactly([]) as (whole, _along), self._loss.undisturbed():  # a loss may differentiate by itself
                 waiting.randomness.restore()
                 fixed = {n: p.detach() for n, p in zip(whole.parameter_names, whole.parameters, strict=True)}
                 losses.append(self._loss(batch, fixed).item())
