@@ -5,7 +5,9 @@ from __future__ import annotations
 import copy
 import io
 import itertools
+import re
 from dataclasses import asdict
+from pathlib import Path
 
 import pytest
 import torch
@@ -307,7 +309,6 @@ def compiled(order: str):
     return [p.detach().clone() for p in model.parameters()]
 
 
-@pytest.mark.slow
 def test_compiled_and_parallel_in_either_order(two) -> None:
     results = [*two.run(compiled, "compiled inside"), *two.run(compiled, "compiled outside")]
     for other in results[1:]:
@@ -408,8 +409,26 @@ def refuse_sync_batch_norm():
         ns.NewtonSummary(model, loss_fn)
 
 
+def refuse_anothers_group():
+    rank, _ = here()
+    groups = [dist.new_group([r]) for r in range(2)]
+    with pytest.raises(ValueError, match="this process is not in process_group"):
+        ns.NewtonSummary(make_model(), loss_fn, process_group=groups[1 - rank])
+
+
+def test_the_group_of_others_is_refused(two) -> None:
+    two.run(refuse_anothers_group)
+
+
 def test_synchronised_statistics_are_refused(two) -> None:
     two.run(refuse_sync_batch_norm)
+
+
+def test_parallel_in_one_process_is_measured_bare() -> None:
+    model = make_model()
+    assert ns.Partition.canonical(nn.DataParallel(model)).parameters[0] is model[0].weight
+    parallel, bare = (ns.summarize(loss_fn, m, [make_data(20)]) for m in (nn.DataParallel(model), model))
+    assert torch.equal(parallel.hessian, bare.hessian)
 
 
 def test_in_a_plain_script_nothing_is_exchanged(monkeypatch) -> None:
@@ -431,3 +450,20 @@ def copies():
 def test_copies_belong_to_the_same_processes(two) -> None:
     for rank, result in enumerate(two.run(copies)):
         assert result == [(rank, 2, [0.5])] * 2
+
+
+# The page -------------------------------------------------------------------------------------------------------------
+
+
+def run_page(path: str):
+    names: dict = {}
+    torch.manual_seed(0)
+    for block in re.findall(r"```python\n(.*?)```", Path(path).read_text(encoding="utf-8"), re.DOTALL):
+        exec(compile(block, path, "exec"), names)
+    return names["optimizer"].counts["measured"], names["optimizer"].rates
+
+
+def test_the_page_runs(two) -> None:
+    first, second = two.run(run_page, str(Path(__file__).parent.parent / "docs" / "distributed.md"))
+    assert first == second
+    assert first[0] == 4

@@ -27,7 +27,7 @@ class Processes:
         count: how many there are.
 
     Raises:
-        ValueError: there are several, and the model has a ``SyncBatchNorm``.
+        ValueError: this process is not in the group; or there are several, and the model has a ``SyncBatchNorm``.
 
     Example:
         >>> Processes(nn.Linear(2, 1)).count
@@ -38,6 +38,8 @@ class Processes:
         if group is None and isinstance(model, nn.parallel.DistributedDataParallel):
             group = model.process_group
         self._join(group)
+        if self.rank < 0:
+            raise ValueError("this process is not in process_group: pass the group that it trains with")
         if self.count > 1:
             _check_no_exchange(unwrap(model))
 
