@@ -1,7 +1,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo test test-slow check clean
+.PHONY: demo test test-slow check clean docs dist
 
 .installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv
@@ -27,5 +27,14 @@ check: .installed
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
+# The site, into site/, with examples run; a warning is an error
+docs: .installed
+	OMP_NUM_THREADS=1 NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet --strict
+
+# Wheel and sdist, into dist/
+dist: .installed
+	rm -rf dist
+	$(BIN)/python -m build --no-isolation
+
 clean:
-	rm -rf .venv .installed dist build
+	rm -rf .venv .installed dist build site

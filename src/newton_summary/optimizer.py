@@ -52,7 +52,7 @@ class NewtonSummary(torch.optim.Optimizer):
         lr: λ_1, dimensionless: a scale on all rates, for every ``lr_scheduler`` to work on.  At 2 a step is as long as
             the quadratic model lets it be without going uphill, at 1 it is the best step of that model.
         steps: the length of the training, if known: λ_1 then goes linearly from 4/3 to 2/3 of ``lr``, by default from
-        2 to 1.
+            2 to 1.
         every: the number of steps between measurements.
         regularization: λ_int, the weight of the cubic term.
         shrinkage: ρ, how strongly rates are drawn to the target.
