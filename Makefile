@@ -1,7 +1,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo test test-slow check clean docs dist
+.PHONY: demo test test-slow check browser clean docs dist
 
 .installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv
@@ -35,6 +35,13 @@ docs: .installed
 dist: .installed
 	rm -rf dist
 	$(BIN)/python -m build --no-isolation
+
+# What the tests of the report need beyond Python: where it cannot be had, they are skipped
+browser:
+	@if ! command -v chromedriver >/dev/null && command -v apt-get >/dev/null && [ "$$(id -u)" = 0 ]; then \
+		(apt-get update -qq && DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends \
+			chromium chromium-driver fonts-dejavu-core) >/dev/null || true; fi
+	@command -v chromedriver || echo "no chromedriver: the report is not tested in a browser"
 
 clean:
 	rm -rf .venv .installed dist build site

@@ -70,6 +70,32 @@ def test_a_snapshot_is_along_the_step_that_was_taken(digits):
     assert snapshot.actual_decrease == pytest.approx(before - after, rel=1e-3)
 
 
+def test_groups_that_did_not_move_are_measured_along_their_gradients(digits):
+    model = SMALL.make_model(0)
+    watcher = snapshots.Watcher(SMALL, digits, model, 0)
+    watcher.remember(model)
+    SMALL.loss_fn(model, (digits.train[0][:50], digits.train[1][:50])).backward()
+    (first, second, third, last), gradients = model.parameters(), [p.grad for p in model.parameters()]
+    with torch.no_grad():
+        first.sub_(0.5)
+        second.sub_(0.1 * second.grad)
+        third.sub_(0.25)
+    found = watcher.look(model, epoch=0, step=0)
+    assert found.still == ["linear2.bias"]
+    start = SMALL.make_model(0).double()
+    along = [torch.full_like(first, 0.5), 0.1 * gradients[1], torch.full_like(third, 0.25), gradients[3]]
+    images, classes = snapshots._batches(SMALL, digits, 0, 0)[0]
+    reference = dense_derivatives(
+        SMALL.loss_fn, start, (images.double(), classes), Partition.canonical(start), [u.double() for u in along], 2
+    )
+    torch.testing.assert_close(found.summaries()[0].hessian, reference[2], rtol=1e-3, atol=1e-6)
+    moved = found.along_the_step()[0]
+    torch.testing.assert_close(moved.hessian[:3, :3], reference[2][:3, :3], rtol=1e-3, atol=1e-6)
+    assert not moved.hessian[3].any()
+    assert moved.gradient[3] == 0
+    assert last.grad is gradients[3]
+
+
 def test_an_interrupted_run_has_the_same_interactions(digits, tmp_path):
     config = Config.of(SMALL, "newton-summary")
     train(SMALL, config, digits, tmp_path / "whole")

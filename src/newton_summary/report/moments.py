@@ -18,8 +18,8 @@ _MOST_ADVISED = 40
 _MOST_CELLS = 80_000
 _STRONG = 81  # percent: from here on light text on a dark cell reads better, or dark on light in dark mode
 _SCALE = (
-    '<div class="scale"><span>−1 help each other</span><span class="bar" aria-hidden="true"></span>'
-    "<span>+1 pull against each other</span></div>"
+    '<div class="scale"><span>−1: help</span><span class="bar" aria-hidden="true"></span>'
+    "<span>+1: against</span></div>"
 )
 
 
