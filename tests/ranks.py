@@ -49,8 +49,11 @@ class Ranks:
         return [result for _, result in results]
 
     def close(self) -> None:
-        """Ends the processes."""
+        """Ends the processes, those that do not listen too."""
+        for pipe in self.pipes:
+            pipe.close()
         for process in self.processes:
+            process.join(10)
             process.kill()
             process.join()
         self.folder.cleanup()
@@ -62,7 +65,10 @@ def _serve(rank: int, count: int, where: str, pipe) -> None:
         "gloo", f"file://{where}", rank=rank, world_size=count, timeout=datetime.timedelta(seconds=PATIENCE / 2)
     )
     while True:
-        function, arguments, options = pickle.loads(pipe.recv_bytes())
+        try:
+            function, arguments, options = pickle.loads(pipe.recv_bytes())
+        except EOFError:
+            return
         try:
             answer = True, function(*arguments, **options)
         except Exception:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import io
 
 import pytest
@@ -12,7 +13,7 @@ from torch import nn
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
 import newton_summary as ns
-from newton_summary.sharding import unsharded
+from newton_summary.sharding import is_sharded, unsharded
 
 
 def shard(model, **options):
@@ -74,15 +75,24 @@ def test_frozen_and_tied_parameters(two) -> None:
             torch.testing.assert_close(p, q, rtol=1e-10, atol=1e-10)
 
 
+def held() -> int:
+    """How many whole parameters, and tensors of their kind, hold memory."""
+    gc.collect()
+    tensors = [o for o in gc.get_objects() if isinstance(o, torch.Tensor) and not is_sharded(o) and o.shape == (8, 5)]
+    return sum(t.untyped_storage().size() > 0 for t in tensors)
+
+
 def look_around():
     """What a measurement leaves behind."""
     model = shard(make_model())
-    optimizer = ns.NewtonSummary(model, loss_fn)
+    optimizer = ns.NewtonSummary(model, loss_fn, direction="gradient")
     x, y = make_data(100)
     loss_fn(model, part((x, y))).backward()
     before = list(model.named_parameters()), [dict(m._forward_pre_hooks) for m in model.modules()]
     local = [p.to_local().clone() for p in model.parameters()]
+    memory = held()
     optimizer.measure(part((x, y)))
+    assert held() == memory
     after = list(model.named_parameters()), [dict(m._forward_pre_hooks) for m in model.modules()]
     assert all(m == n and p is q for (m, p), (n, q) in zip(before[0], after[0], strict=True))
     assert before[1] == after[1]
