@@ -72,6 +72,13 @@ class Record:
         """Fit for JSON: ``None`` stands for what is infinite or unknown."""
         return {key: _plain(value) for key, value in asdict(self).items()}
 
+    def scalars(self) -> dict[str, float]:
+        """What loggers take: the decreases and every group's factors, by tags, as far as they are finite."""
+        scalars = {f"newton_summary/{key}": getattr(self, key) for key in ("predicted_decrease", "actual_decrease")}
+        for key in ("alone", "joint"):
+            scalars |= {f"newton_summary/{key}/{n}": v for n, v in zip(self.names, getattr(self, key), strict=True)}
+        return {tag: value for tag, value in scalars.items() if math.isfinite(value)}
+
 
 class Monitor:
     """Measures along an optimizer's own next step, and says by what factor each group's learning rate should change.
@@ -341,13 +348,8 @@ class Monitor:
         if self.path is not None:
             with self.path.open("a", encoding="utf-8") as file:
                 file.write(json.dumps(record.to_dict(), ensure_ascii=False) + "\n")
-        if self.writer is None:
-            return
-        scalars = {f"newton_summary/{key}": getattr(record, key) for key in ("predicted_decrease", "actual_decrease")}
-        for key in ("alone", "joint"):
-            scalars |= {f"newton_summary/{key}/{n}": v for n, v in zip(record.names, getattr(record, key), strict=True)}
-        for tag, value in scalars.items():
-            if math.isfinite(value):
+        if self.writer is not None:
+            for tag, value in record.scalars().items():
                 self.writer.add_scalar(tag, value, record.step)
 
 
