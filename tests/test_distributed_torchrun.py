@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import pickle
 import re
 import subprocess
 import sys
@@ -10,6 +11,10 @@ from pathlib import Path
 
 import pytest
 import torch
+from ranks import PATIENCE, Ranks
+from test_distributed import here, loss_fn, make_data, make_model
+
+import newton_summary as ns
 
 HERE = Path(__file__).parent
 EXAMPLE = HERE.parent / "examples" / "ddp.py"
@@ -58,6 +63,30 @@ def test_a_killed_rank_ends_the_run_which_then_resumes_to_the_same_result(tmp_pa
     assert "epoch 2:" not in resumed.stdout
     for p, q in zip(parameters(whole), parameters(stopped), strict=True):
         assert torch.equal(p, q)
+
+
+def measure_for_ever() -> None:
+    optimizer = ns.NewtonSummary(make_model(), loss_fn)
+    loss_fn(optimizer._loss.model, make_data(20)).backward()
+    while True:
+        optimizer.measure(make_data(20))
+
+
+@pytest.mark.slow
+def test_without_torchrun_the_others_stop_with_an_error() -> None:
+    ranks = Ranks(2)
+    try:
+        ranks.run(here)
+        for pipe in ranks.pipes:
+            pipe.send_bytes(pickle.dumps((measure_for_ever, (), {})))
+        assert not ranks.pipes[0].poll(2), "it stopped by itself"
+        ranks.processes[1].kill()
+        assert ranks.pipes[0].poll(PATIENCE), "it hangs"
+        worked, report = pickle.loads(ranks.pipes[0].recv_bytes())
+    finally:
+        ranks.close()
+    assert not worked
+    assert "process 0 of 2 could not average a measurement: another one is gone" in report
 
 
 @pytest.mark.slow

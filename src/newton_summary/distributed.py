@@ -57,6 +57,9 @@ class Processes:
 
         Args:
             summaries: as many in every process, of the same groups and orders.
+
+        Raises:
+            RuntimeError: another process is gone, or did not come within the group's timeout.
         """
         if self.count == 1:
             return list(summaries)
@@ -76,7 +79,13 @@ class Processes:
     def _weighted_means(self, vectors: Sequence[Tensor], weights: Sequence[float]) -> list[tuple[Tensor, Tensor]]:
         """For each vector its mean over the processes, and the sum of its weights."""
         rows = torch.stack([torch.cat([w * v, v.new_tensor([w])]) for v, w in zip(vectors, weights, strict=True)])
-        dist.all_reduce(rows, group=self._group)
+        try:
+            dist.all_reduce(rows, group=self._group)
+        except RuntimeError as error:
+            raise RuntimeError(
+                f"process {self.rank} of {self.count} could not average a measurement: another one is gone, which "
+                "torchrun's report names, or it did not measure: every process must take every step"
+            ) from error
         return [(row[:-1] / row[-1], row[-1]) for row in rows.unbind()]
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Processes:

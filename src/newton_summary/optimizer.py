@@ -110,9 +110,8 @@ class NewtonSummary(torch.optim.Optimizer):
     ) -> None:
         partition = default_partition(model) if partition is None else resolve_partition(partition, model)
         rule = AveragedRates(regularization, shrinkage, target, averaging, partition.precision)
-        processes = Processes(model, process_group)
-        data = None if curvature_data is None else BatchStream(curvature_data, seed, processes.rank, processes.count)
-        self._set_up(model, loss_fn, data, partition, direction, lr, steps, every, rule, engine, processes)
+        self._processes = Processes(model, process_group)
+        self._set_up(model, loss_fn, curvature_data, partition, direction, lr, steps, every, rule, engine, seed)
 
     @classmethod
     def paper(
@@ -158,16 +157,15 @@ class NewtonSummary(torch.optim.Optimizer):
         optimizer = cls.__new__(cls)
         chosen = directions.Momentum(momentum) if direction is None else direction
         rule = PaperRates(regularization, rate_momentum)
-        processes = Processes(model, process_group)
-        data = None if curvature_data is None else BatchStream(curvature_data, seed, processes.rank, processes.count)
-        optimizer._set_up(model, loss_fn, data, partition, chosen, lr, None, every, rule, engine, processes)
+        optimizer._processes = Processes(model, process_group)
+        optimizer._set_up(model, loss_fn, curvature_data, partition, chosen, lr, None, every, rule, engine, seed)
         return optimizer
 
     def _set_up(
         self,
         model: nn.Module,
         loss_fn: LossFunction,
-        stream: BatchStream | None,
+        curvature_data: Iterable[Any] | None,
         partition: Partition | str | None,
         direction: str | torch.optim.Optimizer | Direction,
         lr: float,
@@ -175,7 +173,7 @@ class NewtonSummary(torch.optim.Optimizer):
         every: int,
         rule: RateRule,
         engine: str | Engine,
-        processes: Processes,
+        seed: int,
     ) -> None:
         check_not_negative("lr", lr)
         check_count("every", every)
@@ -191,8 +189,8 @@ class NewtonSummary(torch.optim.Optimizer):
         self.status: Status | None = None
         self.counts = Counter({"measured": 0, "failed": 0, "halved": 0})
         self._loss = Loss(loss_fn, model)
-        self._stream = stream
-        self._processes = processes
+        among = self._processes
+        self._stream = None if curvature_data is None else BatchStream(curvature_data, seed, among.rank, among.count)
         self._taken = 0
         self._pending: dict[Tensor, Tensor] | None = None
         self._factors: list[float | Tensor] | None = None
@@ -267,8 +265,8 @@ class NewtonSummary(torch.optim.Optimizer):
         if all(p.grad is None for p in self.partition.parameters):
             raise RuntimeError("no gradients to take a direction from: call backward() before measure()")
         gradients = directions.Gradient().update(self.param_groups, self.state)
-        total = sum(float(unsharded(g.sum(dtype=torch.float64))) for g in gradients.values())
-        return self._measure(batch, self._current_direction() if math.isfinite(total) else gradients)
+        total = torch.stack([unsharded(g.sum(dtype=torch.float64)) for g in gradients.values()]).sum()
+        return self._measure(batch, self._current_direction() if math.isfinite(float(total)) else gradients)
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Clears the gradients, and the direction that was computed of them if no step was taken."""
