@@ -1,7 +1,7 @@
 """A transformer
 
-A small language model on real English text: the reference pages that come with Python. What do attention and feed-
-forward layers make of each other's steps, and does it train with nothing to tune?
+A small language model on real English text: the reference pages that come with Python. What do attention and
+feed-forward layers make of each other's steps, and does it train with nothing to tune?
 """
 
 # %%
