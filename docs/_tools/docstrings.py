@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 import re
+from pathlib import Path
 from typing import Any
 
 import griffe
 
+DOCS = Path(__file__).parents[1]
+
 _ROLE = re.compile(r":(?:class|func|meth|mod|attr):`(~?)([\w.]+)`")
 _METHOD = {1: "1-derivatives-according-to-a-partition", 2: "2-the-step", 3: "3-what-must-hold", 4: "4-the-experiments"}
-_PAGES = {"engine": "the-forward-engine"}
+_SOLVERS = {"cubic", "newton", "ridge", "line_search"}  # functions that have the names of their modules
+_TITLES = {path.stem: path.read_text(encoding="utf-8").partition("\n")[0] for path in DOCS.glob("*.md")}
+_PAGES = {stem: re.sub(r"[^\w\s-]", "", title).strip().lower().replace(" ", "-") for stem, title in _TITLES.items()}
 
 
 class Links(griffe.Extension):
@@ -40,4 +45,6 @@ def _link(tilde: str, target: str, obj: griffe.Object) -> str:
         owner = obj if obj.is_class or obj.is_module else obj.parent
         members = owner.members if owner is not None else {}
         target = f"{owner.path}.{target}" if target in members else f"{obj.module.path}.{target}"
+    if target.removeprefix("newton_summary.solve.") in _SOLVERS:
+        target += f".{shown}"
     return f"[`{shown}`][{target}]"

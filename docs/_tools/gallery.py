@@ -98,6 +98,20 @@ def page(path: Path) -> tuple[str, dict[str, bytes]]:
 # What mkdocs calls --------------------------------------------------------------------------------------------------
 
 
+def on_config(config: Any) -> Any:
+    """Gives every page in `docs/` and in `results/` a place in the navigation, also those that it does not name."""
+    places = {title: pages for item in config["nav"] for title, pages in item.items() if isinstance(pages, list)}
+    named = {page for pages in places.values() for item in pages for page in item.values()}
+    places["How it works"] += [{_title(p): p.name} for p in sorted((ROOT / "docs").glob("*.md")) if p.name not in named]
+    places["Figures"] += [{_title(p): f"results/{p.name}"} for p in sorted((ROOT / "results").glob("*.md"))]
+    return config
+
+
+def _title(path: Path) -> str:
+    """The first heading of a page."""
+    return path.read_text(encoding="utf-8").partition("# ")[2].partition("\n")[0]
+
+
 def on_files(files: Any, config: Any) -> Any:
     """Adds the pages that are made of files outside this folder."""
     from mkdocs.structure.files import File
