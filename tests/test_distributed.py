@@ -168,7 +168,7 @@ def measure_uneven(sizes):
 def test_parts_count_by_their_samples_in_one_all_reduce(two) -> None:
     (expected, rates, _), results = measure_uneven([70, 30]), two.run(measure_uneven, [70, 30])
     for summary, own_rates, sent in results:
-        assert sent == [4**2 + 2 * 4 + 2]
+        assert sent == [4**2 + 2 * 4 + 3]
         assert summary.pop("names") == expected["names"]
         for key in ("loss", "gradient", "hessian", "third", "weight"):
             torch.testing.assert_close(torch.tensor(summary[key]), torch.tensor(expected[key]), rtol=1e-12, atol=1e-14)
@@ -257,7 +257,7 @@ def each_alone(explicit: bool):
     groups = [dist.new_group([r]) for r in range(2)]
     optimizer = ns.NewtonSummary(make_model(), loss_fn, process_group=groups[rank] if explicit else None)
     batch = tuple(t[rank * 50 : rank * 50 + 50] for t in make_data(100))
-    loss_fn(optimizer._loss.model, batch).backward()
+    loss_fn(optimizer._loss.model, batch if explicit else make_data(100)).backward()
     return optimizer.measure(batch).loss.item(), loss_fn(optimizer._loss.model, batch).item()
 
 
@@ -407,6 +407,22 @@ def refuse_sync_batch_norm():
     model = nn.Sequential(nn.Linear(5, 3), nn.SyncBatchNorm(3))
     with pytest.raises(ValueError, match=r"module '1' is a SyncBatchNorm, .*: use a BatchNorm"):
         ns.NewtonSummary(model, loss_fn)
+
+
+def forget_to_average(what: str):
+    model, batch = make_model(), part(make_data(100))
+    loss_fn(model, batch).backward()
+    if what == "monitor":
+        measure = ns.Monitor(model, loss_fn, optimizer=torch.optim.SGD(model.parameters(), lr=0.1)).step
+    else:
+        measure = ns.NewtonSummary(model, loss_fn, direction=what).measure
+    with pytest.raises(RuntimeError, match="steps in another direction than the others: train through a Distrib"):
+        measure(batch)
+
+
+@pytest.mark.parametrize("what", ["gradient", "adam", "monitor"])
+def test_gradients_that_were_not_averaged_are_an_error(two, what) -> None:
+    two.run(forget_to_average, what)
 
 
 def refuse_anothers_group():

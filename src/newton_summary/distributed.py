@@ -13,6 +13,8 @@ from torch import Tensor, nn
 from newton_summary.partition import unwrap
 from newton_summary.summary import Summary
 
+_SAME = 1e-3  # directions whose marks are this close, relatively, differ by rounding
+
 
 class Processes:
     """The processes that train one model together, as ``torchrun`` starts them; in a plain script, this one alone.
@@ -49,23 +51,32 @@ class Processes:
         self.rank = dist.get_rank(group) if started else 0
         self.count = dist.get_world_size(group) if started else 1
 
-    def average(self, summaries: Sequence[Summary]) -> list[Summary]:
+    def average(self, summaries: Sequence[Summary], along: Sequence[Tensor]) -> list[Summary]:
         """The summaries over the samples of all processes, from those over the samples of each.
 
-        One all-reduce, of S² + 2S + 2 numbers for each summary: the loss, ḡ, H̄ and the diagonal of the third order,
-        weighted by the number of samples, and that number.  What is not finite anywhere is so everywhere afterwards.
+        One all-reduce, of S² + 2S + 3 numbers for each summary: the loss, ḡ, H̄ and the diagonal of the third order,
+        weighted by the number of samples, that number, and a mark of the direction, which must be the same in all.
+        What is not finite anywhere is so everywhere afterwards.
 
         Args:
             summaries: as many in every process, of the same groups and orders.
+            along: their direction.
 
         Raises:
-            RuntimeError: another process is gone, or did not come within the group's timeout.
+            RuntimeError: the processes have different directions; or another one is gone, or did not come within the
+                group's timeout.
         """
         if self.count == 1:
             return list(summaries)
-        rows = self._weighted_means([s.pack() for s in summaries], [s.weight for s in summaries])
+        mark = _mark(along)
+        rows = self._weighted_means([torch.cat([s.pack(), mark]) for s in summaries], [s.weight for s in summaries])
+        if any(bool((mean[-1] - mark).abs() > _SAME * mark) for mean, _ in rows):
+            raise RuntimeError(
+                f"process {self.rank} of {self.count} steps in another direction than the others: train through a "
+                "DistributedDataParallel module, which averages gradients, or pass a process_group of its own to each"
+            )
         return [
-            replace(summary.unpack(mean), weight=float(weight))
+            replace(summary.unpack(mean[:-1]), weight=float(weight))
             for summary, (mean, weight) in zip(summaries, rows, strict=True)
         ]
 
@@ -98,6 +109,13 @@ class Processes:
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self._join(None)
+
+
+def _mark(direction: Sequence[Tensor]) -> Tensor:
+    """A number that two directions hardly share, shape (1,): lengths, and sums, which see signs (as Adam's first)."""
+    lengths = torch.stack([length.double() for length in torch._foreach_norm(list(direction))])
+    sums = torch.stack([u.sum(dtype=torch.float64) for u in direction])
+    return (lengths + sums.abs()).sum().reshape(1)
 
 
 def _check_no_exchange(model: nn.Module) -> None:

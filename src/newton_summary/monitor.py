@@ -85,7 +85,7 @@ class Monitor:
 
     In a loop that you have, call :meth:`step` between ``backward()`` and ``optimizer.step()``; or call :meth:`attach`
     once and change nothing.  Training with a monitor is the same, bit for bit, as without: parameters, gradients,
-    buffers, the optimizer's state and all random states stay as they are.
+    buffers, the optimizer's state and all random states stay as they are (docs/monitor.md).
 
     Advice is made of the last ``window`` batches that were measured (:func:`~newton_summary.advice.advise`): each batch
     along the step of its own time, in units of the learning rates of now.  A batch that the gradient was
@@ -244,7 +244,7 @@ class Monitor:
         u = next_step(self.optimizer, self.partition.parameters)
         with preserved_randomness({device}), self._exactly(u) as (partition, along):
             own = [self.engine.measure(self._loss, batch, partition, along, 3, "diagonal") for batch in batches]
-        parts = [part.cpu() for part in self._processes.average(own)]
+            parts = [part.cpu() for part in self._processes.average(own, along)]
         self.summary = mean = Summary.mean(parts)
         self.counts["measured"] += 1
         if not mean.is_finite():

@@ -35,7 +35,7 @@ class NewtonSummary(torch.optim.Optimizer):
     """Steps θ ← θ − λ_1 η_s u for every group s, with rates η that come from exact second and third derivatives.
 
     Every ``every`` steps the loss is measured along the direction u on a batch of ``curvature_data``, and the rates are
-    solved for (:class:`~newton_summary.rates.AveragedRates` says how).  There is nothing to tune.  It is used in the
+    solved for (docs/method.md, section 2, and :class:`~newton_summary.rates.AveragedRates` say how).  There is nothing to tune.  It is used in the
     loop that you have: ``zero_grad()``, ``backward()``, ``step()``.
 
     With several processes each measures on its own samples, and all take the same step (docs/distributed.md).
@@ -349,7 +349,7 @@ class NewtonSummary(torch.optim.Optimizer):
         exactly = torch.autocast(self.partition.device.type, enabled=False)
         with exactly, gathered(self._loss.model, self.partition, own) as (partition, along):
             part = self.engine.measure(self._loss, batch, partition, along, 3, "diagonal")
-            self.summary = summary = self._processes.average([part])[0].cpu()
+            self.summary = summary = self._processes.average([part], along)[0].cpu()
             self.status = self.rule.update(summary)
             self.counts["measured"] += 1
             if self.status is not Status.SOLVED:
