@@ -24,7 +24,8 @@ def losses_along(
 ) -> Tensor:
     """The loss after each group alone has taken a multiple of its step, L(θ − η u_s): S · n forward passes.
 
-    Nothing of the user's changes; every evaluation meets the same random numbers.
+    It is what a summary's models are models of (docs/method.md, section 1).  Nothing of the user's changes; every
+    evaluation meets the same random numbers.
 
     Args:
         loss_fn: ``loss_fn(model, batch)`` gives a scalar.

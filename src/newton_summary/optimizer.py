@@ -35,8 +35,8 @@ class NewtonSummary(torch.optim.Optimizer):
     """Steps θ ← θ − λ_1 η_s u for every group s, with rates η that come from exact second and third derivatives.
 
     Every ``every`` steps the loss is measured along the direction u on a batch of ``curvature_data``, and the rates are
-    solved for (docs/method.md, section 2, and :class:`~newton_summary.rates.AveragedRates` say how).  There is nothing to tune.  It is used in the
-    loop that you have: ``zero_grad()``, ``backward()``, ``step()``.
+    solved for (docs/method.md, section 2, and :class:`~newton_summary.rates.AveragedRates` say how).  There is nothing
+    to tune.  It is used in the loop that you have: ``zero_grad()``, ``backward()``, ``step()``.
 
     With several processes each measures on its own samples, and all take the same step (docs/distributed.md).
 

@@ -26,7 +26,7 @@ _ROWS_SHOWN = 40
 
 
 class Partition:
-    """A split of a model's trainable parameters into S named groups.
+    """A split of a model's trainable parameters into S named groups (docs/method.md, section 1).
 
     Frozen parameters (``requires_grad=False``) are left out and tied parameters count once.  Groups keep the order in
     which they are given, tensors the order of ``model.named_parameters()``.

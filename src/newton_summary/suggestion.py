@@ -77,7 +77,7 @@ def suggest_rates(
        loss of the second half.  Short trainings favour small rates: of multiples whose losses are within 2 % of the
        lowest, the largest is taken.
 
-    The model, the optimizer and all random states stay as they are.
+    The model, the optimizer and all random states stay as they are (docs/monitor.md).
 
     Args:
         loss_fn: ``loss_fn(model, batch)`` gives a scalar, the mean over the batch.

@@ -21,8 +21,8 @@ class Summary:
     """Derivatives of φ(η) = L(θ + U I η) at η = 0, where I sorts the parameters into S groups and U scales them by u.
 
     Every entry is the sum, over parameters of the groups that it names, of a derivative of the loss times the
-    direction's entries there: in units of the loss.  Tensors are float64 and stay on the device where they were
-    measured.
+    direction's entries there: in units of the loss (docs/method.md, section 1).  Tensors are float64 and stay on the
+    device where they were measured.
 
     Args:
         loss: the loss L(θ), a scalar.

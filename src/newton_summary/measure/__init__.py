@@ -41,7 +41,7 @@ Direction: TypeAlias = Sequence[Tensor] | Mapping[str, Tensor] | torch.optim.Opt
 
 
 class Engine(Protocol):
-    """What computes the summary of one batch."""
+    """What computes the summary of one batch (docs/engine.md)."""
 
     def measure(
         self, loss: Loss, batch: Any, partition: Partition, direction: Sequence[Tensor], order: int, third: str

@@ -18,7 +18,10 @@ from newton_summary.summary import Summary
 
 
 class AutoEngine:
-    """The forward engine, and nested differentiation for what that refuses, with one warning for each model."""
+    """The forward engine, and nested differentiation for what that refuses, with one warning for each model.
+
+    Source: docs/engine.md.
+    """
 
     def __init__(self, forward: ForwardEngine | None = None) -> None:
         self.forward = ForwardEngine() if forward is None else forward

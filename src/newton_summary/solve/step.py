@@ -23,7 +23,7 @@ class Status(enum.Enum):
 
 @dataclass(frozen=True, eq=False)
 class Step:
-    """Step sizes for the S groups of a summary: the parameters move by −u_p η_s.
+    """Step sizes for the S groups of a summary: the parameters move by −u_p η_s (docs/method.md, section 2).
 
     Args:
         sizes: η, shape (S,), float64 on the host.  NaN where the solve failed.
