@@ -29,7 +29,8 @@ class Partition:
     """A split of a model's trainable parameters into S named groups (docs/method.md, section 1).
 
     Frozen parameters (``requires_grad=False``) are left out and tied parameters count once.  Groups keep the order in
-    which they are given, tensors the order of ``model.named_parameters()``.
+    which they are given, tensors the order of ``model.named_parameters()``.  Whatever takes a partition also takes the
+    name of a constructor that needs nothing but the model, such as ``"by_kind"``.
 
     Args:
         groups: the name of each group and what is in it: parameters, parameter names, or parts of parameters, given as
