@@ -13,8 +13,7 @@ DOCS = Path(__file__).parents[1]
 _ROLE = re.compile(r":(?:class|func|meth|mod|attr):`(~?)([\w.]+)`")
 _METHOD = {1: "1-derivatives-according-to-a-partition", 2: "2-the-step", 3: "3-what-must-hold", 4: "4-the-experiments"}
 _SOLVERS = {"cubic", "newton", "ridge", "line_search"}  # functions that have the names of their modules
-_TITLES = {path.stem: path.read_text(encoding="utf-8").partition("\n")[0] for path in DOCS.glob("*.md")}
-_PAGES = {stem: re.sub(r"[^\w\s-]", "", title).strip().lower().replace(" ", "-") for stem, title in _TITLES.items()}
+_PAGES = {path.stem for path in DOCS.glob("*.md")}  # whose titles have anchors: on_page_markdown in gallery.py
 
 
 class Links(griffe.Extension):
@@ -34,9 +33,7 @@ def rewritten(text: str, obj: griffe.Object) -> str:
     text = re.sub(
         r"`{0,2}docs/method\.md`{0,2}, section (\d)", lambda m: f"[method, section {m[1]}][{_METHOD[int(m[1])]}]", text
     )
-    return re.sub(
-        r"`{0,2}docs/(\w+)\.md`{0,2}", lambda m: f"[{m[1]}][{_PAGES[m[1]]}]" if m[1] in _PAGES else m[0], text
-    )
+    return re.sub(r"`{0,2}docs/(\w+)\.md`{0,2}", lambda m: f"[{m[1]}][page-{m[1]}]" if m[1] in _PAGES else m[0], text)
 
 
 def _link(tilde: str, target: str, obj: griffe.Object) -> str:
