@@ -1,0 +1,125 @@
+"""Lightning: a callback that watches training through a monitor, or tells what the optimizer measures."""
+
+from __future__ import annotations
+
+import importlib
+import sys
+from collections.abc import Iterable
+from typing import TYPE_CHECKING, Any
+
+from newton_summary.integrations.news import Measured, News, Source
+from newton_summary.measure import LossFunction
+from newton_summary.monitor import Monitor
+from newton_summary.optimizer import NewtonSummary
+from newton_summary.sampling import BatchStream
+
+
+def _callback_class() -> Any:
+    """The base class of the Lightning that is in use: ``lightning`` and ``pytorch_lightning`` each have their own."""
+    names = ("lightning.pytorch", "pytorch_lightning")
+    for name in sorted(names, key=lambda name: name not in sys.modules):
+        try:
+            return importlib.import_module(name).Callback
+        except ImportError:
+            continue
+    raise ImportError("this needs Lightning: pip install 'newton-summary[lightning]'")
+
+
+if TYPE_CHECKING:
+    Callback = object
+else:
+    Callback = _callback_class()
+
+
+class MonitorCallback(Callback):
+    """Logs, to the trainer's loggers, how every group's learning rate should change.
+
+    It puts a :class:`~newton_summary.Monitor` beside the module's optimizer and measures before the step of every
+    ``every``-th batch, on gradients before they are clipped.  Where the optimizer is a
+    :class:`~newton_summary.NewtonSummary`, which measures by itself, it logs that optimizer's rates instead.
+
+    Args:
+        loss_fn: ``loss_fn(module, batch)`` gives a scalar.  It must not log: it is called while measuring.  Not needed
+            with ``NewtonSummary``.
+        data: batches to measure on, read by an independent sampler
+            (:class:`~newton_summary.sampling.BatchStream`).  Default: the batch that is trained on.
+        every: the number of steps between measurements.
+        repeats: how many batches of ``data`` a measurement takes.
+        seed: fixes the sampler.
+        images: whether loggers with TensorBoard's ``add_image`` get H̄ as an image.
+        optimizer: the number of the optimizer, where the module has several.
+        options: for the :class:`~newton_summary.Monitor`.
+
+    Attributes:
+        monitor: from the start of training, unless the optimizer measures by itself.
+    """
+
+    def __init__(
+        self,
+        loss_fn: LossFunction | None = None,
+        *,
+        data: Iterable[Any] | None = None,
+        every: int = 100,
+        repeats: int = 1,
+        seed: int = 0,
+        images: bool = True,
+        optimizer: int = 0,
+        **options: Any,
+    ) -> None:
+        super().__init__()
+        self.loss_fn, self.every, self.repeats, self.images = loss_fn, every, repeats, images
+        self.options, self.number = options, optimizer
+        self.monitor: Monitor | None = None
+        self._stream = None if data is None else BatchStream(data, seed)
+        self._news: News | None = None
+        self._batch: Any = None
+        self._steps = 0
+
+    def on_train_start(self, trainer: Any, pl_module: Any) -> None:
+        """Puts the monitor beside the optimizer."""
+        optimizer = trainer.optimizers[self.number]
+        source: Source
+        if isinstance(optimizer, NewtonSummary):
+            source = optimizer
+        elif self.loss_fn is None:
+            raise ValueError("to watch an optimizer, MonitorCallback needs loss_fn(module, batch)")
+        else:
+            source = self.monitor = Monitor(
+                pl_module, self.loss_fn, optimizer=optimizer, every=self.every, **self.options
+            )
+        self._news, self._steps = News(source), 0
+
+    def on_train_batch_start(self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int) -> None:
+        """Keeps the batch at hand."""
+        self._batch = batch
+
+    def on_before_optimizer_step(self, trainer: Any, pl_module: Any, optimizer: Any) -> None:
+        """Measures, where it is time to."""
+        monitor = self.monitor
+        if monitor is None or optimizer is not monitor.optimizer:
+            return
+        if self._steps % self.every == 0:
+            device = monitor.partition.device
+            stream = self._stream
+            monitor.measure([self._batch] if stream is None else [stream.next(device) for _ in range(self.repeats)])
+        self._steps += 1
+
+    def on_train_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
+        """Logs what is new."""
+        self._batch = None
+        measured = self._news.latest() if self._news is not None else None
+        if measured is not None:
+            for logger in trainer.loggers:
+                self._log(logger, measured, trainer.global_step)
+
+    def on_train_end(self, trainer: Any, pl_module: Any) -> None:
+        """Takes the monitor away; its advice and records stay."""
+        if self.monitor is not None:
+            self.monitor.close()
+
+    def _log(self, logger: Any, measured: Measured, step: int) -> None:
+        logger.log_metrics(measured.scalars, step=step)
+        if self.images and measured.summary.is_finite() and hasattr(logger.experiment, "add_image"):
+            from newton_summary.integrations.tensorboard import draw
+
+            draw(logger.experiment, measured.summary, step)

@@ -1,0 +1,100 @@
+"""TensorBoard: scalars for each group, and H̄ as an image, of what a monitor or the optimizer measures."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from torch.utils.hooks import RemovableHandle
+
+try:
+    from torch.utils.tensorboard import SummaryWriter
+except ImportError as error:  # pragma: no cover - a test runs it in a process of its own
+    raise ImportError("this needs tensorboard: pip install 'newton-summary[tensorboard]'") from error
+
+from newton_summary.integrations.news import Measured, News, Source
+from newton_summary.summary import Summary
+
+
+class TensorBoard:
+    """Logs every measurement of a monitor or of a :class:`~newton_summary.NewtonSummary` optimizer, after its step.
+
+    Args:
+        writer: a ``SummaryWriter``, or the folder of a new one.
+        images: whether to draw H̄ and its correlations at every measurement, which takes about a third of a second.
+
+    Example:
+        >>> import torch, newton_summary as ns
+        >>> model = torch.nn.Linear(4, 1)
+        >>> def loss_fn(model, batch):
+        ...     return (model(batch[0]) - batch[1]).square().mean()
+        >>> optimizer = torch.optim.Adam(model.parameters())
+        >>> monitor = ns.Monitor(model, loss_fn, optimizer=optimizer, every=10)
+        >>> with TensorBoard("logs") as board:
+        ...     _ = board.attach(monitor)
+        ...     for _ in range(20):
+        ...         batch = torch.randn(8, 4), torch.randn(8, 1)
+        ...         optimizer.zero_grad()
+        ...         loss_fn(model, batch).backward()
+        ...         _ = monitor.step(batch)
+        ...         optimizer.step()
+    """
+
+    def __init__(self, writer: SummaryWriter | str | Path, *, images: bool = True) -> None:
+        self._own = isinstance(writer, str | Path)
+        self.writer: Any = SummaryWriter(str(writer)) if isinstance(writer, str | Path) else writer
+        self.images = images
+        self._hooks: list[RemovableHandle] = []
+
+    def attach(self, source: Source) -> TensorBoard:
+        """From now on, logs by itself what the source measures, after each step of the optimizer that it watches."""
+        news = News(source)
+
+        def after_step(*_: Any) -> None:
+            measured = news.latest()
+            if measured is not None:
+                self.log(measured)
+
+        self._hooks.append(news.optimizer.register_step_post_hook(after_step))
+        return self
+
+    def log(self, measured: Measured) -> None:
+        """Logs a measurement."""
+        for tag, value in measured.scalars.items():
+            self.writer.add_scalar(tag, value, measured.step)
+        if self.images and measured.summary.is_finite():
+            draw(self.writer, measured.summary, measured.step)
+
+    def close(self) -> None:
+        """Takes its hooks off, and closes a writer that it opened."""
+        for hook in self._hooks:
+            hook.remove()
+        self._hooks.clear()
+        if self._own:
+            self.writer.close()
+
+    def __enter__(self) -> TensorBoard:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+
+def draw(writer: Any, summary: Summary, step: int) -> None:
+    """Adds two images to a ``SummaryWriter``: H̄, and H̄ as correlations.  Needs the extra ``plots``."""
+    from newton_summary import plots
+
+    for tag, picture in (("hessian", plots.heatmap), ("correlations", plots.correlations)):
+        image = _pixels(picture(summary).figure)
+        writer.add_image(f"newton_summary/{tag}", image, step, dataformats="HWC")
+
+
+def _pixels(figure: Any) -> NDArray[np.uint8]:
+    """A matplotlib figure as an image, shape (height, width, 3); without pyplot and its global state."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+
+    canvas: Any = FigureCanvasAgg(figure)
+    canvas.draw()
+    return np.asarray(canvas.buffer_rgba(), dtype=np.uint8)[..., :3].copy()

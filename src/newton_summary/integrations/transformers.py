@@ -1,0 +1,116 @@
+"""Transformers: a callback that watches training through a monitor, or tells what the optimizer measures."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from typing import TYPE_CHECKING, Any
+
+from torch import Tensor
+
+from newton_summary.integrations.news import News, Source
+from newton_summary.measure import LossFunction
+from newton_summary.monitor import Monitor
+from newton_summary.optimizer import NewtonSummary
+from newton_summary.sampling import BatchStream
+
+if TYPE_CHECKING:
+    TrainerCallback = object
+else:
+    try:
+        from transformers import TrainerCallback
+    except ImportError as error:  # pragma: no cover - a test runs it in a process of its own
+        raise ImportError("this needs transformers: pip install 'newton-summary[transformers]'") from error
+
+
+def own_loss(model: Any, batch: Any) -> Tensor:
+    """The loss that a model of transformers computes by itself, from a batch with labels.
+
+    Models made with ``attn_implementation="eager"``, on batches with an ``attention_mask``, are measured by the forward
+    engine; other attention looks into its masks while it runs and leaves nested differentiation, which is slower.
+    """
+    loss: Tensor = model(**batch).loss
+    return loss
+
+
+class MonitorCallback(TrainerCallback):
+    """Logs how every group's learning rate should change.
+
+    It puts a :class:`~newton_summary.Monitor` beside the trainer's optimizer and measures before every ``every``-th
+    step, on gradients as the optimizer will use them.  Where the optimizer is a
+    :class:`~newton_summary.NewtonSummary`, which measures by itself, it logs that optimizer's rates instead.
+
+    Args:
+        loss_fn: ``loss_fn(model, batch)`` gives a scalar.  Default: :func:`own_loss`.
+        data: batches to measure on, read by an independent sampler
+            (:class:`~newton_summary.sampling.BatchStream`).  Default: the trainer's training data.
+        every: the number of steps between measurements.
+        repeats: how many batches a measurement takes.
+        seed: fixes the sampler.
+        log: takes a dictionary of numbers.  ``trainer.log`` sends them wherever the trainer reports to.  Default: they
+            are added to the trainer's ``state.log_history`` alone.
+        options: for the :class:`~newton_summary.Monitor`.
+
+    Attributes:
+        monitor: from the start of training, unless the optimizer measures by itself.
+    """
+
+    def __init__(
+        self,
+        loss_fn: LossFunction = own_loss,
+        *,
+        data: Iterable[Any] | None = None,
+        every: int = 100,
+        repeats: int = 1,
+        seed: int = 0,
+        log: Callable[[dict[str, float]], Any] | None = None,
+        **options: Any,
+    ) -> None:
+        super().__init__()
+        self.loss_fn, self.data, self.every, self.repeats, self.seed = loss_fn, data, every, repeats, seed
+        self.log, self.options = log, options
+        self.monitor: Monitor | None = None
+        self._stream: BatchStream | None = None
+        self._news: News | None = None
+        self._steps = 0
+
+    def on_train_begin(
+        self, args: Any, state: Any, control: Any, model: Any, optimizer: Any, train_dataloader: Any, **_: Any
+    ) -> None:
+        """Puts the monitor beside the optimizer."""
+        optimizer = getattr(optimizer, "optimizer", optimizer)  # within accelerate's wrapper
+        source: Source
+        if isinstance(optimizer, NewtonSummary):
+            source = optimizer
+        else:
+            self._stream = BatchStream(train_dataloader if self.data is None else self.data, self.seed)
+            source = self.monitor = Monitor(model, self.loss_fn, optimizer=optimizer, every=self.every, **self.options)
+        self._news, self._steps = News(source), 0
+
+    def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        """Measures, where it is time to."""
+        if self.monitor is None or self._stream is None:
+            return
+        if self._steps % self.every == 0:
+            device = self.monitor.partition.device
+            self.monitor.measure([_plain(self._stream.next(device)) for _ in range(self.repeats)])
+        self._steps += 1
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        """Logs what is new."""
+        measured = self._news.latest() if self._news is not None else None
+        if measured is None or not state.is_world_process_zero:
+            return
+        if self.log is not None:
+            self.log(measured.scalars)
+        else:
+            state.log_history.append({**measured.scalars, "epoch": state.epoch, "step": state.global_step})
+
+    def on_train_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        """Takes the monitor away; its advice and records stay."""
+        if self.monitor is not None:
+            self.monitor.close()
+
+
+def _plain(batch: Any) -> Any:
+    """A tokenizer's own kind of mapping as a dictionary, whose tensors can be found."""
+    return dict(batch) if isinstance(batch, Mapping) else batch
