@@ -71,6 +71,6 @@ def _serve(rank: int, count: int, where: str, pipe) -> None:
             return
         try:
             answer = True, function(*arguments, **options)
-        except Exception:
+        except BaseException:  # what pytest raises is no Exception
             answer = False, traceback.format_exc()
         pipe.send_bytes(pickle.dumps(answer))

@@ -112,10 +112,12 @@ class Processes:
 
 
 def _mark(direction: Sequence[Tensor]) -> Tensor:
-    """A number that two directions hardly share, shape (1,): lengths, and sums, which see signs (as Adam's first)."""
-    lengths = torch.stack([length.double() for length in torch._foreach_norm(list(direction))])
-    sums = torch.stack([u.sum(dtype=torch.float64) for u in direction])
-    return (lengths + sums.abs()).sum().reshape(1)
+    """A number that two directions hardly share, shape (1,): their lengths, and sums that see every sign and place."""
+    marks = []
+    for u in direction:
+        waves = torch.arange(u.numel(), dtype=torch.float32, device=u.device).cos_()
+        marks.append((u.float().norm() + (u.float().flatten() @ waves).abs()).double())
+    return torch.stack(marks).sum().reshape(1)
 
 
 def _check_no_exchange(model: nn.Module) -> None:
