@@ -132,7 +132,8 @@ def on_files(files: Any, config: Any) -> Any:
 
 def on_page_markdown(markdown: str, *, page: Any, **_: Any) -> str:
     """Links as they are on the site, where the front page lies beside the others; an anchor for each page's title."""
-    markdown = re.sub(r"\A# (.+)", rf"# \1 {{#page-{Path(page.file.src_uri).stem}}}", markdown)
+    name = page.file.src_uri.removesuffix(".md").replace("/", "-")
+    markdown = re.sub(r"\A# (.+)", rf"# \1 {{#page-{name}}}", markdown)
     markdown = re.sub(r"\]\((?:\.\./)?(results/)", r"](\1", markdown)
     if page.file.src_uri in ("index.md", "changelog.md", "contributing.md"):
         markdown = markdown.replace("](docs/", "](")
