@@ -261,9 +261,18 @@ def each_alone(explicit: bool):
     return optimizer.measure(batch).loss.item(), loss_fn(optimizer._loss.model, batch).item()
 
 
+def of_wrapper(compiled: bool) -> int:
+    """How many measure together with a wrapper that has a group of its own."""
+    rank, _ = here()
+    parallel = DistributedDataParallel(make_model(), process_group=[dist.new_group([r]) for r in range(2)][rank])
+    return Processes(torch.compile(parallel, backend="eager") if compiled else parallel).count
+
+
 def test_a_process_group_says_who_measures_together(two) -> None:
     for measured, own in two.run(each_alone, True):
         assert measured == pytest.approx(own, rel=1e-12)
+    for compiled in (False, True):
+        assert two.run(of_wrapper, compiled) == [1, 1]
     results = two.run(each_alone, False)
     assert results[0][0] == results[1][0] == pytest.approx((results[0][1] + results[1][1]) / 2, rel=1e-12)
 

@@ -37,8 +37,9 @@ class Processes:
     """
 
     def __init__(self, model: nn.Module, group: Any = None) -> None:
-        if group is None and isinstance(model, nn.parallel.DistributedDataParallel):
-            group = model.process_group
+        wrapper = getattr(model, "_orig_mod", model)  # inside what torch.compile made
+        if group is None and isinstance(wrapper, nn.parallel.DistributedDataParallel):
+            group = wrapper.process_group
         self._join(group)
         if self.rank < 0:
             raise ValueError("this process is not in process_group: pass the group that it trains with")
@@ -52,7 +53,7 @@ class Processes:
         self.count = dist.get_world_size(group) if started else 1
 
     def average(self, summaries: Sequence[Summary], along: Sequence[Tensor]) -> list[Summary]:
-        """The summaries over the samples of all processes, from those over the samples of each.
+        """The summaries over the samples of all processes, on the host, from those over the samples of each.
 
         One all-reduce, of S² + 2S + 3 numbers for each summary: the loss, ḡ, H̄ and the diagonal of the third order,
         weighted by the number of samples, that number, and a mark of the direction, which must be the same in all.
@@ -67,10 +68,11 @@ class Processes:
                 group's timeout.
         """
         if self.count == 1:
-            return list(summaries)
+            return [summary.cpu() for summary in summaries]
         mark = _mark(along)
         rows = self._weighted_means([torch.cat([s.pack(), mark]) for s in summaries], [s.weight for s in summaries])
-        if any(bool((mean[-1] - mark).abs() > _SAME * mark) for mean, _ in rows):
+        own = float(mark)
+        if any(abs(float(mean[-1]) - own) > _SAME * own for mean, _ in rows):
             raise RuntimeError(
                 f"process {self.rank} of {self.count} steps in another direction than the others: train through a "
                 "DistributedDataParallel module, which averages gradients, or pass a process_group of its own to each"
@@ -88,7 +90,7 @@ class Processes:
         return [float(mean) for mean, _ in self._weighted_means(numbers, weights)]
 
     def _weighted_means(self, vectors: Sequence[Tensor], weights: Sequence[float]) -> list[tuple[Tensor, Tensor]]:
-        """For each vector its mean over the processes, and the sum of its weights."""
+        """For each vector its mean over the processes, and the sum of its weights, on the host."""
         rows = torch.stack([torch.cat([w * v, v.new_tensor([w])]) for v, w in zip(vectors, weights, strict=True)])
         try:
             dist.all_reduce(rows, group=self._group)
@@ -97,7 +99,7 @@ class Processes:
                 f"process {self.rank} of {self.count} could not average a measurement: another one is gone, which "
                 "torchrun's report names, or it did not measure: every process must take every step"
             ) from error
-        return [(row[:-1] / row[-1], row[-1]) for row in rows.unbind()]
+        return [(row[:-1] / row[-1], row[-1]) for row in rows.cpu().unbind()]
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Processes:
         """The same: process groups cannot be copied."""

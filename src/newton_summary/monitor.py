@@ -244,7 +244,7 @@ class Monitor:
         u = next_step(self.optimizer, self.partition.parameters)
         with preserved_randomness({device}), self._exactly(u) as (partition, along):
             own = [self.engine.measure(self._loss, batch, partition, along, 3, "diagonal") for batch in batches]
-            parts = [part.cpu() for part in self._processes.average(own, along)]
+            parts = self._processes.average(own, along)
         self.summary = mean = Summary.mean(parts)
         self.counts["measured"] += 1
         if not mean.is_finite():

@@ -349,7 +349,7 @@ class NewtonSummary(torch.optim.Optimizer):
         exactly = torch.autocast(self.partition.device.type, enabled=False)
         with exactly, gathered(self._loss.model, self.partition, own) as (partition, along):
             part = self.engine.measure(self._loss, batch, partition, along, 3, "diagonal")
-            self.summary = summary = self._processes.average([part], along)[0].cpu()
+            self.summary = summary = self._processes.average([part], along)[0]
             self.status = self.rule.update(summary)
             self.counts["measured"] += 1
             if self.status is not Status.SOLVED:
