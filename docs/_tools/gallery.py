@@ -103,7 +103,7 @@ def on_config(config: Any) -> Any:
     places = {title: pages for item in config["nav"] for title, pages in item.items() if isinstance(pages, list)}
     named = {page for pages in places.values() for item in pages for page in item.values()}
     places["How it works"] += [{_title(p): p.name} for p in sorted((ROOT / "docs").glob("*.md")) if p.name not in named]
-    places["Figures"] += [{_title(p): f"results/{p.name}"} for p in sorted((ROOT / "results").glob("*.md"))]
+    places["Figures"] += [{_title(ROOT / name): name} for name in _results() if name.endswith(".md")]
     return config
 
 
@@ -119,8 +119,7 @@ def on_files(files: Any, config: Any) -> Any:
     made: dict[str, str | bytes] = {"index.md": (ROOT / "README.md").read_text(encoding="utf-8")}
     made["changelog.md"] = (ROOT / "CHANGELOG.md").read_text(encoding="utf-8")
     made["contributing.md"] = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")
-    for path in sorted((ROOT / "results").glob("*.md")):
-        made[f"results/{path.name}"] = path.read_text(encoding="utf-8")
+    made |= {name: (ROOT / name).read_bytes() for name in _results()}
     for name in _gallery(config["nav"]):
         text, pictures = page(EXAMPLES / f"{Path(name).stem}.py")
         made[name] = text
@@ -140,6 +139,12 @@ def on_page_markdown(markdown: str, *, page: Any, **_: Any) -> str:
         for name in ("CHANGELOG", "CONTRIBUTING"):
             markdown = markdown.replace(f"]({name}.md", f"]({name.lower()}.md")
     return markdown
+
+
+def _results() -> list[str]:
+    """Pages of figures and their pictures."""
+    found = sorted((ROOT / "results").rglob("*"))
+    return [path.relative_to(ROOT).as_posix() for path in found if path.suffix in (".md", ".png", ".svg")]
 
 
 def _gallery(nav: Any) -> list[str]:
