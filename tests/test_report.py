@@ -166,6 +166,8 @@ def test_a_page_about_four_runs_of_a_hundred_groups_is_small_enough():
     assert [slider["max"] for slider in sliders] == ["1"] * 4  # the first moment and the last
     assert len(moments.thinned(runs[0].snapshots, 100, 1)) == 8
     assert moments.thinned(runs[0].snapshots, 10, 4) == runs[0].snapshots
+    assert moments.thinned(runs[0].snapshots, 100, 8) == runs[0].snapshots[-1:]
+    assert moments.thinned(runs[0].snapshots[:1], 2, 1) == runs[0].snapshots[:1]
 
 
 def test_runs_that_stopped_failed_or_have_no_interactions_are_told_apart(folder, tmp_path):

@@ -61,6 +61,7 @@ def _train(options: argparse.Namespace) -> int:
     _tell_failures([run])
     drawn = [figures.draw_curves([run], folder), figures.draw_rates([run], folder)]
     _tell_paths([folder / files.METRICS, folder / files.CHECKPOINT, *(path for path in drawn if path)])
+    _tell_report(folder)
     if run.diverged:
         print(f"newton-summary: the run diverged at step {last.step}: try a smaller --lr", file=sys.stderr)
     return int(run.diverged)
@@ -93,6 +94,7 @@ def _compare(options: argparse.Namespace) -> int:
     print(f"\n{table(runs)}\n")
     _tell_failures(runs)
     _tell_paths(paths)
+    _tell_report(folder)
     return 0
 
 
@@ -203,6 +205,10 @@ def _tell_paths(paths: Sequence[Path]) -> None:
     print("wrote")
     for path in paths:
         print(f"  {path}")
+
+
+def _tell_report(folder: Path) -> None:
+    print(f"for a web page about it: newton-summary report {folder}")
 
 
 def _positive(text: str) -> int:

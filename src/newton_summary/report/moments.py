@@ -18,8 +18,7 @@ _MOST_ADVISED = 40
 _MOST_CELLS = 80_000
 _STRONG = 81  # percent: from here on light text on a dark cell reads better, or dark on light in dark mode
 _SCALE = (
-    '<div class="scale"><span>−1: help</span><span class="bar" aria-hidden="true"></span>'
-    "<span>+1: against</span></div>"
+    '<div class="scale"><span>−1: help</span><span class="bar" aria-hidden="true"></span><span>+1: against</span></div>'
 )
 
 
@@ -43,11 +42,10 @@ def slider(run: Record, key: str, runs: int) -> str:
 
 
 def thinned(snapshots: Sequence[Snapshot], groups: int, runs: int) -> list[Snapshot]:
-    """As many snapshots as fit into a page of a reasonable size, evenly, the first and the last among them."""
-    count = max(2, min(len(snapshots), _MOST_CELLS // max(groups**2 * runs, 1)))
-    if count >= len(snapshots):
-        return list(snapshots)
-    return [snapshots[round(i * (len(snapshots) - 1) / (count - 1))] for i in range(count)]
+    """As many snapshots as fit into a page of a reasonable size, evenly, the last always among them."""
+    count = max(1, min(len(snapshots), _MOST_CELLS // max(groups**2 * runs, 1)))
+    places = [round(i * (len(snapshots) - 1) / (count - 1)) for i in range(count)] if count > 1 else [-1]
+    return [snapshots[place] for place in places]
 
 
 def when(run: Record, snapshot: Snapshot) -> str:
@@ -91,11 +89,11 @@ def heatmap(summary: Summary) -> str:
 
 
 def _cell(value: float, numbered: bool) -> str:
+    """A coloured cell, with its number in it or shown by the pointer."""
     share = min(round(100 * abs(value)), 100)
-    kind = "".join(letter for letter, applies in (("n", value < 0), ("s", share > _STRONG)) if applies)
-    kinds = f' class="{" ".join(kind)}"' if kind else ""
-    shown = signed(value).removeprefix("+") if numbered else ""
-    return f'<td{kinds} style="--v:{share}%">{shown}</td>'
+    kind = ("n" if value < 0 else "") + ("s" if share > _STRONG else "")
+    start, shown = f"<td{f' class={kind}' if kind else ''} style=--v:{share}%", signed(value).removeprefix("+")
+    return f"{start}>{shown}</td>" if numbered else f"{start} title={shown}></td>"
 
 
 def _strongest(summary: Summary) -> str:

@@ -180,7 +180,8 @@ def _interactions(runs: Sequence[Record]) -> str:
         "<p>At chosen epochs the loss was measured along the very step that the optimizer took (and along the gradient "
         "for groups that it left where they were). <strong>Red</strong> cells are pairs of groups that pull against "
         "each other: a step of one makes the best step of the other shorter. <strong>Blue</strong> cells are pairs "
-        "that help each other. Along the diagonal −1 is a group whose own curvature is negative.</p>"
+        "that help each other. Along the diagonal −1 is a group whose own curvature is negative; beyond ±1 some joint "
+        "step of two groups curves downwards.</p>"
         "<p>The advice has factors on the step of each group, and 1 leaves it as it is: <em>alone</em> is best while "
         "all others keep still, <em>jointly</em> counts the interactions. It is about one step, so compare groups with "
         "each other before you take the size of a factor at its word.</p>" + "".join(parts)
