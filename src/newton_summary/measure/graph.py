@@ -64,6 +64,9 @@ class Graph:
         result: the slot of the loss.
         slots: how many values there are.
         draws: whether it draws random numbers.
+        plan: what each operation does to tangents, once that is known.
+        coarse: whether some values are of half precision.
+        kinked: whether some operation has a slope that jumps.
     """
 
     instructions: list[Instruction]
@@ -74,6 +77,7 @@ class Graph:
     draws: bool = False
     plan: list[Any] | None = None
     coarse: bool = False
+    kinked: bool = False
 
     def run(self, inputs: Sequence[Tensor], instead: Mapping[Any, Callable[..., Any]] | None = None) -> list[Any]:
         """Every value, by slot.  Differentiable with respect to the inputs.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import warnings
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -11,10 +12,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from newton_summary.measure.arena import arena
 from newton_summary.measure.graph import Graph, Instruction, Ref, Refusal, first_line
 from newton_summary.measure.inputs import Inputs
 from newton_summary.measure.lowering import CONSTANT
-from newton_summary.measure.rules import Call, Groups, Jet, Place, Rule, Sums, rule_for
+from newton_summary.measure.rules import KINKED, Call, Groups, Jet, Place, Rule, Sums, rule_for
 from newton_summary.measure.rules.jets import rows_of
 from newton_summary.partition import Partition
 from newton_summary.summary import Summary
@@ -116,6 +118,7 @@ def _plan(graph: Graph, values: Sequence[Any]) -> list[_Step | None]:
         for instruction in reversed(graph.instructions):
             if instruction.out in reached and instruction.op is not CONSTANT:
                 reached.update(instruction.reads)
+        graph.kinked = any(i.op in KINKED and i.out in reached for i in graph.instructions)
         bent: set[int] = set()
         plan: list[_Step | None] = []
         for instruction in graph.instructions:
@@ -159,7 +162,7 @@ def sweep(tape: Tape, request: Request, weight: float) -> Summary:
     size, device = len(request.partition), request.partition.device
     sums = Sums(size, device, request.diagonal, request.full)
     calls: list[_Curved] | None = [] if request.full else None
-    with torch.no_grad():
+    with torch.no_grad(), arena():
         tape.final = final = _push(tape, request, sums, calls)
     if calls:
         _pull(calls, tuple(range(size)), sums)
@@ -187,21 +190,28 @@ def _push(tape: Tape, request: Request, sums: Sums, calls: list[_Curved] | None)
     """
     graph, values, adjoints = tape.graph, tape.values, tape.adjoints
     jets: list[Any] = [None] * graph.slots
+    holders = _Holders()
     for slot, jet in zip(graph.inputs, request.jets(), strict=False):
         jets[slot] = jet
+        holders.add(jet, 2)
     for instruction, step in zip(graph.instructions, tape.steps, strict=True):
         if step is not None:
             found = {place: jets[slot] for place, slot in step.places if jets[slot] is not None}
             if found:
                 args = instruction.arguments(values)
                 out = values[instruction.out]
-                call = Call(instruction.op, args, instruction.kwargs, out, found, request.diagonal, step.bent)
+                spare = holders.spare(step.places, jets, instruction.last_use) if calls is None else frozenset()
+                call = Call(instruction.op, args, instruction.kwargs, out, found, request.diagonal, step.bent, spare)
                 adjoint = adjoints.pop(instruction.out, None) if request.order > 1 else None
-                with _refusing(call, step.rule):
+                try:
                     jets[instruction.out] = step.rule.push(call, adjoint, sums)
+                except (RuntimeError, NotImplementedError) as error:
+                    raise _refusal(call, step.rule, error) from error
+                holders.add(jets[instruction.out], 2 if step.rule.kind == "general" else 1)
                 if calls is not None and step.curved:
                     calls.append(_Curved(call, step.rule, adjoint))
         for slot in instruction.last_use:
+            holders.add(jets[slot], -1)
             jets[slot] = values[slot] = None
     result: Jet | None = jets[graph.result]
     return result
@@ -213,7 +223,45 @@ def _refusing(call: Call, rule: Rule) -> Iterator[None]:
     try:
         yield
     except (RuntimeError, NotImplementedError) as error:
-        raise Refusal(f"{call.op} ({rule.kind}): {first_line(error)}") from error
+        raise _refusal(call, rule, error) from error
+
+
+def _refusal(call: Call, rule: Rule, error: Exception) -> Refusal:
+    return Refusal(f"{call.op} ({rule.kind}): {first_line(error)}")
+
+
+class _Holders:
+    """How many jets look at each piece of memory, so that rules may overwrite what nobody else will read.
+
+    What counts twice is never overwritten: a direction, which is the user's, and what the general rule gives, which
+    may be a value of the graph.
+    """
+
+    def __init__(self) -> None:
+        self._counts: Counter[int] = Counter()
+
+    def add(self, jets: Any, count: int) -> None:
+        """Counts the jets of a value: one, several, or none."""
+        for jet in (jets,) if isinstance(jets, Jet) else jets or ():
+            if jet is not None:
+                self._counts[_memory(jet)] += count
+
+    def spare(
+        self, places: Sequence[tuple[Place, int]], jets: Sequence[Any], last_use: Sequence[int]
+    ) -> frozenset[Place]:
+        """The places of jets with memory of their own that are used for the last time."""
+        return frozenset(
+            place
+            for place, slot in places
+            if slot in last_use
+            and isinstance(jets[slot], Jet)
+            and self._counts[_memory(jets[slot])] == 1
+            and sum(slot == other for _, other in places) == 1
+        )
+
+
+def _memory(jet: Jet) -> int:
+    return jet.rows.untyped_storage().data_ptr()
 
 
 # All of the third order -----------------------------------------------------------------------------------------------

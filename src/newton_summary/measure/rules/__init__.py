@@ -19,6 +19,7 @@ from newton_summary.measure.rules.linear import Concatenation, Linear, Selection
 from newton_summary.measure.rules.normal import Softmax, Standardisation
 
 __all__ = [
+    "KINKED",
     "Bilinear",
     "Call",
     "Elementwise",
@@ -113,6 +114,10 @@ _RULES |= {
     }.items()
     for op in ops
 }
+
+KINKED = {op for op, rule in _RULES.items() if isinstance(rule, Selection) or getattr(rule, "piecewise_linear", False)}
+KINKED |= {aten.where.self, aten.elu.default}
+"""Operations with slopes, of the first or second order, that may jump where rounding moves a value."""
 
 _GENERAL = General()
 

@@ -46,18 +46,28 @@ class Sums:
 
     def add_cross(self, left: Groups, right: Groups, values: Tensor) -> None:
         """Adds mixed second derivatives that two different arguments give: (left, right), and their transpose."""
-        _at(self._half, (left, right)).add_(values) if _are_runs(left, right) else self._half.index_put_(
-            (index(left, values.device)[:, None], index(right, values.device)), values.double(), accumulate=True
-        )
+        self._add(left, right, values, 1.0)
 
     def add_square(self, groups: Groups, values: Tensor) -> None:
         """Adds symmetric second derivatives (groups, groups)."""
-        self.add_cross(groups, groups, values.double() / 2)
+        self._add(groups, groups, values, 0.5)
+
+    def _add(self, left: Groups, right: Groups, values: Tensor, factor: float) -> None:
+        rows, columns = _run(left), _run(right)
+        if rows is not None and columns is not None:
+            self._half[rows, columns].add_(values, alpha=factor)
+        else:
+            place = (index(left, values.device)[:, None], index(right, values.device))
+            self._half.index_put_(place, factor * values.double(), accumulate=True)
 
     def add_diagonal(self, groups: Groups, values: Tensor) -> None:
         """Adds third derivatives of single groups."""
         assert self.diagonal is not None
-        self.diagonal.index_add_(0, index(groups, values.device), values.double())
+        run = _run(groups)
+        if run is not None:
+            self.diagonal[run].add_(values)
+        else:
+            self.diagonal.index_add_(0, index(groups, values.device), values.double())
 
     def add_third(self, one: Groups, two: Groups, three: Groups, values: Tensor) -> None:
         """Adds to one of the three terms that :attr:`third` is made of, which is symmetric in the last two groups."""
@@ -116,6 +126,8 @@ class Rule(ABC):
 def add_cubes(weights: Tensor, dot: Tensor, groups: Groups, first: Groups, sums: Sums) -> None:
     """Adds Σ a_i ẋ_j ẋ_k over all entries, in blocks that fit a cache.
 
+    Of every pair j, k only one order is computed, but for those within one of a few parts of the groups.
+
     Args:
         weights: a_i, a row for each of ``groups``.
         dot: ẋ_j, a row for each of ``first``.
@@ -124,11 +136,15 @@ def add_cubes(weights: Tensor, dot: Tensor, groups: Groups, first: Groups, sums:
         sums: where it goes.
     """
     m, n = len(weights), len(dot)
-    total = dot.new_zeros(m * n, n)
-    for block in blocks(dot.shape[1], m * n):
-        x = dot[:, block]
-        total.addmm_((weights[:, None, block] * x).view(m * n, -1), x.T)
-    sums.add_third(groups, first, first, total.view(m, n, n))
+    total = dot.new_zeros(m, n, n)
+    part = -(-n // 6)
+    for block in blocks(dot.shape[1], m * part):
+        x, a = dot[:, block], weights[:, None, block]
+        for start in range(0, n, part):
+            end = min(start + part, n)
+            products = (a * x[start:end]).flatten(0, 1) @ x[:end].T
+            total[:, start:end, :end] += products.view(m, end - start, end)
+    sums.add_third(groups, first, first, total.tril() + total.tril(-1).mT)
 
 
 @functools.lru_cache(maxsize=4096)
@@ -142,11 +158,3 @@ def _run(groups: Groups) -> slice | None:
     if groups == tuple(range(groups[0], groups[0] + len(groups))):
         return slice(groups[0], groups[0] + len(groups))
     return None
-
-
-def _are_runs(*several: Groups) -> bool:
-    return all(_run(groups) is not None for groups in several)
-
-
-def _at(tensor: Tensor, several: tuple[Groups, ...]) -> Tensor:
-    return tensor[tuple(_run(groups) for groups in several)]

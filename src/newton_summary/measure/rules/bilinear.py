@@ -9,9 +9,10 @@ import torch
 from torch import Tensor
 from typing_extensions import override
 
+from newton_summary.measure.arena import empty
 from newton_summary.measure.rules.base import Rule, Sums
 from newton_summary.measure.rules.call import Call, Place
-from newton_summary.measure.rules.jets import Groups, Jet, Part, combine, flat, lift, rows_of
+from newton_summary.measure.rules.jets import Groups, Jet, Part, combine, dots, flat, lift, rows_of
 
 aten = torch.ops.aten
 
@@ -22,8 +23,10 @@ class Product(Protocol):
     In every method a flag says which of the two arguments has rows in front; where both have, row goes with row.
     """
 
-    def apply(self, call: Call, a: Tensor, b: Tensor, rows: tuple[bool, bool], out: Tensor | None = None) -> Tensor:
-        """f(a, b), with rows in front; into ``out`` if it is given."""
+    def apply(
+        self, call: Call, a: Tensor, b: Tensor, rows: tuple[bool, bool], out: Tensor, add: bool, factor: float = 1
+    ) -> None:
+        """Writes a multiple of f(a, b), with rows in front, or adds it."""
         ...
 
     def to_left(self, call: Call, v: Tensor, b: Tensor, rows: tuple[bool, bool]) -> Tensor:
@@ -75,14 +78,32 @@ class Bilinear(Rule):
         product, left, right = self.product, call.args[self.left], call.args[self.right]
         parts: list[Part] = []
         if a is not None:
-            parts.append(Part(a.second, a.first, lambda out: product.apply(call, a.rows, right, (True, False), out)))
+            parts.append(
+                Part(
+                    a.second,
+                    a.first,
+                    lambda some, out, add: product.apply(call, a.rows[some], right, (True, False), out, add),
+                )
+            )
         if b is not None:
-            parts.append(Part(b.second, b.first, lambda out: product.apply(call, left, b.rows, (False, True), out)))
+            parts.append(
+                Part(
+                    b.second,
+                    b.first,
+                    lambda some, out, add: product.apply(call, left, b.rows[some], (False, True), out, add),
+                )
+            )
         if a is not None and b is not None and call.third:
             common = tuple(g for g in a.first if g in b.first)
             if common:
-                rows = [jet.dot[rows_of(jet.first, common)] for jet in (a, b)]
-                parts.append(Part(common, (), 2 * product.apply(call, rows[0], rows[1], (True, True))))
+                x, y = (jet.dot[rows_of(jet.first, common)] for jet in (a, b))
+                parts.append(
+                    Part(
+                        common,
+                        (),
+                        lambda some, out, add: product.apply(call, x[some], y[some], (True, True), out, add, 2),
+                    )
+                )
         return parts
 
     def _bias_rows(self, call: Call, rows: Tensor) -> Tensor:
@@ -91,26 +112,36 @@ class Bilinear(Rule):
         return lift(rows, call.out.dim())
 
     def _contract(self, call: Call, adjoint: Tensor, a: Jet, b: Jet, sums: Sums) -> None:
-        """v̄ · f(ȧ_i, ḃ_j), and with second rows v̄ · (f(ä_i, ḃ_i) + f(ȧ_i, b̈_i))."""
-        if self._contract_right(a, b):
-            pulled, other = self.product.to_right(call, a.rows, adjoint, (True, False)), b
-            own = a
-        else:
-            pulled, other = self.product.to_left(call, adjoint, b.rows, (False, True)), a
-            own = b
-        gradient = own.like(pulled)
-        sums.add_cross(own.first, other.first, flat(gradient.dot) @ flat(other.dot).T)
-        if call.third:
-            self._add_accelerations(gradient, other, sums)
-            self._add_accelerations(other, gradient, sums)
+        """v̄ · f(ȧ_i, ḃ_j), and with second rows 3 v̄ · (f(ä_i, ḃ_i) + f(ȧ_i, b̈_i)).
 
-    def _add_accelerations(self, first: Jet, second: Jet, sums: Sums) -> None:
-        """Adds 3 ẋ_i · ÿ_i to the third diagonal."""
-        both = tuple(g for g in second.second if g in first.first)
-        if both:
-            one, two = first.dot[rows_of(first.first, both)], second.ddot[rows_of(second.second, both)]
-            dots = torch.bmm(flat(one).unsqueeze(1), flat(two).unsqueeze(2)).flatten()
-            sums.add_diagonal(both, 3 * dots)
+        One side's rows are pulled to the other through v̄, some at a time, and multiplied with its rows.
+        """
+        right = self._contract_right(a, b)
+        own, other = (a, b) if right else (b, a)
+        n, m = len(own.second), len(own.rows)
+        cross = adjoint.new_zeros(len(own.first), len(other.first))
+        step = max(1, _PULLED // max(other.rows[0].numel(), 1))
+        for start in [*range(0, n, step), *range(n, m, step)]:
+            end = min(start + step, n if start < n else m)
+            rows = own.rows[start:end]
+            if right:
+                pulled = flat(self.product.to_right(call, rows, adjoint, (True, False)))
+            else:
+                pulled = flat(self.product.to_left(call, adjoint, rows, (False, True)))
+            if start >= n:
+                torch.mm(pulled, flat(other.dot).T, out=cross[start - n : end - n])
+            if call.third:
+                groups, partners, theirs = (
+                    (own.second[start:end], other.first, other.dot)
+                    if start < n
+                    else (own.first[start - n : end - n], other.second, other.ddot)
+                )
+                both = tuple(g for g in groups if g in partners)
+                if both:
+                    sums.add_diagonal(
+                        both, 3 * dots(pulled[rows_of(groups, both)], flat(theirs[rows_of(partners, both)]))
+                    )
+        sums.add_cross(own.first, other.first, cross)
 
     @override
     def sources(self, call: Call, adjoint: Any) -> dict[Place, tuple[Groups, Tensor]]:
@@ -130,11 +161,19 @@ class Bilinear(Rule):
         by_left = len(a.first) < len(b.first)
         few, many = (a, b) if by_left else (b, a)
         for group, row in zip(few.first, few.dot, strict=True):
-            if by_left:
-                pulled = self.product.to_right(call, row, moving, (False, True))
+            if len(many.first) < len(groups):
+                pushed = empty((len(many.first), *call.out.shape), call.out)
+                if by_left:
+                    self.product.apply(call, row, many.dot, (False, True), pushed, False)
+                else:
+                    self.product.apply(call, many.dot, row, (True, False), pushed, False)
+                values = flat(moving) @ flat(pushed).T
             else:
-                pulled = self.product.to_left(call, moving, row, (True, False))
-            values = flat(pulled) @ flat(many.dot).T
+                if by_left:
+                    pulled = self.product.to_right(call, row, moving, (False, True))
+                else:
+                    pulled = self.product.to_left(call, moving, row, (True, False))
+                values = flat(pulled) @ flat(many.dot).T
             sums.add_third(groups, (group,), many.first, values.unsqueeze(1))
             sums.add_third(groups, many.first, (group,), values.unsqueeze(2))
 
@@ -145,26 +184,26 @@ class Bilinear(Rule):
         return len(a.rows) < len(b.rows)
 
 
-def _each(function: Callable[..., Tensor], x: Tensor, y: Tensor, rows: tuple[bool, bool], out: Tensor | None) -> Tensor:
-    """A function applied row by row."""
-    n = len(x) if rows[0] else len(y)
-    results = [function(x[i] if rows[0] else x, y[i] if rows[1] else y) for i in range(n)]
-    return torch.stack(results) if out is None else torch.stack(results, out=out)
+_PULLED = 1 << 21  # entries that are pulled through an adjoint at a time
 
 
-def multiply(a: Tensor, b: Tensor, rows: tuple[bool, bool], out: Tensor | None = None) -> Tensor:
+def multiply(
+    a: Tensor, b: Tensor, rows: tuple[bool, bool], out: Tensor | None = None, add: bool = False, factor: float = 1
+) -> Tensor:
     """Matrix products, plain (2 dimensions) or in batches (3)."""
-    if rows == (True, False) and b.dim() == 2:
-        n, p, q = a.shape
-        flat = None if out is None else out.view(n * p, b.shape[1])
-        return torch.mm(a.reshape(n * p, q), b, out=flat).view(n, p, b.shape[1])
     n = len(a) if rows[0] else len(b)
     if out is None:
-        shape = (a.shape[-2], b.shape[-1])
-        batch = () if b.dim() - rows[1] == 2 else (a.shape[-3],)
-        out = a.new_empty((n, *batch, *shape))
+        batch = (a if rows[0] else b).shape[1:-2]
+        out = a.new_empty((n, *batch, a.shape[-2], b.shape[-1]))
+    beta = 1 if add else 0
+    if rows == (True, False) and b.dim() == 2:
+        target = out.view(-1, out.shape[-1])
+        torch.addmm(target, a.reshape(-1, a.shape[-1]), b, beta=beta, alpha=factor, out=target)
+        return out
+    product = torch.addmm if out.dim() == 3 else torch.baddbmm
     for i in range(n):
-        torch.matmul(a[i] if rows[0] else a, b[i] if rows[1] else b, out=out[i])
+        x, y = a[i] if rows[0] else a, b[i] if rows[1] else b
+        product(out[i], x, y, beta=beta, alpha=factor, out=out[i])
     return out
 
 
@@ -172,8 +211,10 @@ class MatrixProduct(Product):
     """``mm``, ``bmm``, and ``addmm``'s product."""
 
     @override
-    def apply(self, call: Call, a: Tensor, b: Tensor, rows: tuple[bool, bool], out: Tensor | None = None) -> Tensor:
-        return multiply(a, b, rows, out)
+    def apply(
+        self, call: Call, a: Tensor, b: Tensor, rows: tuple[bool, bool], out: Tensor, add: bool, factor: float = 1
+    ) -> None:
+        multiply(a, b, rows, out, add, factor)
 
     @override
     def to_left(self, call: Call, v: Tensor, b: Tensor, rows: tuple[bool, bool]) -> Tensor:
@@ -191,14 +232,22 @@ class Entrywise(Product):
         self.left, self.right = left, right
 
     @override
-    def apply(self, call: Call, a: Tensor, b: Tensor, rows: tuple[bool, bool], out: Tensor | None = None) -> Tensor:
+    def apply(
+        self, call: Call, a: Tensor, b: Tensor, rows: tuple[bool, bool], out: Tensor, add: bool, factor: float = 1
+    ) -> None:
+        a, b = self._lifted(call, a, b, rows)
+        if torch.result_type(a, b) != out.dtype:
+            a, b = a.to(out.dtype), b.to(out.dtype)
+        if add:
+            out.addcmul_(a, b, value=factor)
+        else:
+            torch.mul(a, b, out=out)
+            if factor != 1:
+                out.mul_(factor)
+
+    def _lifted(self, call: Call, a: Tensor, b: Tensor, rows: tuple[bool, bool]) -> tuple[Tensor, Tensor]:
         dims = call.out.dim()
-        a = lift(a, dims) if rows[0] else a
-        b = lift(b, dims) if rows[1] else b
-        if out is None:
-            return torch.mul(a, b)
-        result = torch.mul(a, b, out=out if torch.result_type(a, b) == out.dtype else None)
-        return result if result is out else out.copy_(result)
+        return lift(a, dims) if rows[0] else a, lift(b, dims) if rows[1] else b
 
     @override
     def to_left(self, call: Call, v: Tensor, b: Tensor, rows: tuple[bool, bool]) -> Tensor:
@@ -210,7 +259,7 @@ class Entrywise(Product):
 
     def _reduce(self, call: Call, x: Tensor, y: Tensor, rows: tuple[bool, bool], shape: torch.Size) -> Tensor:
         """The product, summed over what was broadcast."""
-        product = self.apply(call, x, y, rows)
+        product = torch.mul(*self._lifted(call, x, y, rows))
         dims = call.out.dim()
         padded = (1,) * (dims - len(shape)) + tuple(shape)
         summed = [i + 1 for i, (s, t) in enumerate(zip(padded, call.out.shape, strict=True)) if s == 1 and t != 1]
@@ -223,22 +272,35 @@ class Convolution(Product):
     """``convolution``, also transposed."""
 
     @override
-    def apply(self, call: Call, a: Tensor, b: Tensor, rows: tuple[bool, bool], out: Tensor | None = None) -> Tensor:
-        options = call.args[3:]
-        if rows == (True, False):
-            result = aten.convolution.default(a.flatten(0, 1), b, None, *options).view(len(a), *call.out.shape)
-            return result if out is None else out.copy_(result)
-        return _each(lambda x, w: aten.convolution.default(x, w, None, *options), a, b, rows, out)
+    def apply(
+        self, call: Call, a: Tensor, b: Tensor, rows: tuple[bool, bool], out: Tensor, add: bool, factor: float = 1
+    ) -> None:
+        step = max(1, _PULLED // max(call.out.numel(), 1)) if rows == (True, False) else 1
+        for start in range(0, len(out), step):
+            some = slice(start, start + step)
+            x = a[some].flatten(0, 1) if rows[0] else a
+            result = aten.convolution.default(x, b[start] if rows[1] else b, None, *call.args[3:])
+            target = out[some]
+            if add:
+                target.add_(result.view(target.shape), alpha=factor)
+            else:
+                torch.mul(result.view(target.shape), factor, out=target)
 
     @override
     def to_left(self, call: Call, v: Tensor, b: Tensor, rows: tuple[bool, bool]) -> Tensor:
-        return _each(lambda g, w: self._backward(call, g, call.args[0], w, 0), v, b, rows, None)
+        return _each(lambda g, w: self._backward(call, g, call.args[0], w, 0), v, b, rows)
 
     @override
     def to_right(self, call: Call, a: Tensor, v: Tensor, rows: tuple[bool, bool]) -> Tensor:
-        return _each(lambda x, g: self._backward(call, g, x, call.args[1], 1), a, v, rows, None)
+        return _each(lambda x, g: self._backward(call, g, x, call.args[1], 1), a, v, rows)
 
     def _backward(self, call: Call, v: Tensor, x: Tensor, w: Tensor, which: int) -> Tensor:
         mask = [which == 0, which == 1, False]
         result: Tensor = aten.convolution_backward.default(v, x, w, None, *call.args[3:], mask)[which]
         return result
+
+
+def _each(function: Callable[..., Tensor], x: Tensor, y: Tensor, rows: tuple[bool, bool]) -> Tensor:
+    """A function applied row by row."""
+    n = len(x) if rows[0] else len(y)
+    return torch.stack([function(x[i] if rows[0] else x, y[i] if rows[1] else y) for i in range(n)])

@@ -6,7 +6,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, TypeAlias
 
-from newton_summary.measure.rules.jets import Jet
+from torch import Tensor
+
+from newton_summary.measure.arena import empty
+from newton_summary.measure.rules.jets import Jet, may_hold
 
 Place: TypeAlias = int | tuple[int, int]
 """Which argument of a call: its position, or its position and that in a list."""
@@ -24,6 +27,7 @@ class Call:
         jets: the tangents of those arguments that move.
         third: whether the diagonal of the third order is wanted.
         bent: those arguments that a curved operation leads to, so that their adjoints' tangents matter.
+        spare: those arguments whose tangents nobody else will read, so that they may be overwritten.
     """
 
     op: Any
@@ -33,10 +37,18 @@ class Call:
     jets: dict[Place, Jet]
     third: bool = False
     bent: frozenset[Place] = frozenset()
+    spare: frozenset[Place] = frozenset()
 
     def argument(self, place: Place) -> Any:
         """An argument by its place."""
         return self.args[place] if isinstance(place, int) else self.args[place[0]][place[1]]
+
+    def target(self, count: int) -> Tensor:
+        """A tensor for so many rows of the result: those of the only argument, where they fit and are spare."""
+        jet, like = self.jets[0], self.out if isinstance(self.out, Tensor) else self.out[0]
+        if 0 in self.spare and jet.rows.shape == (count, *like.shape) and may_hold(jet.rows, like):
+            return jet.rows
+        return empty((count, *like.shape), like)
 
     def with_arguments(self, new: Mapping[Place, Any]) -> Any:
         """The operation applied to other arguments."""

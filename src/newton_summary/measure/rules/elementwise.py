@@ -13,7 +13,7 @@ from typing_extensions import override
 from newton_summary.measure.rules.base import Rule, Sums, add_cubes
 from newton_summary.measure.rules.call import Call, Place
 from newton_summary.measure.rules.derive import jvp
-from newton_summary.measure.rules.jets import Groups, Jet, blocks, flat, rows_of
+from newton_summary.measure.rules.jets import Groups, Jet, add_rows, blocks, dots, flat, rows_of
 
 aten = torch.ops.aten
 
@@ -53,8 +53,9 @@ class Elementwise(Rule):
         order = 1 if self.piecewise_linear else 3 if call.third else 2
         d1, d2, d3 = (*self.derivatives(call, order), None, None)[:3]
         if d2 is None:
-            return jet.like(torch.zeros_like(jet.rows) if d1 is None else jet.rows * d1)
-        return _bent(jet, (d1, d2, d3), adjoint, sums, call.third)
+            rows = call.target(len(jet.rows))
+            return jet.like(rows.zero_() if d1 is None else torch.mul(jet.rows, d1, out=rows))
+        return _bent(call, (d1, d2, d3), adjoint, sums)
 
     @override
     def sources(self, call: Call, adjoint: Any) -> dict[Place, tuple[Groups, Tensor]]:
@@ -77,17 +78,18 @@ class Elementwise(Rule):
         add_cubes(weights, dot, groups, jet.first, sums)
 
 
-def _bent(jet: Jet, slopes: tuple[Slope, ...], adjoint: Tensor | None, sums: Sums, third: bool) -> Jet:
+def _bent(call: Call, slopes: tuple[Slope, ...], adjoint: Tensor | None, sums: Sums) -> Jet:
     """Pushes tangents through a curve: f' ẋ, and f' ẍ + f'' ẋ².
 
     Adds Σ v̄ f'' ẋ_i ẋ_j to H̄ and Σ v̄ (f''' ẋ_i³ + 3 f'' ẋ_i ẍ_i) to the third diagonal.  Goes in blocks that fit a
     cache, so that the tangents are read from memory once.
     """
+    jet, third = call.jets[0], call.third
     n, m = len(jet.first), len(jet.second)
-    rows = flat(jet.rows)
-    result = torch.empty(((2 if third else 1) * n, *jet.rows.shape[1:]), dtype=rows.dtype, device=rows.device)
-    new = flat(result)
+    result = call.target((2 if third else 1) * n)
+    rows, new = flat(jet.rows), flat(result)
     d1, d2, d3 = (None if d is None else d.reshape(-1).to(rows.dtype) for d in slopes)
+    assert d1 is not None
     assert d2 is not None
     v = None if adjoint is None else adjoint.reshape(-1)
     bend, twist = (None if v is None or d is None else v * d for d in (d2, d3))
@@ -99,20 +101,19 @@ def _bent(jet: Jet, slopes: tuple[Slope, ...], adjoint: Tensor | None, sums: Sum
             bent = x * bend[block]
             gram.addmm_(bent, x.T)
             if third and m:
-                cubes[place] += 3 * (bent[place] * a).sum(1)
-        first = new[n:, block] if third else new[:, block]
+                add_rows(cubes, place, 3 * dots(bent[place], a))
         if third:
             square = x * x
-            if twist is not None:
-                cubes += (square * x) @ twist[block]
             second = new[:n, block]
-            torch.mul(square, d2[block], out=second)
-            if m and d1 is not None:
-                second[place] += a * d1[block]
-        if d1 is None:
-            first.zero_()
-        else:
-            torch.mul(x, d1[block], out=first)
+            if m == n:
+                torch.mul(a, d1[block], out=second).addcmul_(square, d2[block])
+            else:
+                torch.mul(square, d2[block], out=second)
+                if m:
+                    add_rows(second, place, a * d1[block])
+            if twist is not None:
+                cubes += torch.mv(square.mul_(x), twist[block])
+        torch.mul(x, d1[block], out=new[n:, block] if third else new[:, block])
     if bend is not None:
         sums.add_square(jet.first, gram)
         if third:

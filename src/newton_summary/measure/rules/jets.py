@@ -7,8 +7,9 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple, TypeAlias
 
-import torch
 from torch import Tensor
+
+from newton_summary.measure.arena import empty
 
 Groups: TypeAlias = tuple[int, ...]
 
@@ -42,13 +43,33 @@ class Jet:
         return Jet(self.second, self.first, rows)
 
 
+Writer: TypeAlias = Callable[[slice, Tensor, bool], None]
+"""Computes some rows and writes them into a tensor, or adds them to it."""
+
+
 @dataclass(frozen=True, slots=True)
 class Part:
-    """Rows that are added to a jet: a tensor, or a function that computes them, into a given tensor if there is one."""
+    """Rows that are added to a jet.
+
+    Args:
+        second: as in :class:`Jet`.
+        first: as in :class:`Jet`.
+        rows: a tensor, or a function that computes them.
+        spare: whether nobody else will read this tensor, so that the sum may be made in it.
+    """
 
     second: Groups
     first: Groups
-    rows: Tensor | Callable[[Tensor | None], Tensor]
+    rows: Tensor | Writer
+    spare: bool = False
+
+    def jet(self) -> Jet:
+        """The same as a jet, where the rows are known."""
+        assert isinstance(self.rows, Tensor)
+        return Jet(self.second, self.first, self.rows)
+
+
+_NEARLY = 4 / 3
 
 
 class _Move(NamedTuple):
@@ -57,11 +78,23 @@ class _Move(NamedTuple):
     is_new: bool
 
 
+class _Layout(NamedTuple):
+    second: Groups
+    first: Groups
+    moves: tuple[tuple[_Move, ...], ...]
+    zeros: tuple[int, ...]
+
+
 @functools.lru_cache(maxsize=4096)
-def _layout(parts: tuple[tuple[Groups, Groups], ...]) -> tuple[Groups, Groups, tuple[tuple[_Move, ...], ...]]:
-    """Where each part's rows go: the groups of the sum, and for each part its moves."""
+def _layout(parts: tuple[tuple[Groups, Groups], ...]) -> _Layout:
+    """Where each part's rows go: the groups of the sum, for each part its moves, and what stays zero.
+
+    Where nearly all groups have second derivatives, all get a row: what curves tangents can then do so in place.
+    """
     second = tuple(dict.fromkeys(g for part in parts for g in part[0]))
     first = tuple(dict.fromkeys(g for part in parts for g in part[1]))
+    if set(second) <= set(first) and len(first) <= _NEARLY * len(second):
+        second = first
     place = {(2, g): i for i, g in enumerate(second)} | {(1, g): len(second) + i for i, g in enumerate(first)}
     filled: set[int] = set()
     moves = []
@@ -69,7 +102,7 @@ def _layout(parts: tuple[tuple[Groups, Groups], ...]) -> tuple[Groups, Groups, t
         targets = [place[2, g] for g in part[0]] + [place[1, g] for g in part[1]]
         moves.append(tuple(_runs(targets, filled)))
         filled.update(targets)
-    return second, first, tuple(moves)
+    return _Layout(second, first, tuple(moves), tuple(sorted(set(place.values()) - filled)))
 
 
 def _runs(targets: Sequence[int], filled: set[int]) -> list[_Move]:
@@ -95,28 +128,37 @@ def combine(parts: Sequence[Part], like: Tensor) -> Jet:
         parts: their rows broadcast to those of the sum.
         like: the value whose jet it is: its shape and type.
     """
-    if len(parts) == 1 and isinstance(parts[0].rows, Tensor) and parts[0].rows.shape[1:] == like.shape:
-        return Jet(parts[0].second, parts[0].first, parts[0].rows)
-    second, first, moves = _layout(tuple((p.second, p.first) for p in parts))
-    out = torch.empty((len(second) + len(first), *like.shape), dtype=like.dtype, device=like.device)
+    largest = parts[0]
+    fits = isinstance(largest.rows, Tensor) and largest.rows.shape[1:] == like.shape
+    if len(parts) == 1 and fits:
+        return largest.jet()
+    second, first, moves, zeros = _layout(tuple((p.second, p.first) for p in parts))
+    in_place = fits and largest.spare and (second, first) == (largest.second, largest.first)
+    if in_place and may_hold(largest.jet().rows, like):
+        out = largest.jet().rows
+        parts, moves = parts[1:], moves[1:]
+    else:
+        out = empty((len(second) + len(first), *like.shape), like)
+        for row in zeros:
+            out[row].zero_()
     for part, runs in zip(parts, moves, strict=True):
-        _put(part, runs, out)
+        for source, target, is_new in runs:
+            _put(part.rows, source, out[target], not is_new)
     return Jet(second, first, out)
 
 
-def _put(part: Part, runs: Sequence[_Move], out: Tensor) -> None:
-    rows = part.rows
+def may_hold(rows: Tensor, like: Tensor) -> bool:
+    """Whether rows of a value such as this can be written into a tensor of the right shape."""
+    return rows.dtype == like.dtype and rows.is_contiguous()
+
+
+def _put(rows: Tensor | Writer, source: slice, out: Tensor, add: bool) -> None:
     if not isinstance(rows, Tensor):
-        if len(runs) == 1 and runs[0].is_new:
-            rows(out[runs[0].target])
-            return
-        rows = rows(None)
-    rows = lift(rows, out.dim() - 1)
-    for source, target, is_new in runs:
-        if is_new:
-            out[target].copy_(rows[source])
-        else:
-            out[target].add_(rows[source])
+        rows(source, out, add)
+    elif add:
+        out.add_(lift(rows, out.dim() - 1)[source])
+    else:
+        out.copy_(lift(rows, out.dim() - 1)[source])
 
 
 def lift(rows: Tensor, dims: int) -> Tensor:
@@ -130,6 +172,19 @@ def flat(rows: Tensor) -> Tensor:
     return rows.reshape(len(rows), -1)
 
 
+def add_rows(target: Tensor, place: slice | list[int], rows: Tensor) -> None:
+    """Adds to some rows, each of which stands there once."""
+    if isinstance(place, slice):
+        target[place].add_(rows)
+    else:
+        target[place] += rows
+
+
+def dots(x: Tensor, y: Tensor) -> Tensor:
+    """The dot products of rows of two matrices."""
+    return (x * y).sum(1)
+
+
 @functools.lru_cache(maxsize=4096)
 def rows_of(groups: Groups, some: Groups) -> slice | list[int]:
     """Where some of the groups are: a slice where they lie together."""
@@ -138,7 +193,7 @@ def rows_of(groups: Groups, some: Groups) -> slice | list[int]:
     return slice(places[0], places[0] + len(places)) if together else places
 
 
-_BLOCK = 1 << 17  # entries
+_BLOCK = 1 << 19  # entries
 
 
 def blocks(length: int, width: int) -> Iterator[slice]:

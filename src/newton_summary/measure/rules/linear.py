@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from typing_extensions import override
 
+from newton_summary.measure.arena import empty
 from newton_summary.measure.rules.base import Rule, Sums
 from newton_summary.measure.rules.call import Call, Place
 from newton_summary.measure.rules.jets import Jet, Part, combine, lift
@@ -48,7 +49,10 @@ class Linear(Rule):
             (place, jet), *_ = call.jets.items()
             rows = act(call, place, jet.rows)
             return self._outputs(call, jet, rows)
-        parts = [Part(jet.second, jet.first, act(call, place, jet.rows)) for place, jet in call.jets.items()]
+        parts = [
+            Part(jet.second, jet.first, act(call, place, jet.rows), place in call.spare)
+            for place, jet in call.jets.items()
+        ]
         return combine(sorted(parts, key=lambda p: -len(p.first)), call.out)
 
     def _outputs(self, call: Call, jet: Jet, rows: Tensor) -> Any:
@@ -77,7 +81,11 @@ class Linear(Rule):
 
 def reshaped(call: Call, place: Place, rows: Tensor) -> Tensor:
     """Operations that only change the shape, or nothing."""
-    return rows.reshape(rows.shape[0], *call.out.shape)
+    shape = (rows.shape[0], *call.out.shape)
+    try:
+        return rows.view(shape)
+    except RuntimeError:  # strides that do not allow it
+        return empty(rows.shape, rows).copy_(rows).view(shape)
 
 
 def expanded(call: Call, place: Place, rows: Tensor) -> Tensor:
@@ -227,7 +235,7 @@ class Concatenation(Linear):
         dim = (call.args[1] if len(call.args) > 1 else 0) % call.out.dim()
         second = tuple(dict.fromkeys(g for jet in call.jets.values() for g in jet.second))
         first = tuple(dict.fromkeys(g for jet in call.jets.values() for g in jet.first))
-        rows = call.out.new_zeros((len(second) + len(first), *call.out.shape))
+        rows = empty((len(second) + len(first), *call.out.shape), call.out).zero_()
         start = 0
         for i, value in enumerate(call.args[0]):
             size = 1 if stack else value.shape[dim] if value.dim() == call.out.dim() else 0

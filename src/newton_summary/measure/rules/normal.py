@@ -13,7 +13,7 @@ from typing_extensions import override
 
 from newton_summary.measure.rules.base import Rule, Sums, add_cubes
 from newton_summary.measure.rules.call import Call, Place
-from newton_summary.measure.rules.jets import Groups, Jet, blocks, flat, rows_of
+from newton_summary.measure.rules.jets import Groups, Jet, add_rows, blocks, dots, flat, rows_of
 
 
 class _Local(Rule):
@@ -39,11 +39,9 @@ class _Local(Rule):
         width = self.width(call, out)
         shape = (-1, width)
         n, m = len(jet.first), len(jet.second)
-        result = torch.empty(((2 if call.third else 1) * n, *out.shape), dtype=out.dtype, device=out.device)
-        rows, new = (
-            jet.rows.reshape(n + m, *out.reshape(shape).shape),
-            result.view(len(result), *out.reshape(shape).shape),
-        )
+        result = call.target((2 if call.third else 1) * n)
+        positions = out.reshape(shape).shape
+        rows, new = jet.rows.reshape(n + m, *positions), result.view(len(result), *positions)
         gram = out.new_zeros(n, n)
         third = out.new_zeros(n) if call.third else None
         values = self.values(call, out.reshape(shape), None if v is None else v.reshape(shape))
@@ -117,36 +115,41 @@ class Softmax(_Local):
     ) -> None:
         p, w = values
         n, m = len(jet.first), len(jet.second)
-        centred = torch.sub(rows, _means(rows, p))
-        c, a = centred[m:], centred[:m]
+        place = rows_of(jet.first, jet.second)
+        x, a = rows[m:], rows[:m]
+        c = x - _means(x, p)
         weighted = c * w
         if add:
-            gram.addmm_(weighted.reshape(n, -1), c.reshape(n, -1).T)
+            gram.addmm_(weighted.view(n, -1), c.view(n, -1).T)
         first = new[n:] if third is not None else new
-        if self.log:
-            first.copy_(c)
-        else:
-            torch.mul(c, p, out=first)
         if third is None:
+            first.copy_(c) if self.log else torch.mul(c, p, out=first)
             return
+        accelerations = _means(a, p)
+        if add and m:  # 3 Σ w c a, where Σ w c times the mean of a is left out
+            sums = dots(weighted[place].flatten(1), a.flatten(1))
+            if not self.log:  # for log_softmax Σ p c = 0
+                sums -= dots(weighted[place].sum(-1), accelerations.squeeze(-1))
+            add_rows(third, place, 3 * sums)
         square = c * c
         variance = _means(square, p)
         if add:
-            # Σ w c³ (− 3 var Σ w c, which is zero for log_softmax, where Σ p c = 0), and 3 Σ w c a
-            cubes = (weighted * square).flatten(1).sum(1)
+            # Σ w c³ − 3 var Σ w c
+            third += dots(weighted.flatten(1), square.flatten(1))
             if not self.log:
-                cubes -= 3 * (weighted.sum(-1) * variance.squeeze(-1)).sum(1)
-            third += cubes
+                third -= 3 * dots(weighted.sum(-1), variance.squeeze(-1))
+        second = new[:n]
+        if m == n:
+            torch.sub(a, accelerations.add_(variance), out=second)
+            if not self.log:
+                second.add_(square).mul_(p)
+        else:
+            second.copy_(-variance) if self.log else torch.sub(square, variance, out=second)
             if m:
-                place = rows_of(jet.first, jet.second)
-                third[place] += 3 * (weighted[place] * a).flatten(1).sum(1)
-        second = square.sub_(variance) if not self.log else -variance
-        target = new[:n]
-        target.copy_(second)
-        if m:
-            target[rows_of(jet.first, jet.second)] += a
-        if not self.log:
-            target.mul_(p)
+                add_rows(second, place, a - accelerations)
+            if not self.log:
+                second.mul_(p)
+        first.copy_(c) if self.log else torch.mul(c, p, out=first)
 
     @override
     def sources(self, call: Call, adjoint: Any) -> dict[Place, tuple[Groups, Tensor]]:
@@ -210,39 +213,46 @@ class Standardisation(_Local):
         third: Tensor | None,
         add: bool,
     ) -> None:
-        z, r, v = values  # z = y r: in units where s = mean y² + ε is 1, with tangents scaled by r
+        z, r, v = values  # z = y r with mean 0: in units where s = mean y² + ε is 1, with tangents scaled by r
         n, m = len(jet.first), len(jet.second)
         width = z.shape[1]
-        y = (rows - rows.mean(-1, keepdim=True)) * r
-        y1, y2 = y[m:], y[:m]
-        s1 = 2 * _dots(y1, z) / width  # (n, positions)
+        place = rows_of(jet.first, jet.second)
+        x2 = rows[:m]
+        y1 = (rows[m:] - rows[m:].mean(-1, keepdim=True)).mul_(r)
+        s1 = _dots(y1, z).mul_(2 / width)  # (n, positions)
         r1 = -0.5 * s1
-        first = new[n:] if third is not None else new
-        torch.addcmul(y1, r1.unsqueeze(-1), z, out=first)
         if add:
             a, total = _dots(y1, v), (v * z).sum(1)
             gram += _symmetric(a @ r1.T)
             gram.addmm_(s1 * (0.75 * total), s1.T)
-            gram.addmm_((y1 * (-total / width).unsqueeze(-1)).reshape(n, -1), y1.reshape(n, -1).T)
+            gram.addmm_((y1 * (-total / width).unsqueeze(-1)).view(n, -1), y1.view(n, -1).T)
+        first = new[n:] if third is not None else new
         if third is None:
+            torch.addcmul(y1, r1.unsqueeze(-1), z, out=first)
             return
-        s2 = 2 * (y1 * y1).sum(-1) / width
+        s2 = torch.linalg.vector_norm(y1, dim=-1).square_().mul_(2 / width)
         s3 = torch.zeros_like(s2)
-        place = rows_of(jet.first, jet.second)
+        scale = r.squeeze(-1)
         if m:
-            s2[place] += 2 * _dots(y2, z) / width
-            s3[place] = 6 * (y1[place] * y2).sum(-1) / width
+            add_rows(s2, place, _dots(x2, z) * (2 / width * scale))
+            add_rows(s3, place, _dots(y1[place], x2) * (6 / width * scale))
         r2 = 0.75 * s1 * s1 - 0.5 * s2
+        mean = x2.mean(-1, keepdim=True)
         if add:
             r3 = -1.875 * s1**3 + 2.25 * s1 * s2 - 0.5 * s3
             third += (3 * a * r2 + r3 * total).sum(1)
             if m:
-                third[place] += 3 * (_dots(y2, v) * r1[place]).sum(1)
-        target = new[:n]
-        torch.mul(y1, 2 * r1.unsqueeze(-1), out=target)
-        target.addcmul_(r2.unsqueeze(-1), z)
-        if m:
-            target[place] += y2
+                pulled = (_dots(x2, v) - mean.squeeze(-1) * v.sum(1)) * scale
+                add_rows(third, place, 3 * (pulled * r1[place]).sum(1))
+        second = new[:n]
+        if m == n:
+            torch.sub(x2, mean, out=second).mul_(r).addcmul_(y1, 2 * r1.unsqueeze(-1))
+        else:
+            torch.mul(y1, 2 * r1.unsqueeze(-1), out=second)
+            if m:
+                add_rows(second, place, (x2 - mean).mul_(r))
+        second.addcmul_(r2.unsqueeze(-1), z)
+        torch.addcmul(y1, r1.unsqueeze(-1), z, out=first)
 
 
 def _means(x: Tensor, p: Tensor) -> Tensor:
