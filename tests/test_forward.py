@@ -7,6 +7,7 @@ import gc
 import pickle
 import warnings
 import weakref
+from collections import UserDict
 
 import pytest
 import torch
@@ -17,7 +18,8 @@ from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import newton_summary as ns
-from newton_summary.measure import AutoEngine, ForwardEngine, Loss, NestedEngine, Refusal, forward, sweep
+from newton_summary.measure import AutoEngine, ForwardEngine, Loss, NestedEngine, Refusal, arena, forward, sweep
+from newton_summary.measure.rules import bilinear
 
 GENERAL = {  # operations that no rule of their own takes
     "tensor_acrobatics": {"prod.dim_int"},
@@ -332,10 +334,6 @@ def custom_function(m, x):
     return Rounded.apply((x @ m.a).tanh()).square().sum() + (x @ m.a).sum()
 
 
-def reentrant_checkpoint(m, x):
-    return torch.utils.checkpoint.checkpoint(lambda y: (y @ m.a).tanh(), x, use_reentrant=True).square().mean()
-
-
 def number_in_python(m, x):
     scale = (x @ m.a).mean().item()
     return scale * (x @ m.a).tanh().sum()
@@ -384,6 +382,78 @@ def test_batch_norm_with_a_cumulative_average_is_refused():
         measure(ForwardEngine(), case)
 
 
+def target_error(m, batch):
+    return (m(batch[0]) - batch[1]).square().mean()
+
+
+def weight_norm():
+    layer = nn.utils.parametrizations.weight_norm(nn.Linear(4, 5))
+    return nn.Sequential(layer, nn.Tanh(), nn.Linear(5, 3)), target_error, (torch.randn(6, 4), torch.randn(6, 3))
+
+
+def reentrant_checkpoint():
+    def loss(m, batch):
+        hidden = torch.utils.checkpoint.checkpoint(m[1], m[0](batch[0]), use_reentrant=True)
+        return (m[2](hidden) - batch[1]).square().mean()
+
+    model = nn.Sequential(nn.Linear(4, 5), nn.Tanh(), nn.Linear(5, 3))
+    return model, loss, (torch.randn(6, 4), torch.randn(6, 3))
+
+
+def encoder_layer_with_dropout():
+    model = nn.TransformerEncoderLayer(8, 2, 16, dropout=0.3, batch_first=True)
+    return model, target_error, (torch.randn(3, 5, 8), torch.randn(3, 5, 8))
+
+
+def encoder_layer_in_eval_mode():
+    model, loss, batch = encoder_layer_with_dropout()
+    return model.eval(), loss, batch
+
+
+class Encoding(UserDict):
+    """A mapping that torch's tree functions do not know, as tokenizers give it."""
+
+
+def mapping_of_its_own():
+    data = {"x": torch.randn(6, 4), "more": {"y": torch.randn(6, 3)}}
+    loss = lambda m, b: (m(b["x"]) - b["more"]["y"]).square().mean() * len(type(b).__name__)  # noqa: E731
+    return nn.Sequential(nn.Linear(4, 5), nn.Tanh(), nn.Linear(5, 3)), loss, Encoding(data)
+
+
+MORE = [weight_norm, reentrant_checkpoint, encoder_layer_with_dropout, encoder_layer_in_eval_mode, mapping_of_its_own]
+
+
+def double(leaf):
+    return leaf.double() if isinstance(leaf, torch.Tensor) else leaf
+
+
+@pytest.mark.parametrize("build", MORE, ids=lambda f: f.__name__)
+def test_more_models(build):
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        model, loss, batch = build()
+    if isinstance(batch, Encoding):
+        batch = Encoding({"x": batch["x"].double(), "more": {"y": batch["more"]["y"].double()}})
+    else:
+        batch = tuple(double(t) for t in batch)
+    case, engine = Case(model.double(), loss, batch), ForwardEngine()
+    expected = measure(NestedEngine(), case)
+    for _ in range(2):  # a new graph, a known graph
+        assert_close(measure(engine, case), expected)
+    assert measure(engine, case).weight == len(batch["x"] if isinstance(batch, Encoding) else batch[0])
+
+
+def test_graphs_keep_no_batch_alive():
+    model, loss, batch = mapping_of_its_own()
+    engine = ForwardEngine()
+    measure(engine, Case(model, loss, batch))
+    tensor = weakref.ref(batch["x"])
+    del batch
+    gc.collect()
+    assert tensor() is None
+    assert len(engine) == 1
+
+
 def test_a_batch_of_unknown_objects_is_refused():
     class Batch:
         x = torch.randn(5, 3)
@@ -427,6 +497,86 @@ def test_autocast_inside_the_loss():
     case = Case(model, loss, (torch.randn(9, 6), torch.randint(4, (9,))))
     got, expected = measure(ForwardEngine(), case), measure(NestedEngine(), case)
     assert torch.linalg.matrix_norm(got.hessian - expected.hessian) < 0.05 * torch.linalg.matrix_norm(expected.hessian)
+
+
+def test_autocast_around_a_normalisation_is_refused():
+    model = nn.Sequential(nn.Linear(6, 8), nn.LayerNorm(8), nn.GELU(), nn.Linear(8, 4))
+
+    def loss(m, batch):
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            logits = m(batch[0])
+        return F.cross_entropy(logits.float(), batch[1])
+
+    with pytest.raises(Refusal, match=r"tracing failed .* same dtype"):
+        measure(ForwardEngine(), Case(model, loss, (torch.randn(9, 6), torch.randint(4, (9,)))))
+
+
+def test_parameters_of_half_precision():
+    model = nn.Sequential(nn.Linear(40, 64), nn.Tanh(), nn.Linear(64, 30)).bfloat16()
+    batch = torch.randn(64, 40, dtype=torch.bfloat16), torch.randint(30, (64,))
+    case = Case(model, lambda m, b: F.cross_entropy(m(b[0]).float(), b[1]), batch)
+    got, expected = measure(ForwardEngine(), case), measure(NestedEngine(), case)
+    for name in ("gradient", "hessian", "third"):
+        x, y = getattr(got, name), getattr(expected, name)
+        assert torch.linalg.vector_norm(x - y) < 0.03 * torch.linalg.vector_norm(y), name
+
+
+# Memory ---------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("third", ["diagonal", "full"])
+@pytest.mark.parametrize("name", ["lenet", "residual_training", "gpt", "tensor_acrobatics"])
+def test_tangents_in_memory_that_is_used_again(name, third, monkeypatch):
+    case = CASES[name]()
+    partition = ns.Partition.by_module(case.model) if third == "full" else ns.Partition.canonical(case.model)
+    expected = measure(ForwardEngine(), case, partition, third=third)
+    monkeypatch.setattr(arena, "_SMALLEST", 0)
+    engine = ForwardEngine()
+    for _ in range(2):
+        assert_close(measure(engine, case, partition, third=third), expected, 1e-12)
+
+
+def test_rows_pulled_some_at_a_time(monkeypatch):
+    case = CASES["gpt"]()
+    expected = measure(ForwardEngine(), case)
+    monkeypatch.setattr(bilinear, "_PULLED", 1)
+    assert_close(measure(ForwardEngine(), case), expected, 1e-12)
+
+
+def test_the_direction_is_not_overwritten():
+    case = Case(Custom(a=(4, 3)).double(), lambda m, x: (m.a.exp().sin() + m.a.tanh()).sum(), torch.randn(5, 4))
+    partition = ns.Partition.canonical(case.model)
+    direction = direction_of(partition)
+    before = [u.clone() for u in direction]
+    ForwardEngine().measure(Loss(case.loss_fn, case.model), case.batch, partition, direction, 3, "diagonal")
+    assert all(torch.equal(u, v) for u, v in zip(direction, before, strict=True))
+
+
+def test_an_arena_gives_freed_memory_out_again():
+    store, like = arena.Arena(), torch.float64
+    a, b, c = (store.empty((1000,), like) for _ in range(3))
+    places = [t.data_ptr() for t in (a, b, c)]
+    assert places == sorted(places)
+    a.fill_(1), b.fill_(2), c.fill_(3)
+    view = b[500:]
+    del a, b
+    d = store.empty((1500,), like)  # only the first place is free: a view of the second is alive
+    d.fill_(4)
+    assert bool((view == 2).all())
+    assert bool((c == 3).all())
+    del view
+    e = store.empty((1200,), like)  # fits where both have been
+    assert e.data_ptr() == places[0]
+    del c, d, e
+    assert [sum(size for _, size in free) for free in store._free] == [len(s) for s in store._segments]
+
+
+def test_an_arena_grows():
+    store = arena.Arena()
+    tensors = [store.empty((arena._SEGMENT // 4 + 1,), torch.float32) for _ in range(2)]
+    assert len(store._segments) == 2
+    del tensors
+    assert [free == [(0, len(s))] for free, s in zip(store._free, store._segments, strict=True)] == [True, True]
 
 
 def test_summarize_uses_it(no_nested):

@@ -16,7 +16,14 @@ from newton_summary.directions import next_step
 from newton_summary.measure.auto import AUTO, FORWARD, AutoEngine
 from newton_summary.measure.forward import ForwardEngine
 from newton_summary.measure.graph import Refusal
-from newton_summary.measure.loss import Loss, LossFunction, batch_size, check_dependence, preserved_randomness
+from newton_summary.measure.loss import (
+    Loss,
+    LossFunction,
+    batch_size,
+    check_dependence,
+    preserved_randomness,
+    with_known_mappings,
+)
 from newton_summary.measure.nested import NestedEngine, taylor
 from newton_summary.measure.rules import register_rule
 from newton_summary.partition import Partition, resolve_partition
@@ -192,7 +199,7 @@ def _mean_gradient(loss: Loss, partition: Partition, batches: Iterable[Any]) -> 
 
 def _counted(batches: Iterable[Any], slices: int, progress: bool, what: str) -> Iterator[Any]:
     for batch in tqdm(batches, desc=what, disable=not progress, leave=False):
-        yield from _cut(pytree.tree_map(_ordinary, batch), slices)
+        yield from _cut(pytree.tree_map(_ordinary, with_known_mappings(batch)), slices)
 
 
 def _cut(batch: Any, slices: int) -> Iterator[Any]:

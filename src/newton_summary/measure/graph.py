@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, fx
 from torch.fx.experimental.proxy_tensor import make_fx
 
-from newton_summary.measure.lowering import CONSTANT, attention, lowerings
+from newton_summary.measure.lowering import CONSTANT, attention, bernoulli, lowerings
 
 aten = torch.ops.aten
 
@@ -171,7 +171,7 @@ def _compile(module: fx.GraphModule) -> Graph:
             result = slot[_output(node)]
         else:
             instructions.append(_instruction(node, slot))
-    draws = any(_draws(instruction.op) for instruction in instructions)
+    draws = any(_draws(node.target) for node in needed)
     graph = Graph(instructions, inputs, constants, result, len(slot), draws)
     _mark_last_uses(graph)
     return graph
@@ -203,7 +203,8 @@ def _instruction(node: fx.Node, slot: dict[fx.Node, int]) -> Instruction:
     plain = {key: refer(value) for key, value in kwargs.items()}
     if any(isinstance(value, Ref) for value in plain.values()):
         raise Refusal(f"{node.target} takes a tensor by a keyword only")
-    return Instruction(node.target, template, plain, slot[node], tuple(slot[n] for n in node.all_input_nodes), nested)
+    op = bernoulli if node.target is aten.bernoulli.p else node.target
+    return Instruction(op, template, plain, slot[node], tuple(slot[n] for n in node.all_input_nodes), nested)
 
 
 def _normalised(node: fx.Node) -> tuple[tuple[Any, ...], dict[str, Any]]:

@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 
 from newton_summary.measure.graph import Refusal
-from newton_summary.measure.loss import Loss, batch_size
+from newton_summary.measure.loss import Loss, batch_size, with_known_mappings
 from newton_summary.partition import Partition
 
 _PLAIN = (int, float, complex, str, bytes, bool, type(None), torch.dtype, torch.device, torch.Size)
@@ -36,7 +36,7 @@ class Inputs:
         trainable = set(partition.parameter_names)
         frozen = {name: p for name, p in loss.model.named_parameters() if name not in trainable}
         self.state = frozen | dict(loss.model.named_buffers())
-        leaves, self.structure = pytree.tree_flatten(batch)
+        leaves, self.structure = pytree.tree_flatten(with_known_mappings(batch))
         self.leaves = leaves
         for leaf in leaves:
             if not isinstance(leaf, (Tensor, *_PLAIN)):

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 import random
 import sys
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, MutableMapping
+from dataclasses import dataclass, field
 from typing import Any, TypeAlias
 
 import numpy as np
@@ -93,6 +95,7 @@ class Loss:
             sdpa_kernel(SDPBackend.MATH),
             _differentiable_recurrence(self.model),
             _uncompiled(),
+            _plain_checkpoints(),
         ):
             yield rewind
 
@@ -153,6 +156,21 @@ def _uncompiled() -> Iterator[None]:
         yield
 
 
+@contextlib.contextmanager
+def _plain_checkpoints() -> Iterator[None]:
+    """Runs reentrant checkpoints as plain calls: torch differentiates them only by ``backward()``, and only once."""
+    module = sys.modules.get("torch.utils.checkpoint")
+    if module is None:
+        yield
+        return
+    function = module.CheckpointFunction
+    function.apply = staticmethod(lambda run, preserve_rng_state, *args: run(*args))
+    try:
+        yield
+    finally:
+        del function.apply  # what it inherits is seen again
+
+
 def check_dependence(gradients: Iterable[Tensor | None]) -> None:
     """Raises where a loss has no gradient: ``None`` for every parameter."""
     if all(gradient is None for gradient in gradients):
@@ -161,9 +179,39 @@ def check_dependence(gradients: Iterable[Tensor | None]) -> None:
         )
 
 
+def with_known_mappings(batch: Any) -> Any:
+    """The same batch; torch's tree functions now look into the mappings in it, such as those of Hugging Face."""
+    for leaf in pytree.tree_leaves(batch):
+        if isinstance(leaf, MutableMapping):
+            pytree.register_pytree_node(type(leaf), _entries, _mapping)
+            return with_known_mappings(batch)
+    return batch
+
+
+def _entries(mapping: MutableMapping[Any, Any]) -> tuple[list[Any], _Frame]:
+    empty = copy.copy(mapping)
+    empty.clear()
+    return list(mapping.values()), _Frame(type(mapping), tuple(mapping), empty)
+
+
+def _mapping(values: Iterable[Any], frame: _Frame) -> MutableMapping[Any, Any]:
+    mapping = copy.copy(frame.empty)
+    mapping.update(zip(frame.keys, values, strict=True))
+    return mapping
+
+
+@dataclass(frozen=True)
+class _Frame:
+    """What a mapping is apart from its values."""
+
+    kind: type
+    keys: tuple[Any, ...]
+    empty: MutableMapping[Any, Any] = field(compare=False, repr=False)
+
+
 def batch_size(batch: Any) -> int:
     """The number of samples in a batch: the first dimension of the first tensor in it that has one, else 1."""
-    for leaf in pytree.tree_leaves(dict(batch) if isinstance(batch, Mapping) else batch):
+    for leaf in pytree.tree_leaves(with_known_mappings(batch)):
         if isinstance(leaf, Tensor) and leaf.dim() > 0:
             return leaf.shape[0]
     return 1

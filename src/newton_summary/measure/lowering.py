@@ -178,6 +178,11 @@ def attention(
     return scores.softmax(-1) @ v
 
 
+def bernoulli(like: Tensor, p: float) -> Tensor:
+    """The draws of ``bernoulli_``, which dropout uses: in the order of memory, other than those of ``bernoulli``."""
+    return torch.empty_like(like).bernoulli_(p)
+
+
 @_lowers(aten.logsumexp.default)
 def _logsumexp(x: Tensor, dim: list[int], keepdim: bool = False) -> Tensor:
     largest = x.amax(dim, keepdim=True)

@@ -28,6 +28,7 @@ class Sums:
         def zeros(dims: int) -> Tensor:
             return torch.zeros((size,) * dims, dtype=torch.float64, device=device)
 
+        self.size = size
         self._half = zeros(2)
         self.diagonal = zeros(1) if third else None
         self._third = zeros(3) if full else None

@@ -160,22 +160,26 @@ class Bilinear(Rule):
         a, b = call.jets[self.left], call.jets[self.right]
         by_left = len(a.first) < len(b.first)
         few, many = (a, b) if by_left else (b, a)
+        cheap = len(few.first) * len(many.first) < sums.size  # all rows of v̄̇ would be more
         for group, row in zip(few.first, few.dot, strict=True):
-            if len(many.first) < len(groups):
-                pushed = empty((len(many.first), *call.out.shape), call.out)
-                if by_left:
-                    self.product.apply(call, row, many.dot, (False, True), pushed, False)
-                else:
-                    self.product.apply(call, many.dot, row, (True, False), pushed, False)
-                values = flat(moving) @ flat(pushed).T
+            if cheap:
+                values = flat(moving) @ flat(self._pushed(call, group, row, many, by_left)).T
+            elif by_left:
+                values = flat(self.product.to_right(call, row, moving, (False, True))) @ flat(many.dot).T
             else:
-                if by_left:
-                    pulled = self.product.to_right(call, row, moving, (False, True))
-                else:
-                    pulled = self.product.to_left(call, moving, row, (True, False))
-                values = flat(pulled) @ flat(many.dot).T
+                values = flat(self.product.to_left(call, moving, row, (True, False))) @ flat(many.dot).T
             sums.add_third(groups, (group,), many.first, values.unsqueeze(1))
             sums.add_third(groups, many.first, (group,), values.unsqueeze(2))
+
+    def _pushed(self, call: Call, group: int, row: Tensor, many: Jet, by_left: bool) -> Tensor:
+        """f(ȧ_i, ḃ_j) for one group on one side and all on the other; made once."""
+        if group not in call.kept:
+            out = call.kept[group] = empty((len(many.first), *call.out.shape), call.out)
+            if by_left:
+                self.product.apply(call, row, many.dot, (False, True), out, False)
+            else:
+                self.product.apply(call, many.dot, row, (True, False), out, False)
+        return call.kept[group]
 
     def _contract_right(self, a: Jet, b: Jet) -> bool:
         """Whether to contract v̄ with the left side: the one with fewer rows, or with more entries to sum over."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, TypeAlias
 
 from torch import Tensor
@@ -28,6 +28,7 @@ class Call:
         third: whether the diagonal of the third order is wanted.
         bent: those arguments that a curved operation leads to, so that their adjoints' tangents matter.
         spare: those arguments whose tangents nobody else will read, so that they may be overwritten.
+        kept: what a rule keeps for itself from one part of the third order to the next.
     """
 
     op: Any
@@ -38,6 +39,7 @@ class Call:
     third: bool = False
     bent: frozenset[Place] = frozenset()
     spare: frozenset[Place] = frozenset()
+    kept: dict[Any, Tensor] = field(default_factory=dict)
 
     def argument(self, place: Place) -> Any:
         """An argument by its place."""
