@@ -129,6 +129,13 @@ def test_a_group_that_did_not_move_has_interactions_and_no_advice():
     assert along.hessian[0, 0] != 0
 
 
+def test_a_step_uphill_is_called_one():
+    run = made_up(3, 1)
+    uphill = dataclasses.replace(run.snapshots[0], actual_decrease=-12.0)
+    assert "The step lowered it by 0.1;" in render([run])
+    assert "The step raised it by 12;" in render([dataclasses.replace(run, snapshots=[uphill])])
+
+
 def test_names_cannot_do_harm():
     run = made_up(3, 2, names=[EVIL, "a`b", "c</style>"])
     markup = render([run])
@@ -247,9 +254,9 @@ def test_ticks_are_round_and_inside(high):
     assert 3 <= len(ticks) <= 7
     assert ticks[-1] <= high * (1 + 1e-9)
     assert all(64 <= x(tick) <= 340.01 for tick in ticks)
-    for low in (high / 1e9, high / 50, high / 1.01, high):
+    for low in (high / 1e9, high / 50, high / 9, high / 1.5, high / 1.01, high):
         ticks, y = charts._logarithmic([low, high])
-        assert len(ticks) <= 12
+        assert 2 <= len(ticks) <= 7
         assert all(8 <= y(tick) <= 198 for tick in ticks)
 
 

@@ -13,6 +13,7 @@ from newton_summary.experiments import data as datasets
 from newton_summary.experiments import files
 from newton_summary.experiments.errors import UsageError
 from newton_summary.experiments.optimizers import OPTIMIZERS
+from newton_summary.experiments.snapshots import INTERACTIONS
 from newton_summary.experiments.tasks import TASKS, get_task
 from newton_summary.experiments.training import Config, Interrupted, Run, train
 
@@ -60,7 +61,8 @@ def _train(options: argparse.Namespace) -> int:
     print(f"training loss {loss}, validation accuracy {last.validation_accuracy:.1%}, {last.seconds:.1f} s of training")
     _tell_failures([run])
     drawn = [figures.draw_curves([run], folder), figures.draw_rates([run], folder)]
-    _tell_paths([folder / files.METRICS, folder / files.CHECKPOINT, *(path for path in drawn if path)])
+    written = [folder / name for name in (files.METRICS, INTERACTIONS, files.CHECKPOINT)]
+    _tell_paths([*written, *(path for path in drawn if path)])
     _tell_report(folder)
     if run.diverged:
         print(f"newton-summary: the run diverged at step {last.step}: try a smaller --lr", file=sys.stderr)

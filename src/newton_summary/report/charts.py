@@ -66,16 +66,13 @@ Scale = Callable[[float], float]
 
 
 def _linear(values: Sequence[float], width: int) -> tuple[list[float], Scale]:
-    """Ticks at round numbers, and where a number lies across the chart."""
-    low, high = 0.0, max(*values, 1e-9)
-    step = 10 ** math.floor(math.log10(high))
-    step = next(step * part for part in (0.1, 0.2, 0.5, 1.0, 2.0) if high / (step * part) <= 6)
-    ticks = [i * step for i in range(math.floor(high / step + 1e-9) + 1)]
-    return ticks, lambda value: _LEFT + (value - low) / (high - low) * (width - _LEFT - _RIGHT)
+    """Ticks at round numbers from 0 on, and where a number lies across the chart."""
+    high = max(*values, 1e-9)
+    return _round_numbers(0.0, high), lambda value: _LEFT + value / high * (width - _LEFT - _RIGHT)
 
 
 def _logarithmic(values: Sequence[float]) -> tuple[list[float], Scale]:
-    """Ticks at powers of ten, or between them where there is hardly one; and how far down a number lies."""
+    """Ticks at powers of ten, or at round numbers where there is hardly one; and how far down a number lies."""
     low, high = math.log10(min(values)), math.log10(max(values))
     margin = max(0.04 * (high - low), 0.05)
     low, high = low - margin, high + margin
@@ -83,9 +80,15 @@ def _logarithmic(values: Sequence[float]) -> tuple[list[float], Scale]:
     if len(powers) >= 2:
         ticks = [10.0**power for power in powers[:: -(-len(powers) // 6)]]
     else:
-        fine = [m * 10.0**p for p in range(math.floor(low), math.ceil(high)) for m in (1, 2, 3, 5, 7)]
-        ticks = [tick for tick in fine if low <= math.log10(tick) <= high]
+        ticks = [tick for tick in _round_numbers(10**low, 10**high) if tick > 0]
     return ticks, lambda value: _TOP + (high - math.log10(value)) / (high - low) * (_HEIGHT - _TOP - _BOTTOM)
+
+
+def _round_numbers(low: float, high: float) -> list[float]:
+    """Three to seven multiples of a round number in an interval."""
+    power = 10 ** math.floor(math.log10(high - low))
+    step = next(power * part for part in (0.1, 0.2, 0.5, 1.0, 2.0) if (high - low) / (power * part) <= 6)
+    return [i * step for i in range(math.ceil(low / step - 1e-9), math.floor(high / step + 1e-9) + 1)]
 
 
 def _x_axis(ticks: Sequence[float], x: Scale, label: str, width: int) -> str:

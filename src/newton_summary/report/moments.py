@@ -65,9 +65,13 @@ def _moment(run: Record, snapshot: Snapshot) -> str:
         f'<h4>Epoch {escape(label)}</h4><div class="pair"><div>{heatmap(mean)}</div>'
         f"<div>{_strongest(mean)}</div></div>{_advice(advice, snapshot.still)}"
         f'<p class="note">Loss {number(mean.loss.item())} on {mean.weight:,.0f} training samples drawn for this '
-        "measurement: the quadratic model predicts that the step lowers it by "
-        f"{number(advice.predicted_decrease)}; it lowered it by {number(snapshot.actual_decrease)}.</p></section>"
+        f"measurement. The step {_change(snapshot.actual_decrease, 'lowered', 'raised')}; its quadratic model says that "
+        f"it {_change(advice.predicted_decrease, 'lowers', 'raises')}.</p></section>"
     )
+
+
+def _change(decrease: float, down: str, up: str) -> str:
+    return f"{down if decrease >= 0 else up} it by {number(abs(decrease))}"
 
 
 def heatmap(summary: Summary) -> str:
