@@ -1,5 +1,6 @@
 PYTHON ?= python3
 BIN := .venv/bin
+SUDO := $(if $(filter 0,$(shell id -u)),,sudo -n)
 
 .PHONY: demo test test-slow check browser clean docs dist
 
@@ -38,9 +39,8 @@ dist: .installed
 
 # What the tests of the report need beyond Python: where it cannot be had, they are skipped
 browser:
-	@if ! command -v chromedriver >/dev/null && command -v apt-get >/dev/null && [ "$$(id -u)" = 0 ]; then \
-		(apt-get update -qq && DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends \
-			chromium chromium-driver fonts-dejavu-core) >/dev/null || true; fi
+	@command -v chromedriver >/dev/null || ($(SUDO) apt-get update -qq && $(SUDO) env DEBIAN_FRONTEND=noninteractive \
+		apt-get install -y -qq --no-install-recommends chromium chromium-driver fonts-dejavu-core) >/dev/null 2>&1 || true
 	@command -v chromedriver || echo "no chromedriver: the report is not tested in a browser"
 
 clean:

@@ -65,8 +65,8 @@ def _moment(run: Record, snapshot: Snapshot) -> str:
         f'<h4>Epoch {escape(label)}</h4><div class="pair"><div>{heatmap(mean)}</div>'
         f"<div>{_strongest(mean)}</div></div>{_advice(advice, snapshot.still)}"
         f'<p class="note">Loss {number(mean.loss.item())} on {mean.weight:,.0f} training samples drawn for this '
-        f"measurement. The step {_change(snapshot.actual_decrease, 'lowered', 'raised')}; its quadratic model says that "
-        f"it {_change(advice.predicted_decrease, 'lowers', 'raises')}.</p></section>"
+        f"measurement. The step {_change(snapshot.actual_decrease, 'lowered', 'raised')}; its quadratic model says "
+        f"that it {_change(advice.predicted_decrease, 'lowers', 'raises')}.</p></section>"
     )
 
 
