@@ -171,6 +171,8 @@ def test_a_page_about_four_runs_of_a_hundred_groups_is_small_enough():
     page = Page(markup)
     sliders = [attributes for tag, attributes in page.elements if tag == "input"]
     assert [slider["max"] for slider in sliders] == ["1"] * 4  # the first moment and the last
+    assert "2 of 12 moments that were recorded" in markup
+    assert "moments that were recorded" not in render([made_up(3, 12)])
     assert len(moments.thinned(runs[0].snapshots, 100, 1)) == 8
     assert moments.thinned(runs[0].snapshots, 10, 4) == runs[0].snapshots
     assert moments.thinned(runs[0].snapshots, 100, 8) == runs[0].snapshots[-1:]

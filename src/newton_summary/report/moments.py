@@ -32,12 +32,13 @@ def slider(run: Record, key: str, runs: int) -> str:
     """
     chosen = thinned(run.snapshots, len(run.sizes), runs)
     shown = "".join(_moment(run, snapshot) for snapshot in chosen)
-    last = len(chosen) - 1
+    last, recorded = len(chosen) - 1, len(run.snapshots)
+    left = f"{len(chosen)} of {recorded} moments that were recorded, so that the page stays small."
     return (
         f'<div class="chooser" hidden><label for="{key}">Epoch</label>'
         f'<input type="range" id="{key}" min="0" max="{last}" step="1" value="{last}" data-moments="{key}-moments">'
         f'<output for="{key}"></output></div>'
-        f'<div id="{key}-moments">{shown}</div>'
+        f'<div id="{key}-moments">{shown}</div>' + (f'<p class="note">{left}</p>' if len(chosen) < recorded else "")
     )
 
 
