@@ -1,16 +1,19 @@
-"""What a measurement costs, in units of one forward and backward pass of the same loss.
+"""What a measurement costs, in units of one forward and backward pass of the same loss, and how exact it is.
 
-Run ``python benchmarks/engines.py [MODEL …]``.  It prints a table and writes results/engines.json.  Every model is
-measured in a process of its own, with two threads; times are medians of five (on a busy machine, ``--cpu`` takes
-processor time with one thread).  "counted" are the multiply-adds of
-matrix products and convolutions that were executed, and so the floor where these dominate.
+Run ``python benchmarks/engines.py [MODEL …] [--parts …]``.  It prints a line for each model and updates
+results/engines.json and results/engines.md.  Everything is measured in a process of its own, with two threads; times
+are medians of five (on a busy machine, ``--cpu`` takes processor time with one thread).  "counted" are the
+multiply-adds of matrix products and convolutions that were executed, and so the floor where these dominate.
 """
 
 from __future__ import annotations
 
 import argparse
+import copy
 import ctypes
+import importlib.util
 import json
+import math
 import resource
 import statistics
 import subprocess
@@ -19,94 +22,20 @@ import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
-import torch.nn.functional as F
-from torch import nn
+from networks import MODELS, cross_entropy
+from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 import newton_summary as ns
-from newton_summary.experiments.models import lenet, mlp
+from newton_summary.experiments.models import mlp
 from newton_summary.measure import ForwardEngine, Loss, NestedEngine
 
 LIMITS = {"bigmlp": 15.0, "vgg": 8.0, "lenet": 6.0, "mlp": 5.0, "gpt": 25.0, "resnet": 20.0}
-
-
-def cross_entropy(model, batch):
-    return F.cross_entropy(model(batch[0]).flatten(0, -2), batch[1].flatten())
-
-
-def images(n):
-    return torch.randn(n, 3, 32, 32), torch.randint(10, (n,))
-
-
-def vgg():
-    layers, channels = [], 3
-    for width in (64, 0, 128, 0, 256, 256, 0, 512, 512, 0, 512, 512, 0):
-        layers += [nn.Conv2d(channels, width, 3, padding=1), nn.ELU()] if width else [nn.MaxPool2d(2)]
-        channels = width or channels
-    return nn.Sequential(*layers, nn.Flatten(), nn.Linear(512, 10))
-
-
-class Block(nn.Module):
-    def __init__(self, width: int, heads: int) -> None:
-        super().__init__()
-        self.heads = heads
-        self.norm1, self.norm2 = nn.LayerNorm(width), nn.LayerNorm(width)
-        self.qkv, self.out = nn.Linear(width, 3 * width), nn.Linear(width, width)
-        self.up, self.down = nn.Linear(width, 4 * width), nn.Linear(4 * width, width)
-
-    def forward(self, x):
-        n, t, width = x.shape
-        q, k, v = self.qkv(self.norm1(x)).view(n, t, 3, self.heads, -1).permute(2, 0, 3, 1, 4).unbind(0)
-        mixed = F.scaled_dot_product_attention(q, k, v, is_causal=True)
-        x = x + self.out(mixed.transpose(1, 2).reshape(n, t, width))
-        return x + self.down(F.gelu(self.up(self.norm2(x))))
-
-
-class GPT(nn.Module):
-    def __init__(self, vocabulary=65, width=128, heads=4, layers=4, context=64) -> None:
-        super().__init__()
-        self.tokens, self.places = nn.Embedding(vocabulary, width), nn.Embedding(context, width)
-        self.blocks, self.norm = nn.Sequential(*(Block(width, heads) for _ in range(layers))), nn.LayerNorm(width)
-
-    def forward(self, x):
-        return self.norm(self.blocks(self.tokens(x) + self.places.weight)) @ self.tokens.weight.T
-
-
-class Residual(nn.Module):
-    def __init__(self, before: int, after: int, stride: int) -> None:
-        super().__init__()
-        self.conv1, self.norm1 = nn.Conv2d(before, after, 3, stride, 1, bias=False), nn.BatchNorm2d(after)
-        self.conv2, self.norm2 = nn.Conv2d(after, after, 3, 1, 1, bias=False), nn.BatchNorm2d(after)
-        self.skip = nn.Conv2d(before, after, 1, stride, bias=False) if before != after else nn.Identity()
-
-    def forward(self, x):
-        return (self.norm2(self.conv2(self.norm1(self.conv1(x)).relu())) + self.skip(x)).relu()
-
-
-def resnet():
-    stem = [nn.Conv2d(3, 16, 3, 1, 1, bias=False), nn.BatchNorm2d(16), nn.ReLU()]
-    blocks = [Residual(16, 16, 1), Residual(16, 32, 2), Residual(32, 64, 2)]
-    return nn.Sequential(*stem, *blocks, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(64, 10))
-
-
-MODELS: dict[str, Callable[[], tuple[nn.Module, tuple[torch.Tensor, torch.Tensor]]]] = {
-    "bigmlp": lambda: (mlp([3072, *[1024] * 20, 10], nn.ELU), images(100)),
-    "vgg": lambda: (vgg(), images(16)),
-    "lenet": lambda: (lenet(), images(100)),
-    "mlp": lambda: (mlp([784, 1024, 200, 100, 10]), (torch.randn(100, 784), torch.randint(10, (100,)))),
-    "gpt": lambda: (GPT(), (torch.randint(65, (16, 64)), torch.randint(65, (16, 64)))),
-    "resnet": lambda: (resnet(), images(32)),
-}
-
-
-def chain(depth: int):
-    return mlp([1024] * depth + [10], nn.ELU), (torch.randn(100, 1024), torch.randint(10, (100,)))
-
-
-MODELS |= {f"depth{depth}": lambda depth=depth: chain(depth) for depth in (5, 10, 20, 40)}
-
+CHAINS = ["depth5", "depth10", "depth20", "depth40"]
+RESULTS = Path(__file__).parent.parent / "results"
 
 CLOCK = time.perf_counter
 
@@ -119,6 +48,12 @@ def median(function: Callable[[], object], repeats: int = 5) -> float:
         function()
         times.append(CLOCK() - start)
     return statistics.median(times)
+
+
+def count(function: Callable[[], object]) -> float:
+    with FlopCounterMode(display=False) as counter:
+        function()
+    return float(counter.get_total_flops())
 
 
 class Peak:
@@ -149,102 +84,227 @@ class Peak:
         return pages * resource.getpagesize() / 1e6
 
 
-def measure_one(name: str, part: str, cpu: bool) -> dict[str, float]:
-    """Times, counts or memory of one model; ``part`` is ``forward``, ``nested`` or ``full``."""
-    global CLOCK
-    CLOCK = time.process_time if cpu else time.perf_counter
-    torch.manual_seed(0)
-    torch.set_num_threads(1 if cpu else 2)
-    model, batch = MODELS[name]()
-    partition, loss = ns.Partition.canonical(model), Loss(cross_entropy, model)
+class Problem:
+    """A model, its batch, the gradient as direction, and the time that the gradient takes."""
 
-    def gradient() -> None:
-        model.zero_grad()
-        cross_entropy(model, batch).backward()
+    def __init__(self, name: str) -> None:
+        torch.manual_seed(0)
+        self.model, self.batch = MODELS[name]()
+        self.partition, self.loss = ns.Partition.canonical(self.model), Loss(cross_entropy, self.model)
+        self.unit = median(self.gradient)
+        self.direction = [p.grad.clone() for p in self.model.parameters()]
 
-    unit = median(gradient)
-    u = [p.grad.clone() for p in model.parameters()]
-    engine = NestedEngine() if part == "nested" else ForwardEngine()
-    tiny, few = mlp([4, 4, 3]), (torch.randn(5, 4), torch.randint(3, (5,)))  # loads all code before memory counts
-    engine.measure(Loss(cross_entropy, tiny), few, ns.Partition.canonical(tiny), list(tiny.parameters()), 3, "diagonal")
+    def gradient(self) -> None:
+        self.model.zero_grad()
+        cross_entropy(self.model, self.batch).backward()
+
+    def measure(self, engine: Any, order: int = 3, third: str = "diagonal") -> ns.Summary:
+        return engine.measure(self.loss, self.batch, self.partition, self.direction, order, third)
+
+
+# Parts ----------------------------------------------------------------------------------------------------------------
+
+
+def forward(problem: Problem) -> dict[str, float]:
+    """Times, counted multiply-adds and memory of the forward engine."""
+    engine = ForwardEngine()
+    _load_all_code(engine)
     peak = Peak()
-
-    def run(order: int = 3, third: str = "diagonal") -> None:
-        engine.measure(loss, batch, partition, u, order, third)
-
-    result: dict[str, float] = {"groups": len(partition)}
-    if part == "nested":
-        with peak:
-            run()
-        return result | {"third": median(run, 1) / unit, "memory": peak.largest}
-    run()
-    if part == "full":
-        times = [median(lambda: run(3, "full"), 2), median(run), median(lambda: run(2))]
-        return result | {
-            "full": times[0] / unit,
-            "full/diagonal": times[0] / times[1],
-            "full/hessian": times[0] / times[2],
-        }
+    problem.measure(engine)
     with peak:
-        run()
-    third, unit2 = median(run), median(gradient)
-    hessian = median(lambda: run(2))
-    unit = (unit + unit2) / 2
-    counts = [_count(gradient), _count(run), _count(lambda: run(2))]
-    return result | {
+        problem.measure(engine)
+    third = median(lambda: problem.measure(engine))
+    unit = (problem.unit + median(problem.gradient)) / 2
+    hessian = median(lambda: problem.measure(engine, 2))
+    counts = [count(f) for f in (problem.gradient, lambda: problem.measure(engine), lambda: problem.measure(engine, 2))]
+    return {
+        "groups": len(problem.partition),
         "gradient ms": unit * 1e3,
         "third": third / unit,
         "hessian": hessian / unit,
         "counted third": counts[1] / counts[0],
         "counted hessian": counts[2] / counts[0],
+        "gradient multiply-adds": counts[0] / 2,
         "memory": peak.largest,
     }
 
 
-def _count(function: Callable[[], object]) -> float:
-    with FlopCounterMode(display=False) as counter:
-        function()
-    return float(counter.get_total_flops())
+def nested(problem: Problem) -> dict[str, float]:
+    """Time and memory of the nested engine."""
+    engine = NestedEngine()
+    _load_all_code(engine)
+    with Peak() as peak:
+        problem.measure(engine)
+    return {"third": median(lambda: problem.measure(engine), 1) / problem.unit, "memory": peak.largest}
+
+
+def full(problem: Problem) -> dict[str, float]:
+    """All of the third order."""
+    engine = ForwardEngine()
+    problem.measure(engine)
+    requests = [(3, "full", 2), (3, "diagonal", 5), (2, "diagonal", 5)]
+    times = [median(lambda o=o, t=t: problem.measure(engine, o, t), n) for o, t, n in requests]
+    return {"full": times[0] / problem.unit, "full/diagonal": times[0] / times[1], "full/hessian": times[0] / times[2]}
+
+
+def accuracy(problem: Problem) -> dict[str, float]:
+    """The worst error of an entry in both precisions, against nested differentiation in double precision."""
+    single = problem.measure(ForwardEngine())
+    exact = copy.copy(problem)
+    exact.model = copy.deepcopy(problem.model).double()
+    exact.batch = tuple(t.double() if t.is_floating_point() else t for t in problem.batch)
+    exact.partition, exact.loss = ns.Partition.canonical(exact.model), Loss(cross_entropy, exact.model)
+    exact.direction = [u.double() for u in problem.direction]
+    expected, double = exact.measure(NestedEngine()), exact.measure(ForwardEngine())
+    return {
+        f"{name} {precision}": entry_error(getattr(got, name), getattr(expected, name))
+        for precision, got in (("float64", double), ("float32", single))
+        for name in ("hessian", "third")
+    }
+
+
+def entry_error(got: Tensor, expected: Tensor) -> float:
+    """The largest error of an entry (i, j), relative to √(largest in row i · largest in row j).
+
+    Groups whose largest entry is below 1e-12 of all count as if it were that: their derivatives are zero but for
+    rounding.
+    """
+    largest = expected.abs().reshape(len(expected), -1).amax(1)
+    largest = largest.clamp_min(1e-12 * float(largest.max()))
+    scale = largest if expected.dim() == 1 else (largest[:, None] * largest).sqrt()
+    return float(((got - expected).abs() / scale).max())
+
+
+def curvlinops(problem: Problem) -> dict[str, float]:
+    """H̄ as it can be had without this package: ``U.T @ (H @ U)``, a Hessian-vector product for each group."""
+    operators = importlib.import_module("curvlinops")
+    groups = range(len(problem.partition))
+    parameters = list(problem.model.parameters())
+    zeros = [torch.zeros_like(p) for p in parameters]
+
+    def hessian() -> Tensor:
+        h = operators.HessianLinearOperator(
+            problem.model, _FlatCrossEntropy(), parameters, [problem.batch], check_deterministic=False
+        )
+        rows = []
+        for i in groups:
+            product = h @ [problem.direction[j] if i == j else zeros[j] for j in groups]
+            rows.append([float((a * u).sum()) for a, u in zip(product, problem.direction, strict=True)])
+        return torch.tensor(rows, dtype=torch.float64)
+
+    expected = problem.measure(ForwardEngine(), 2).hessian
+    return {"hessian": median(hessian, 1) / problem.unit, "agrees to": entry_error(hessian(), expected)}
+
+
+class _FlatCrossEntropy(nn.CrossEntropyLoss):
+    def forward(self, logits: Tensor, labels: Tensor) -> Tensor:
+        return super().forward(logits.flatten(0, -2), labels.flatten())
+
+
+def _load_all_code(engine: Any) -> None:
+    """Measures something tiny, so that code is not counted as memory."""
+    tiny, few = mlp([4, 4, 3]), (torch.randn(5, 4), torch.randint(3, (5,)))
+    engine.measure(Loss(cross_entropy, tiny), few, ns.Partition.canonical(tiny), list(tiny.parameters()), 3, "diagonal")
+
+
+PARTS = {part.__name__: part for part in (forward, nested, full, accuracy, curvlinops)}
+
+
+# The report -----------------------------------------------------------------------------------------------------------
+
+
+def line(name: str, rows: dict[str, dict[str, float]]) -> str:
+    """A model's row of the table."""
+    own, other = rows["forward"], rows.get("nested", {})
+    cells = [name, f"{own['groups']:.0f}", f"{own['gradient ms']:.1f}"]
+    cells += [f"**{own['third']:.1f}**", f"{LIMITS[name]:.0f}" if name in LIMITS else "", f"{own['counted third']:.1f}"]
+    cells += [f"{own['hessian']:.1f}", f"{own['counted hessian']:.1f}"]
+    cells += [f"{other['third']:.1f}", f"{other['third'] / own['third']:.1f}"] if other else ["", ""]
+    cells += [f"{own['memory']:.0f}", f"{other['memory']:.0f}" if other else ""]
+    return "| " + " | ".join(cells) + " |"
+
+
+TITLES = ["model", "S", "gradient ms", "all three", "at most", "counted", "up to H̄", "counted"]
+TITLES += ["nested", "×", "MB", "nested MB"]
+HEADER = f"| {' | '.join(TITLES)} |\n" + "|---" * len(TITLES) + "|"
+
+
+def report(saved: dict[str, Any]) -> str:
+    """Everything that was measured, in Markdown."""
+    models = saved["models"]
+    seconds = "processor time, one thread" if saved["threads"] == 1 else f"wall clock, {saved['threads']} threads"
+    text = ["# The engines", "", f"`python benchmarks/engines.py`, torch {saved['torch']}; {seconds}.", ""]
+    text += ["Costs are in gradients: forward and backward passes of the same loss.  *Counted* are multiply-adds of"]
+    text += ["matrix products and convolutions in the same unit, the floor.  *MB* is the peak above what was resident."]
+    text += ["", HEADER, *(line(name, rows) for name, rows in models.items() if "forward" in rows), ""]
+    for title, part in (
+        ("All of the third order", "full"),
+        ("Largest error of an entry, against nested differentiation in double precision", "accuracy"),
+        ("`U.T @ (H @ U)` by curvlinops, in gradients", "curvlinops"),
+    ):
+        found = {name: rows[part] for name, rows in models.items() if part in rows}
+        if found:
+            keys = list(next(iter(found.values())))
+            text += [f"## {title}", "", f"| model | {' | '.join(keys)} |", "|---" * (len(keys) + 1) + "|"]
+            text += [f"| {name} | {' | '.join(f'{row[k]:.3g}' for k in keys)} |" for name, row in found.items()]
+            text += [""]
+    chains = {name: models[name]["forward"] for name in CHAINS if "forward" in models.get(name, {})}
+    return "\n".join(text + (growth(chains) if len(chains) > 1 else []))
+
+
+def growth(chains: dict[str, dict[str, float]]) -> list[str]:
+    """How well one rate of multiply-adds explains the times of chains of different depths."""
+    text = ["## Growth with depth", "", "Hidden layers of width 1024: seconds, and against one rate for all depths."]
+    text += ["", "| model | S | all three, s | to the fit | up to H̄, s | to the fit |", "|---|---|---|---|---|---|"]
+    columns = []
+    for what in ("third", "hessian"):
+        seconds = [row[what] * row["gradient ms"] / 1e3 for row in chains.values()]
+        counts = [row[f"counted {what}"] * row["gradient multiply-adds"] for row in chains.values()]
+        rate = math.exp(statistics.fmean(math.log(c / s) for c, s in zip(counts, seconds, strict=True)))
+        columns += [seconds, [s * rate / c for c, s in zip(counts, seconds, strict=True)]]
+    for (name, row), *cells in zip(chains.items(), *columns, strict=True):
+        text.append(f"| {name} | {row['groups']:.0f} | {' | '.join(f'{cell:.2f}' for cell in cells)} |")
+    return [*text, ""]
 
 
 def main() -> None:
+    global CLOCK
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("models", nargs="*", default=list(LIMITS))
-    parser.add_argument("--full", action="store_true", help="all of the third order, too")
-    parser.add_argument("--without-nested", action="store_true")
+    parser.add_argument("models", nargs="*", default=list(LIMITS), help=f"of {', '.join(MODELS)}")
+    parser.add_argument("--parts", nargs="+", choices=list(PARTS), default=["forward", "nested"])
     parser.add_argument("--cpu", action="store_true", help="processor time with one thread, for a busy machine")
-    parser.add_argument("--part", choices=["forward", "nested", "full"], help=argparse.SUPPRESS)
+    parser.add_argument("--inside", action="store_true", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
-    if arguments.part:
-        print(json.dumps(measure_one(arguments.models[0], arguments.part, arguments.cpu)))
+    if arguments.inside:
+        CLOCK = time.process_time if arguments.cpu else time.perf_counter
+        torch.set_num_threads(1 if arguments.cpu else 2)
+        print(json.dumps(PARTS[arguments.parts[0]](Problem(arguments.models[0]))))
         return
-    table = {}
-    print("in gradients    S   all three (at most, counted)   up to H̄ (counted)   nested   speed-up   MB   nested MB")
+    path = RESULTS / "engines.json"
+    kind = {"torch": torch.__version__, "threads": 1 if arguments.cpu else 2}
+    saved = json.loads(path.read_text()) if path.exists() else {}
+    if {key: saved.get(key) for key in kind} != kind:
+        saved = {**kind, "models": {}}
+    print(HEADER)
     for name in arguments.models:
-        parts = ["forward", *["nested"] * (not arguments.without_nested), *["full"] * arguments.full]
-        rows = {part: _in_a_process(name, part, arguments.cpu) for part in parts}
-        table[name] = rows
-        own, nested = rows["forward"], rows.get("nested", {})
-        line = f"{name:14} {own['groups']:3}   "
-        line += f"{own['third']:6.1f} ({LIMITS.get(name, 0):4.0f}, {own['counted third']:4.1f})"
-        line += f"             {own['hessian']:5.1f} ({own['counted hessian']:4.1f})"
-        if nested:
-            line += f"      {nested['third']:6.1f}  {nested['third'] / own['third']:6.1f}"
-        print(line + f"    {own['memory']:5.0f}  {nested.get('memory', 0):5.0f}", flush=True)
-        if "full" in rows:
-            print(f"{'':17} full: {rows['full']}")
-    path = Path(__file__).parent.parent / "results" / "engines.json"
-    path.parent.mkdir(exist_ok=True)
-    path.write_text(
-        json.dumps({"torch": torch.__version__, "threads": 1 if arguments.cpu else 2, "models": table}, indent=1) + "\n"
-    )
+        rows = saved["models"].setdefault(name, {})
+        for part in arguments.parts:
+            if part == "curvlinops" and importlib.util.find_spec("curvlinops") is None:
+                print("curvlinops is missing: pip install -c constraints.txt 'newton-summary[benchmarks]'")
+                continue
+            rows[part] = _in_a_process(name, part, arguments.cpu)
+            print(f"{name} {part}: { {k: float(f'{v:.3g}') for k, v in rows[part].items()} }", flush=True)
+        if "forward" in rows:
+            print(line(name, rows), flush=True)
+        RESULTS.mkdir(exist_ok=True)
+        path.write_text(json.dumps(saved, indent=1) + "\n")
+        path.with_suffix(".md").write_text(report(saved))
 
 
 def _in_a_process(name: str, part: str, cpu: bool) -> dict[str, float]:
-    done = subprocess.run(
-        [sys.executable, __file__, name, "--part", part, *["--cpu"] * cpu], capture_output=True, text=True, check=True
-    )
-    result: dict[str, float] = json.loads(done.stdout)
+    command = [sys.executable, __file__, name, "--inside", "--parts", part, *["--cpu"] * cpu]
+    done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
+    result: dict[str, float] = json.loads(done.stdout.splitlines()[-1])
     return result
 
 

@@ -552,6 +552,29 @@ def test_the_direction_is_not_overwritten():
     assert all(torch.equal(u, v) for u, v in zip(direction, before, strict=True))
 
 
+def test_curves_overwrite_what_nobody_else_reads(monkeypatch):
+    monkeypatch.setattr(arena, "_SMALLEST", 0)
+    ends = []
+    take = arena.Arena._take
+    monkeypatch.setattr(
+        arena.Arena, "_take", lambda self, size: (place := take(self, size), ends.append(place[1] + size))[0]
+    )
+
+    def loss(m, x):
+        h = x @ m.w
+        for curve in (torch.tanh, torch.sin, torch.exp, torch.sin, torch.tanh):
+            h = curve(h)
+        return h.square().mean()
+
+    x = torch.randn(500, 4, dtype=torch.float64)
+    case, engine = Case(Custom(w=(4, 30)).double(), loss, x), ForwardEngine()
+    measure(engine, case)
+    ends.clear()
+    measure(engine, case)
+    both = 2 * 500 * 30 * 8  # bytes of the first and second derivative of a value
+    assert both < max(ends) < 1.6 * both, "the first curve makes them of one of their size, and all others in place"
+
+
 def test_an_arena_gives_freed_memory_out_again():
     store, like = arena.Arena(), torch.float64
     a, b, c = (store.empty((1000,), like) for _ in range(3))

@@ -188,7 +188,7 @@ class Bilinear(Rule):
         return len(a.rows) < len(b.rows)
 
 
-_PULLED = 1 << 21  # entries that are pulled through an adjoint at a time
+_PULLED = 1 << 20  # entries that are pulled through an adjoint at a time
 
 
 def multiply(

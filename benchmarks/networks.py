@@ -1,0 +1,87 @@
+"""The networks that engines are measured on: each with a batch, on random data."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from newton_summary.experiments.models import lenet, mlp
+
+
+def cross_entropy(model, batch):
+    return F.cross_entropy(model(batch[0]).flatten(0, -2), batch[1].flatten())
+
+
+def images(n):
+    return torch.randn(n, 3, 32, 32), torch.randint(10, (n,))
+
+
+def vgg():
+    layers, channels = [], 3
+    for width in (64, 0, 128, 0, 256, 256, 0, 512, 512, 0, 512, 512, 0):
+        layers += [nn.Conv2d(channels, width, 3, padding=1), nn.ELU()] if width else [nn.MaxPool2d(2)]
+        channels = width or channels
+    return nn.Sequential(*layers, nn.Flatten(), nn.Linear(512, 10))
+
+
+class Block(nn.Module):
+    def __init__(self, width: int, heads: int) -> None:
+        super().__init__()
+        self.heads = heads
+        self.norm1, self.norm2 = nn.LayerNorm(width), nn.LayerNorm(width)
+        self.qkv, self.out = nn.Linear(width, 3 * width), nn.Linear(width, width)
+        self.up, self.down = nn.Linear(width, 4 * width), nn.Linear(4 * width, width)
+
+    def forward(self, x):
+        n, t, width = x.shape
+        q, k, v = self.qkv(self.norm1(x)).view(n, t, 3, self.heads, -1).permute(2, 0, 3, 1, 4).unbind(0)
+        mixed = F.scaled_dot_product_attention(q, k, v, is_causal=True)
+        x = x + self.out(mixed.transpose(1, 2).reshape(n, t, width))
+        return x + self.down(F.gelu(self.up(self.norm2(x))))
+
+
+class GPT(nn.Module):
+    def __init__(self, vocabulary=65, width=128, heads=4, layers=4, context=64) -> None:
+        super().__init__()
+        self.tokens, self.places = nn.Embedding(vocabulary, width), nn.Embedding(context, width)
+        self.blocks, self.norm = nn.Sequential(*(Block(width, heads) for _ in range(layers))), nn.LayerNorm(width)
+
+    def forward(self, x):
+        return self.norm(self.blocks(self.tokens(x) + self.places.weight)) @ self.tokens.weight.T
+
+
+class Residual(nn.Module):
+    def __init__(self, before: int, after: int, stride: int) -> None:
+        super().__init__()
+        self.conv1, self.norm1 = nn.Conv2d(before, after, 3, stride, 1, bias=False), nn.BatchNorm2d(after)
+        self.conv2, self.norm2 = nn.Conv2d(after, after, 3, 1, 1, bias=False), nn.BatchNorm2d(after)
+        self.skip = nn.Conv2d(before, after, 1, stride, bias=False) if before != after else nn.Identity()
+
+    def forward(self, x):
+        return (self.norm2(self.conv2(self.norm1(self.conv1(x)).relu())) + self.skip(x)).relu()
+
+
+def resnet():
+    stem = [nn.Conv2d(3, 16, 3, 1, 1, bias=False), nn.BatchNorm2d(16), nn.ReLU()]
+    blocks = [Residual(16, 16, 1), Residual(16, 32, 2), Residual(32, 64, 2)]
+    return nn.Sequential(*stem, *blocks, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(64, 10))
+
+
+MODELS: dict[str, Callable[[], tuple[nn.Module, tuple[torch.Tensor, torch.Tensor]]]] = {
+    "bigmlp": lambda: (mlp([3072, *[1024] * 20, 10], nn.ELU), images(100)),
+    "vgg": lambda: (vgg(), images(16)),
+    "lenet": lambda: (lenet(), images(100)),
+    "mlp": lambda: (mlp([784, 1024, 200, 100, 10]), (torch.randn(100, 784), torch.randint(10, (100,)))),
+    "gpt": lambda: (GPT(), (torch.randint(65, (16, 64)), torch.randint(65, (16, 64)))),
+    "resnet": lambda: (resnet(), images(32)),
+}
+
+
+def chain(depth: int):
+    return mlp([1024] * depth + [10], nn.ELU), (torch.randn(100, 1024), torch.randint(10, (100,)))
+
+
+MODELS |= {f"depth{depth}": lambda depth=depth: chain(depth) for depth in (5, 10, 20, 40)}
