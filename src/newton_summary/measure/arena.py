@@ -74,9 +74,14 @@ def arena() -> Iterator[None]:
         _CURRENT.reset(token)
 
 
+def is_large(size: int) -> bool:
+    """Whether so many bytes are worth the trouble."""
+    return size >= _SMALLEST
+
+
 def empty(shape: Sequence[int], like: Tensor) -> Tensor:
     """A tensor of another one's type and device whose entries can be anything; from the arena if there is one."""
     current = _CURRENT.get()
-    if current is None or like.device.type != "cpu" or prod(shape) * like.dtype.itemsize < _SMALLEST:
+    if current is None or like.device.type != "cpu" or not is_large(prod(shape) * like.dtype.itemsize):
         return torch.empty(shape, dtype=like.dtype, device=like.device)
     return current.empty(shape, like.dtype)

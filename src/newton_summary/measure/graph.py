@@ -67,6 +67,7 @@ class Graph:
         plan: what each operation does to tangents, once that is known.
         coarse: whether some values are of half precision.
         kinked: whether some operation has a slope that jumps.
+        widest: the bytes of its largest value.
     """
 
     instructions: list[Instruction]
@@ -78,6 +79,7 @@ class Graph:
     plan: list[Any] | None = None
     coarse: bool = False
     kinked: bool = False
+    widest: int = 0
 
     def run(self, inputs: Sequence[Tensor], instead: Mapping[Any, Callable[..., Any]] | None = None) -> list[Any]:
         """Every value, by slot.  Differentiable with respect to the inputs.

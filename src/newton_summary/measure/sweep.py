@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from newton_summary.measure.arena import arena
+from newton_summary.measure.arena import arena, is_large
 from newton_summary.measure.graph import Graph, Instruction, Ref, Refusal, first_line
 from newton_summary.measure.inputs import Inputs
 from newton_summary.measure.lowering import CONSTANT
@@ -118,6 +118,7 @@ def _plan(graph: Graph, values: Sequence[Any]) -> list[_Step | None]:
         for instruction in reversed(graph.instructions):
             if instruction.out in reached and instruction.op is not CONSTANT:
                 reached.update(instruction.reads)
+        graph.widest = max((v.nbytes for v in values if isinstance(v, Tensor)), default=0)
         graph.kinked = any(i.op in KINKED and i.out in reached for i in graph.instructions)
         bent: set[int] = set()
         plan: list[_Step | None] = []
@@ -190,28 +191,32 @@ def _push(tape: Tape, request: Request, sums: Sums, calls: list[_Curved] | None)
     """
     graph, values, adjoints = tape.graph, tape.values, tape.adjoints
     jets: list[Any] = [None] * graph.slots
-    holders = _Holders()
+    size = graph.widest * 2 * len(request.partition)
+    holders = _Holders() if calls is None and is_large(size) else None
     for slot, jet in zip(graph.inputs, request.jets(), strict=False):
         jets[slot] = jet
-        holders.add(jet, 2)
+        if holders is not None:
+            holders.add(jet, 2)
     for instruction, step in zip(graph.instructions, tape.steps, strict=True):
         if step is not None:
             found = {place: jets[slot] for place, slot in step.places if jets[slot] is not None}
             if found:
                 args = instruction.arguments(values)
                 out = values[instruction.out]
-                spare = holders.spare(step.places, jets, instruction.last_use) if calls is None else frozenset()
+                spare = holders.spare(step.places, jets, instruction.last_use) if holders is not None else _NOTHING
                 call = Call(instruction.op, args, instruction.kwargs, out, found, request.diagonal, step.bent, spare)
                 adjoint = adjoints.pop(instruction.out, None) if request.order > 1 else None
                 try:
                     jets[instruction.out] = step.rule.push(call, adjoint, sums)
                 except (RuntimeError, NotImplementedError) as error:
                     raise _refusal(call, step.rule, error) from error
-                holders.add(jets[instruction.out], 2 if step.rule.kind == "general" else 1)
+                if holders is not None:
+                    holders.add(jets[instruction.out], 2 if step.rule.kind == "general" else 1)
                 if calls is not None and step.curved:
                     calls.append(_Curved(call, step.rule, adjoint))
         for slot in instruction.last_use:
-            holders.add(jets[slot], -1)
+            if holders is not None:
+                holders.add(jets[slot], -1)
             jets[slot] = values[slot] = None
     result: Jet | None = jets[graph.result]
     return result
@@ -228,6 +233,9 @@ def _refusing(call: Call, rule: Rule) -> Iterator[None]:
 
 def _refusal(call: Call, rule: Rule, error: Exception) -> Refusal:
     return Refusal(f"{call.op} ({rule.kind}): {first_line(error)}")
+
+
+_NOTHING: frozenset[Place] = frozenset()
 
 
 class _Holders:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any, TypeAlias
 
 import torch
@@ -49,13 +49,61 @@ class Elementwise(Rule):
 
     @override
     def push(self, call: Call, adjoint: Any, sums: Sums) -> Any:
-        jet = call.jets[0]
-        order = 1 if self.piecewise_linear else 3 if call.third else 2
-        d1, d2, d3 = (*self.derivatives(call, order), None, None)[:3]
-        if d2 is None:
+        if self.piecewise_linear:
+            jet, (slope,) = call.jets[0], self.derivatives(call, 1)
             rows = call.target(len(jet.rows))
-            return jet.like(rows.zero_() if d1 is None else torch.mul(jet.rows, d1, out=rows))
-        return _bent(call, (d1, d2, d3), adjoint, sums)
+            return jet.like(rows.zero_() if slope is None else torch.mul(jet.rows, slope, out=rows))
+        return self._bent(call, adjoint, sums)
+
+    def _bent(self, call: Call, adjoint: Tensor | None, sums: Sums) -> Jet:
+        """Pushes tangents through a curve: f' ẋ, and f' ẍ + f'' ẋ².
+
+        Adds Σ v̄ f'' ẋ_i ẋ_j to H̄ and Σ v̄ (f''' ẋ_i³ + 3 f'' ẋ_i ẍ_i) to the third diagonal.  Goes in blocks that fit
+        a cache, so that the tangents are read from memory once.
+        """
+        jet, third = call.jets[0], call.third
+        n, m = len(jet.first), len(jet.second)
+        result = call.target((2 if third else 1) * n)
+        rows, new = flat(jet.rows), flat(result)
+        v = None if adjoint is None else adjoint.reshape(-1)
+        gram, cubes = rows.new_zeros(n, n), rows.new_zeros(n)
+        place = rows_of(jet.first, jet.second)
+        for block, (d1, d2, d3) in self._slopes(call, rows):
+            x, a = rows[m:, block], rows[:m, block]
+            if v is not None:
+                bent = x * (v[block] * d2)
+                gram.addmm_(bent, x.T)
+                if third and m:
+                    add_rows(cubes, place, 3 * dots(bent[place], a))
+            if third:
+                square = x * x
+                second = new[:n, block]
+                if m == n:
+                    torch.mul(a, d1, out=second).addcmul_(square, d2)
+                else:
+                    torch.mul(square, d2, out=second)
+                    if m:
+                        add_rows(second, place, a * d1)
+                if v is not None and d3 is not None:
+                    cubes += torch.mv(square.mul_(x), v[block] * d3)
+            torch.mul(x, d1, out=new[n:, block] if third else new[:, block])
+        if v is not None:
+            sums.add_square(jet.first, gram)
+            if third:
+                sums.add_diagonal(jet.first, cubes)
+        return Jet(jet.first if third else (), jet.first, result)
+
+    def _slopes(self, call: Call, rows: Tensor) -> Iterator[tuple[slice, tuple[Tensor, Tensor, Slope]]]:
+        """Blocks of entries, and the derivatives of three orders there."""
+        point, out = call.args[0].reshape(-1), call.out.reshape(-1)
+        for block in blocks(rows.shape[1], len(rows)):
+            here = Call(call.op, (point[block], *call.args[1:]), call.kwargs, out[block], {})
+            d1, d2, d3 = (
+                None if d is None else d.to(rows.dtype)
+                for d in (*self.derivatives(here, 3 if call.third else 2), None)[:3]
+            )
+            zero = rows.new_zeros(())
+            yield block, (zero if d1 is None else d1, zero if d2 is None else d2, d3)
 
     @override
     def sources(self, call: Call, adjoint: Any) -> dict[Place, tuple[Groups, Tensor]]:
@@ -76,49 +124,6 @@ class Elementwise(Rule):
             twist = (adjoint * d3).reshape(-1) / 3
             weights[rows_of(groups, both)] += dot[rows_of(jet.first, both)] * twist
         add_cubes(weights, dot, groups, jet.first, sums)
-
-
-def _bent(call: Call, slopes: tuple[Slope, ...], adjoint: Tensor | None, sums: Sums) -> Jet:
-    """Pushes tangents through a curve: f' ẋ, and f' ẍ + f'' ẋ².
-
-    Adds Σ v̄ f'' ẋ_i ẋ_j to H̄ and Σ v̄ (f''' ẋ_i³ + 3 f'' ẋ_i ẍ_i) to the third diagonal.  Goes in blocks that fit a
-    cache, so that the tangents are read from memory once.
-    """
-    jet, third = call.jets[0], call.third
-    n, m = len(jet.first), len(jet.second)
-    result = call.target((2 if third else 1) * n)
-    rows, new = flat(jet.rows), flat(result)
-    d1, d2, d3 = (None if d is None else d.reshape(-1).to(rows.dtype) for d in slopes)
-    assert d1 is not None
-    assert d2 is not None
-    v = None if adjoint is None else adjoint.reshape(-1)
-    bend, twist = (None if v is None or d is None else v * d for d in (d2, d3))
-    gram, cubes = rows.new_zeros(n, n), rows.new_zeros(n)
-    place = rows_of(jet.first, jet.second)
-    for block in blocks(rows.shape[1], n + m):
-        x, a = rows[m:, block], rows[:m, block]
-        if bend is not None:
-            bent = x * bend[block]
-            gram.addmm_(bent, x.T)
-            if third and m:
-                add_rows(cubes, place, 3 * dots(bent[place], a))
-        if third:
-            square = x * x
-            second = new[:n, block]
-            if m == n:
-                torch.mul(a, d1[block], out=second).addcmul_(square, d2[block])
-            else:
-                torch.mul(square, d2[block], out=second)
-                if m:
-                    add_rows(second, place, a * d1[block])
-            if twist is not None:
-                cubes += torch.mv(square.mul_(x), twist[block])
-        torch.mul(x, d1[block], out=new[n:, block] if third else new[:, block])
-    if bend is not None:
-        sums.add_square(jet.first, gram)
-        if third:
-            sums.add_diagonal(jet.first, cubes)
-    return Jet(jet.first if third else (), jet.first, result)
 
 
 # Derivatives ----------------------------------------------------------------------------------------------------------
