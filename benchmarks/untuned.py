@@ -1,0 +1,459 @@
+"""NewtonSummary with nothing tuned, against optimizers whose learning rate was searched, on nine problems.
+
+    python benchmarks/untuned.py baselines     searches the baselines' rates (hours; resumable; committed)
+    python benchmarks/untuned.py judge         runs ours, times a step of everyone, writes results/untuned/
+    python benchmarks/untuned.py judge --quick     one seed of the five cheapest problems
+
+``--problems`` and ``--forms`` choose.  A run is a Record; what was run stays in results/untuned/*.jsonl.  Needs
+``pip install prodigyopt schedulefree dadaptation``.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from statistics import geometric_mean, median
+
+import torch
+from torch import Tensor, nn
+from torch.utils.data import DataLoader
+from tqdm import tqdm
+
+import newton_summary as ns
+from newton_summary.experiments.data import InMemory, as_it_is, shuffled
+from newton_summary.experiments.search import half_decade
+from newton_summary.experiments.suite import PROBLEMS, Problem
+from newton_summary.rates import AveragedRates
+from newton_summary.solve import Status
+
+FOLDER = Path(__file__).parents[1] / "results" / "untuned"
+SEEDS = (0, 1, 2)
+POINTS = 8
+CURVE_SAMPLES = 2000
+QUICK = ("digits", "mlp", "lenet", "logistic", "autoencoder")
+
+Maker = Callable[[nn.Module, float, int], torch.optim.Optimizer]  # from a model, a rate and the number of steps
+
+
+# Runs -----------------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Record:
+    """One run: its loss over (a part of) the training set along the way, and at its end over the whole."""
+
+    problem: str
+    optimizer: str
+    rate: float
+    seed: int
+    steps: list[int]
+    curve: list[float]
+    train: float
+    validation: float
+    initial: float
+    marked: float | None = None  # the training loss at an earlier step, where one was asked for
+    measured: int = 0  # how often NewtonSummary measured
+
+    @property
+    def loss(self) -> float:
+        """The final training loss; infinite where it is no number."""
+        return self.train if math.isfinite(self.train) else math.inf
+
+
+@torch.no_grad()
+def evaluate(problem: Problem, model: nn.Module, samples: tuple[Tensor, Tensor], accuracy: bool = False) -> float:
+    """The mean loss, or the accuracy, in eval mode."""
+    training = model.training
+    model.eval()
+    total = 0.0
+    for x, y in zip(samples[0].split(500), samples[1].split(500), strict=True):
+        value = (model(x).argmax(-1) == y).float().mean() if accuracy else problem.loss_fn(model, (x, y))
+        total += float(value) * len(y)
+    model.train(training)
+    return total / len(samples[1])
+
+
+def endless(problem: Problem, seed: int, batch_size: int) -> Iterator[tuple[Tensor, Tensor]]:
+    epoch = 0
+    while True:
+        yield from shuffled(problem.read().train, batch_size, seed, epoch)
+        epoch += 1
+
+
+def _mode(optimizer: torch.optim.Optimizer, name: str) -> None:
+    """Schedule-free optimizers have two points, and switch between them."""
+    if callable(getattr(optimizer, name, None)):
+        getattr(optimizer, name)()
+
+
+def run(
+    problem: Problem,
+    name: str,
+    make: Maker,
+    rate: float,
+    seed: int,
+    steps: int | None = None,
+    scale: float = 1.0,
+    batch_size: int | None = None,
+    mark: int | None = None,
+) -> Record:
+    """Trains a problem once."""
+    torch.manual_seed(seed)
+    steps = problem.steps if steps is None else steps
+    samples = problem.read()
+    part = tuple(t[:CURVE_SAMPLES] for t in samples.train)
+    model = problem.make_model(seed, scale)
+    optimizer = make(model, rate, steps)
+    schedule = getattr(optimizer, "schedule", None)
+    batches = endless(problem, seed, batch_size or problem.batch_size)
+    stops = sorted({round(steps * (i + 1) / POINTS) for i in range(POINTS)})
+    initial, curve = evaluate(problem, model, part), []
+    marked = None
+    _mode(optimizer, "train")
+    for number in range(1, steps + 1):
+        optimizer.zero_grad()
+        problem.loss_fn(model, next(batches)).backward()
+        optimizer.step()
+        if schedule is not None:
+            schedule.step()
+        if number == mark:
+            marked = evaluate(problem, model, samples.train)
+        if number in stops:
+            _mode(optimizer, "eval")
+            curve.append(evaluate(problem, model, part))
+            if number < steps:
+                _mode(optimizer, "train")
+            if not math.isfinite(curve[-1]):
+                break
+    validation = evaluate(problem, model, samples.validation, problem.score == "accuracy")
+    train = evaluate(problem, model, samples.train) if math.isfinite(curve[-1]) else math.inf
+    measured = optimizer.counts["measured"] if isinstance(optimizer, ns.NewtonSummary) else 0
+    return Record(
+        problem.name, name, rate, seed, stops[: len(curve)], curve, train, validation, initial, marked, measured
+    )
+
+
+# Optimizers -----------------------------------------------------------------------------------------------------------
+
+
+def cosine(model: nn.Module, rate: float, steps: int) -> torch.optim.Optimizer:
+    optimizer = torch.optim.AdamW(model.parameters(), rate)
+    optimizer.schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
+    return optimizer
+
+
+def prodigy(model: nn.Module, rate: float, steps: int) -> torch.optim.Optimizer:
+    from prodigyopt import Prodigy
+
+    return Prodigy(model.parameters(), lr=rate)
+
+
+def schedule_free(model: nn.Module, rate: float, steps: int) -> torch.optim.Optimizer:
+    from schedulefree import AdamWScheduleFree
+
+    return AdamWScheduleFree(model.parameters(), lr=rate)
+
+
+def d_adapt(model: nn.Module, rate: float, steps: int) -> torch.optim.Optimizer:
+    from dadaptation import DAdaptAdam
+
+    return DAdaptAdam(model.parameters(), lr=rate)
+
+
+TUNED: dict[str, Maker] = {
+    "adam": lambda model, rate, steps: torch.optim.Adam(model.parameters(), rate),
+    "adamw-cosine": cosine,
+    "sgd": lambda model, rate, steps: torch.optim.SGD(model.parameters(), rate, momentum=0.9),
+}
+AROUND = {"adam": -5, "adamw-cosine": -5, "sgd": -3}  # on the grid of half decades: 3e-3, 3e-3, 3e-2
+UNTUNED: dict[str, tuple[Maker, float]] = {
+    "prodigy": (prodigy, 1.0),
+    "schedule-free": (schedule_free, 0.0025),
+    "d-adapt": (d_adapt, 1.0),
+}
+
+
+# Baselines ------------------------------------------------------------------------------------------------------------
+
+
+class Store:
+    """Records in a file, one a line, so that what was run is never run again."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        path.parent.mkdir(parents=True, exist_ok=True)
+        lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
+        self.records = [Record(**json.loads(line)) for line in lines]
+
+    def find(self, problem: str, optimizer: str, rate: float | None = None) -> list[Record]:
+        found = (r for r in self.records if (r.problem, r.optimizer) == (problem, optimizer))
+        return [r for r in found if rate is None or r.rate == rate]
+
+    def get(self, problem: Problem, name: str, make: Maker, rate: float, seed: int, **options: object) -> Record:
+        for record in self.find(problem.name, name, rate):
+            if record.seed == seed:
+                return record
+        record = run(problem, name, make, rate, seed, **options)
+        self.records.append(record)
+        numbers = {k: [_short(x) for x in v] if isinstance(v, list) else _short(v) for k, v in asdict(record).items()}
+        with self.path.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(numbers) + "\n")
+        return record
+
+    def rates(self, problem: str, optimizer: str, seeds: int) -> dict[float, float]:
+        """The median loss of each rate that was run with at least so many seeds."""
+        found = {r.rate: [s.loss for s in self.find(problem, optimizer, r.rate)] for r in self.find(problem, optimizer)}
+        return {rate: median(losses) for rate, losses in sorted(found.items()) if len(losses) >= seeds}
+
+    def best(self, problem: str, optimizer: str) -> list[Record]:
+        """The records of the best rate."""
+        medians = self.rates(problem, optimizer, len(SEEDS))
+        return self.find(problem, optimizer, min(medians, key=lambda rate: medians[rate]))
+
+
+def _short(value: object) -> object:
+    return float(f"{value:.5g}") if isinstance(value, float) else value
+
+
+def search(store: Store, problem: Problem, name: str) -> None:
+    """One seed over ever more rates until the best has worse ones on both sides; then all seeds for those three."""
+    make, around = TUNED[name], AROUND[name]
+    for seeds in ((SEEDS[0],), SEEDS):
+        tried: dict[int, float] = {}
+        while True:
+            best = min(tried, key=lambda number: tried[number]) if tried else around
+            missing = [number for number in (best, best - 1, best + 1) if number not in tried]
+            if not missing:
+                around = best
+                break
+            for number in missing:
+                runs = [store.get(problem, name, make, half_decade(number), seed) for seed in seeds]
+                tried[number] = median(r.loss for r in runs)
+
+
+def baselines(store: Store, problems: Sequence[Problem]) -> None:
+    for problem in tqdm(problems, desc="problems"):
+        for name in TUNED:
+            search(store, problem, name)
+        for name, (make, rate) in UNTUNED.items():
+            for seed in SEEDS:
+                store.get(problem, name, make, rate, seed)
+
+
+# Ours -----------------------------------------------------------------------------------------------------------------
+
+
+class DiagonalRates(AveragedRates):
+    """The default rule without interactions: only the diagonal of H̄ is looked at."""
+
+    def update(self, summary: ns.Summary) -> Status:
+        return super().update(replace(summary, hessian=torch.diag(summary.hessian.diagonal())))
+
+
+def ours(problem: Problem, seed: int, form: str = "default") -> Maker:
+    """NewtonSummary as it comes, or an ablation of it."""
+
+    def make(model: nn.Module, rate: float, steps: int) -> torch.optim.Optimizer:
+        train = InMemory(problem.read().train)
+        loader = DataLoader(train, problem.batch_size, shuffle=True, drop_last=True, collate_fn=as_it_is)
+        optimizer = ns.NewtonSummary(
+            model,
+            problem.loss_fn,
+            curvature_data=loader,
+            seed=seed,
+            **FORMS[form],
+            **SCHEDULED.get(form, _nothing)(steps),
+        )
+        if form == "diagonal":
+            rule = optimizer.rule
+            optimizer.rule = DiagonalRates(rule.regularization, rule.shrinkage, rule.target, rule.average.momentum)
+        return optimizer
+
+    return make
+
+
+FORMS: dict[str, dict[str, object]] = {
+    "default": {},
+    "steps": {},
+    "one rate": {"partition": "trivial"},
+    "diagonal": {},
+    "no third order": {"regularization": 0.0},
+    "invariant": {"target": "invariant"},
+}
+SCHEDULED = ("steps",)  # what knows the length of the run
+
+
+# Time -----------------------------------------------------------------------------------------------------------------
+
+
+def step_times(problem: Problem, rounds: int = 25) -> dict[str, float]:
+    """Seconds of a step of every optimizer, medians of interleaved rounds; of ours also that of a measurement."""
+    makers = {**TUNED, **{name: make for name, (make, _) in UNTUNED.items()}, "ours": ours(problem, 0)}
+    trained = {}
+    for name, make in makers.items():
+        model = problem.make_model(0)
+        trained[name] = (model, make(model, 1e-4, problem.steps), endless(problem, 0, problem.batch_size))
+        _mode(trained[name][1], "train")
+    seconds: dict[str, list[float]] = {name: [] for name in (*makers, "measurement")}
+    for number in tqdm(range(rounds), desc=f"{problem.name}: times", leave=False):
+        for name, (model, optimizer, batches) in trained.items():
+            batch = next(batches)
+            start = time.perf_counter()
+            optimizer.zero_grad()
+            problem.loss_fn(model, batch).backward()
+            between = time.perf_counter()
+            if name == "ours" and number % 5 == 0:
+                optimizer.measure(batch)
+                seconds["measurement"].append(time.perf_counter() - between)
+                continue
+            optimizer._taken = 1  # no measurement of its own here
+            optimizer.step()
+            seconds[name].append(time.perf_counter() - start)
+    return {name: median(values[len(values) // 5 :]) for name, values in seconds.items()}
+
+
+# The judge ------------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """One problem: everyone's final training loss and score, medians over seeds, and the price of our steps."""
+
+    problem: str
+    score: str
+    overhead: float  # of our run's wall-clock, against Adam's of as many steps
+    loss: dict[str, float]  # ours at equal wall-clock
+    equal_epochs: dict[str, float]
+    scores: dict[str, float]
+    rates: dict[str, float]
+    reached: float | None  # the share of the run's steps after which ours is at Adam's final loss
+
+
+def judge(problem: Problem, baseline: Store, own: Store, forms: Sequence[str], seeds: Sequence[int]) -> Verdict:
+    """Runs ours and compares."""
+    seconds = step_times(problem)
+    make = ours(problem, 0)(problem.make_model(0), 0.0, problem.steps)
+    count = math.ceil(problem.steps / make.every)
+    overhead = (seconds["ours"] + seconds["measurement"] * count / problem.steps) / seconds["adam"]
+    mark = round(problem.steps / overhead)
+    loss, epochs, scores, rates = {}, {}, {}, {}
+    for name in (*TUNED, *UNTUNED):
+        records = baseline.best(problem.name, name)
+        rates[name] = records[0].rate
+        loss[name] = epochs[name] = median(r.loss for r in records)
+        scores[name] = median(r.validation for r in records)
+    reached = None
+    for form in forms:
+        scheduled = form in SCHEDULED
+        options = {"steps": mark} if scheduled else {"mark": mark}
+        records = [own.get(problem, form, ours(problem, seed, form), 0.0, seed, **options) for seed in seeds]
+        loss[form] = median(r.loss if scheduled else r.marked for r in records)
+        scores[form] = median(r.validation for r in records)
+        epochs[form] = median(r.loss for r in records)
+        if form == "default":
+            adam = median(r.curve[-1] for r in baseline.best(problem.name, "adam"))
+            curve = [median(r.curve[i] for r in records) for i in range(POINTS)]
+            reached = next(
+                (step / problem.steps for step, v in zip(records[0].steps, curve, strict=True) if v <= adam), None
+            )
+    return Verdict(problem.name, problem.score, overhead, loss, epochs, scores, rates, reached)
+
+
+def clipped(ratios: Sequence[float]) -> float:
+    """The geometric mean of ratios, each no further from 1 than a factor of 3."""
+    return geometric_mean(min(max(ratio, 1 / 3), 3.0) for ratio in ratios)
+
+
+def table(verdicts: Sequence[Verdict], forms: Sequence[str]) -> str:
+    names = [*TUNED, *UNTUNED, *forms]
+    lines = [
+        "# Nothing tuned, against tuned",
+        "",
+        "Final training loss over the whole training set in eval mode, medians of seeds. The rates of Adam, AdamW",
+        "with a cosine schedule and SGD with momentum were searched for every problem over half decades (in",
+        "brackets); Prodigy, Schedule-Free AdamW and D-Adapt Adam run at their default rates. Ours (from “default”",
+        "on) has nothing set, and stops at equal wall-clock: after 1/overhead of the steps. “steps” knows the length",
+        "of the run, as the cosine schedule does. Written by `python benchmarks/untuned.py judge`.",
+        "",
+        "| problem | overhead | " + " | ".join(names) + " |",
+        "|" + "---|" * (len(names) + 2),
+    ]
+    for v in verdicts:
+        cells = [f"{v.loss[n]:.3g}" + (f" ({v.rates[n]:g})" if n in TUNED else "") for n in names]
+        lines.append(f"| {v.problem} | {v.overhead:.2f} | {' | '.join(cells)} |")
+    for title, part in (("equal wall-clock", "loss"), ("equal epochs", "equal_epochs")):
+        lines += ["", f"## Ratios of losses at {title}", ""]
+        lines += [
+            "Geometric means over the problems, each ratio clipped to [1/3, 3]; the worst problem in brackets.",
+            "",
+        ]
+        lines += ["| ours | " + " | ".join([*TUNED, *UNTUNED, "best of the tuned"]) + " |"]
+        lines += ["|" + "---|" * (len(TUNED) + len(UNTUNED) + 2)]
+        for form in forms:
+            cells = []
+            for rivals in [[n] for n in (*TUNED, *UNTUNED)] + [list(TUNED)]:
+                ratios = [getattr(v, part)[form] / min(getattr(v, part)[r] for r in rivals) for v in verdicts]
+                cells.append(f"{clipped(ratios):.2f} ({max(ratios):.2f})")
+            lines.append(f"| {form} | {' | '.join(cells)} |")
+    lines += ["", "## Validation", "", "Accuracy, or loss for the autoencoder and the transformer.", ""]
+    lines += ["| problem | " + " | ".join(names) + " |", "|" + "---|" * (len(names) + 1)]
+    lines += [f"| {v.problem} | {' | '.join(f'{v.scores[n]:.3f}' for n in names)} |" for v in verdicts]
+    lines += ["", "## Steps to the tuned Adam's final loss", ""]
+    lines += ["| problem | share of the run (in eighths) |", "|---|---|"]
+    lines += [f"| {v.problem} | {'not reached' if v.reached is None else f'{v.reached:.2f}'} |" for v in verdicts]
+    return "\n".join(lines) + "\n"
+
+
+def profile(verdicts: Sequence[Verdict], names: Sequence[str], path: Path) -> None:
+    """Which share of the problems each optimizer solves to within a factor of the best."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(7, 4.2), layout="constrained")
+    axes = figure.subplots()
+    for name in names:
+        ratios = sorted(v.loss[name] / min(v.loss[n] for n in names) for v in verdicts)
+        shares = [(i + 1) / len(ratios) for i in range(len(ratios))]
+        ours_too = name in FORMS
+        axes.step([1, *ratios], [0, *shares], where="post", label=name, linewidth=2.5 if ours_too else 1.2)
+    axes.set(
+        xscale="log", xlim=(1, 30), ylim=(0, 1.02), xlabel="training loss / the best one", ylabel="share of problems"
+    )
+    axes.legend(fontsize=8)
+    figure.savefig(path, dpi=150)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("command", choices=["baselines", "judge"])
+    parser.add_argument("--problems", nargs="+", choices=list(PROBLEMS), default=list(PROBLEMS))
+    parser.add_argument("--forms", nargs="+", choices=list(FORMS), default=list(FORMS))
+    parser.add_argument("--quick", action="store_true", help="one seed of the five cheapest problems")
+    parser.add_argument("--resume", action="store_true", help="keep the runs of ours that are there")
+    arguments = parser.parse_args()
+    torch.set_num_threads(1)
+    baseline = Store(FOLDER / "baselines.jsonl")
+    problems = [PROBLEMS[name] for name in arguments.problems if not arguments.quick or name in QUICK]
+    if arguments.command == "baselines":
+        baselines(baseline, problems)
+        return
+    path = FOLDER / "ours.jsonl"
+    if not arguments.resume:
+        path.unlink(missing_ok=True)
+    own, seeds = Store(path), SEEDS[:1] if arguments.quick else SEEDS
+    verdicts = [judge(p, baseline, own, arguments.forms, seeds) for p in tqdm(problems, desc="problems")]
+    text = table(verdicts, arguments.forms)
+    print(text)
+    if not arguments.quick:
+        (FOLDER / "untuned.md").write_text(text, encoding="utf-8")
+        (FOLDER / "verdicts.json").write_text(json.dumps([asdict(v) for v in verdicts], indent=1), encoding="utf-8")
+        shown = [*TUNED, *UNTUNED, *(f for f in arguments.forms if f in ("default", "steps"))]
+        profile(verdicts, shown, FOLDER / "profile.png")
+
+
+if __name__ == "__main__":
+    main()
