@@ -261,14 +261,9 @@ def ours(problem: Problem, seed: int, form: str = "default") -> Maker:
     def make(model: nn.Module, rate: float, steps: int) -> torch.optim.Optimizer:
         train = InMemory(problem.read().train)
         loader = DataLoader(train, problem.batch_size, shuffle=True, drop_last=True, collate_fn=as_it_is)
-        optimizer = ns.NewtonSummary(
-            model,
-            problem.loss_fn,
-            curvature_data=loader,
-            seed=seed,
-            **FORMS[form],
-            **SCHEDULED.get(form, _nothing)(steps),
-        )
+        known = {"steps": steps} if form in SCHEDULED else {}
+        options = {"curvature_data": loader, "seed": seed, **FORMS[form], **known}
+        optimizer = ns.NewtonSummary(model, problem.loss_fn, **options)
         if form == "diagonal":
             rule = optimizer.rule
             optimizer.rule = DiagonalRates(rule.regularization, rule.shrinkage, rule.target, rule.average.momentum)
