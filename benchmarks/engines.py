@@ -231,8 +231,8 @@ HEADER = f"| {' | '.join(TITLES)} |\n" + "|---" * len(TITLES) + "|"
 
 ACCURACY = """Both precisions of the forward engine agree far better with each other than with nested differentiation
 on the third order of the GPT-style model.  With 3 sequences of 16 the entry in question is that of the last scale,
-5e-15 of the largest: computed from the logits in extended precision it agrees with the forward engine to 2e-14, and with nested
-differentiation, which cancels there, to 3e-3."""
+5e-15 of the largest: computed from the logits in extended precision it agrees with the forward engine to 2e-14,
+and with nested differentiation, which cancels there, to 3e-3."""
 
 
 def report(saved: dict[str, Any]) -> str:
