@@ -165,19 +165,15 @@ def test_paper_mode_equals_its_slow_twin_over_100_steps() -> None:
 class DefaultReference:
     """The default rule with the shared target, in loops."""
 
-    def __init__(self, rho: float, beta: float) -> None:
-        self.rho, self.beta = rho, beta
-        self.sums, self.weight, self.ceiling = None, 0.0, None
+    def __init__(self, rho: float) -> None:
+        self.rho, self.seen, self.ceiling, self.scale = rho, [], None, 0.0
 
-    def update(self, g, h, third) -> np.ndarray:
-        new = [g.numpy(), h.numpy(), third.abs().numpy()]
-        self.sums = new if self.sums is None else self.sums
-        if self.weight == 0.0:
-            self.sums = [(1 - self.beta) * x for x in new]
-        else:
-            self.sums = [self.beta * s + (1 - self.beta) * x for s, x in zip(self.sums, new, strict=True)]
-        self.weight = self.beta * self.weight + 1 - self.beta
-        g, h, t = (s / self.weight for s in self.sums)
+    def update(self, loss, g, h, third) -> np.ndarray:
+        self.scale = max(float(loss), self.scale / 2)
+        self.seen.append([x.numpy() / self.scale for x in (g, h, third.abs())])
+        assert len(self.seen) <= 28, "from then on the average forgets exponentially"
+        weights = np.array([n * (n + 1.0) for n in range(1, len(self.seen) + 1)])  # 3 / (n + 2) for the n-th makes these
+        g, h, t = (sum(w * s[i] for w, s in zip(weights, self.seen, strict=True)) / weights.sum() for i in range(3))
         shared = max(g.sum(), 0) / abs(h.sum())
         size = np.abs(np.diag(h))
         eta = cubic_by_bisection(g + self.rho * size * shared, h + self.rho * np.diag(size), t, 1.0)
@@ -203,14 +199,14 @@ def adam_direction(gradients, moments, t):
 def test_default_rates_equal_their_slow_twin() -> None:
     model, batches = make_model(), make_batches()
     optimizer = ns.NewtonSummary(model, loss_fn, curvature_data=batches, every=1, lr=0.5)
-    twin = DefaultReference(rho=10.0, beta=0.9)
+    twin = DefaultReference(rho=10.0)
     moments = [(torch.zeros_like(p), torch.zeros_like(p)) for p in model.parameters()]
-    for t in range(30):
+    for t in range(28):
         optimizer.zero_grad()
         loss_fn(model, batches[t % 6]).backward()
         along = adam_direction([p.grad for p in model.parameters()], moments, t + 1)
-        _, g, h, third = dense_derivatives(loss_fn, model, batches[t % 6], optimizer.partition, along, 3)
-        expected = twin.update(g, h, torch.einsum("sss->s", third))
+        loss, g, h, third = dense_derivatives(loss_fn, model, batches[t % 6], optimizer.partition, along, 3)
+        expected = twin.update(loss, g, h, torch.einsum("sss->s", third))
         optimizer.step()
         if optimizer.counts["halved"]:
             break

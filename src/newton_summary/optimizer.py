@@ -58,7 +58,7 @@ class NewtonSummary(torch.optim.Optimizer):
         shrinkage: ρ, how strongly rates are drawn to the target.
         target: ``"shared"``, one rate for all groups; or ``"invariant"``, which keeps training the same when groups are
             rescaled.
-        averaging: the share of the past in the averages of the measurements.
+        averaging: the share of the past in the averages of the measurements, in the long run.
         engine: what measures: a name, or an :class:`~newton_summary.measure.Engine`.
         seed: fixes the sampler of ``curvature_data``.
         process_group: the processes whose measurements are averaged.  Default: those of the

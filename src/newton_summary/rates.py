@@ -90,7 +90,8 @@ class PaperRates:
 class AveragedRates:
     """The default rule: average the measurements, solve their cubic model, and never step uphill in it.
 
-    1. ḡ, H̄ and |D^(3)[s, s, s]| are averaged over measurements.
+    1. ḡ, H̄ and |D^(3)[s, s, s]|, relative to the loss, are averaged over recent measurements
+       (:class:`~newton_summary.averaging.SummaryAverage`).
     2. The cubic model of the averages is shrunk towards a target and solved; negative rates are set to zero.  Where it
        has no minimum (no cubic term and negative curvature), the target itself is taken: what remains as ρ grows.
        A curvature below the rounding of the whole counts as that rounding.  The bias before a batch norm has no effect
@@ -103,7 +104,7 @@ class AveragedRates:
         shrinkage: ρ, the weight of the target.
         target: ``"shared"``, one rate for all groups, or ``"invariant"``, which keeps the invariance to a rescaling of
             each group.
-        averaging: the share of the past in the averages.
+        averaging: the share of the past in the averages, in the long run.
         precision: the relative rounding of a measurement: the ``eps`` of the parameters' type.
     """
 
