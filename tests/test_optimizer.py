@@ -172,7 +172,7 @@ class DefaultReference:
         self.scale = max(float(loss), self.scale / 2)
         self.seen.append([x.numpy() / self.scale for x in (g, h, third.abs())])
         assert len(self.seen) <= 28, "from then on the average forgets exponentially"
-        weights = np.array([n * (n + 1.0) for n in range(1, len(self.seen) + 1)])  # 3 / (n + 2) for the n-th makes these
+        weights = np.array([n * (n + 1.0) for n in range(1, len(self.seen) + 1)])  # what 3 / (n + 2) makes
         g, h, t = (sum(w * s[i] for w, s in zip(weights, self.seen, strict=True)) / weights.sum() for i in range(3))
         shared = max(g.sum(), 0) / abs(h.sum())
         size = np.abs(np.diag(h))
