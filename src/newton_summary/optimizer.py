@@ -55,7 +55,7 @@ class NewtonSummary(torch.optim.Optimizer):
             2 to 1.
         every: the number of steps between measurements.
         regularization: λ_int, the weight of the cubic term.
-        shrinkage: ρ, how strongly rates are drawn to the target.
+        shrinkage: ρ, how strongly rates are drawn to the target (:func:`~newton_summary.solve.shrink`).
         target: ``"shared"``, one rate for all groups; or ``"invariant"``, which keeps training the same when groups are
             rescaled.
         averaging: the share of the past in the averages of the measurements, in the long run.
@@ -101,7 +101,7 @@ class NewtonSummary(torch.optim.Optimizer):
         steps: int | None = None,
         every: int = 20,
         regularization: float = 1.0,
-        shrinkage: float = 10.0,
+        shrinkage: float = 0.1,
         target: str = "shared",
         averaging: float = 0.9,
         engine: str | Engine = "auto",

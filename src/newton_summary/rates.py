@@ -114,7 +114,7 @@ class AveragedRates:
     def __init__(
         self,
         regularization: float = 1.0,
-        shrinkage: float = 10.0,
+        shrinkage: float = 0.1,
         target: str = "shared",
         averaging: float = 0.9,
         precision: float = 0.0,

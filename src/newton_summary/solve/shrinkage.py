@@ -1,4 +1,4 @@
-"""Shrinkage: a summary whose quadratic model draws the rates towards a target."""
+"""Shrinkage: a summary whose quadratic model draws the rates to targets."""
 
 from __future__ import annotations
 
@@ -12,10 +12,12 @@ from newton_summary.summary import Summary
 
 
 def shrink(summary: Summary, strength: float, target: str = "shared") -> Summary:
-    """The summary with H̄ + ρ Diag(|H̄_ss|) and ḡ + ρ |H̄_ss| t_s in place of H̄ and ḡ.
+    """The summary with H̄ + Diag(w) and ḡ + w t in place of H̄ and ḡ: rates are drawn to targets t with weights w.
 
-    This adds ρ/2 Σ_s |H̄_ss| (η_s − t_s)², up to a constant, to the quadratic model: every rate is drawn towards its
-    target t_s by ρ times its own curvature.  Targets are never negative.
+    This adds ½ Σ_s w_s (η_s − t_s)², up to a constant, to the quadratic model.  With w_s = ρ |tᵀH̄t| / (S t_s²), to
+    move any group's rate by its whole target costs the same: half ρ/S of the curvature along all targets together.
+    Groups at which more is at stake than that are free; those at which hardly anything is, whose own gradient and
+    curvature noise or the overshoot of others decides, have the target.  Targets are never negative.
 
     - ``"shared"``: one rate for all groups, max(Σḡ, 0) / |ΣH̄|.  It depends on the units of the groups.
     - ``"invariant"``: c max(ḡ_s, 0) / |H̄_ss|, each group's own rate times the c that is best for all of them together,
@@ -23,6 +25,7 @@ def shrink(summary: Summary, strength: float, target: str = "shared") -> Summary
       follows, so a solver's invariance is kept.
 
     Where the curvature that a target would be divided by is 0, the target is 0; where it is negative, its size counts.
+    A target of 0 has the weight ρ |H̄_ss|.
 
     Args:
         summary: with the second order.  It may hold numbers that are not finite; so will the result.
@@ -40,14 +43,15 @@ def shrink(summary: Summary, strength: float, target: str = "shared") -> Summary
 
     Example:
         >>> summary = Summary(loss=1.0, gradient=[2.0, 1.0], hessian=[[1.0, 0.0], [0.0, 4.0]])
-        >>> shrink(summary, 1.0).gradient  # the shared rate is 3/5
-        tensor([2.6000, 3.4000], dtype=torch.float64)
+        >>> shrink(summary, 1.0).gradient  # the shared rate is 3/5, the weight of each 5/2
+        tensor([3.5000, 2.5000], dtype=torch.float64)
     """
     check_not_negative("strength", strength)
     host = summary.cpu()
     rates = target_rates(host, target)
     assert host.hessian is not None
-    weights = strength * host.hessian.diagonal().abs()
+    whole = (rates @ host.hessian @ rates).abs() / len(rates)
+    weights = strength * torch.where(rates == 0, host.hessian.diagonal().abs(), whole / rates.square())
     return replace(host, gradient=host.gradient + weights * rates, hessian=host.hessian + weights.diag())
 
 
