@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import gc
+import itertools
 import pickle
 import warnings
 import weakref
@@ -602,6 +603,60 @@ def test_an_arena_grows():
     assert len(store._segments) == 2
     del tensors
     assert [free == [(0, len(s))] for free, s in zip(store._free, store._segments, strict=True)] == [True, True]
+
+
+def lives_of(steps):
+    """What an arena notes of pieces that are taken (sizes) and freed (negative: which one)."""
+    store, held = arena.Arena(), {}
+    for step in steps:
+        if step < 0:
+            del held[-step]
+        else:
+            held[len(store.lives)] = store.empty((step,), torch.uint8)
+    return store.lives
+
+
+def test_places_close_together():
+    lives = lives_of([640, 1280, -1, 1920, -2, 1280, 640, -3, 3200])
+    layout = arena.packed(lives)
+    assert [size for size, _ in layout] == [640, 1280, 1920, 1280, 640, 3200]
+    for (x, (m, a)), (y, (n, b)) in itertools.combinations(zip(lives, layout, strict=True), 2):
+        apart = a + m <= b or b + n <= a
+        assert apart or x.died < y.born or y.died < x.born
+    assert max(map(sum, layout)) == 1280 + 640 + 3200  # as much as is held at one time
+    assert arena.packed([]) == []
+
+
+def test_an_arena_follows_a_layout_where_it_can():
+    layout = [(640, 1920), (1280, 640), (640, 0), (640, 640)]
+    store = arena.Arena(layout)
+    a, b, c = (store.empty((size,), torch.uint8) for size in (640, 1280, 640))
+    assert [t.data_ptr() - c.data_ptr() for t in (a, b, c)] == [1920, 640, 0]
+    assert not store.strayed
+    d = store.empty((640,), torch.uint8)  # its place is not free
+    assert store.strayed
+    assert d.data_ptr() - c.data_ptr() == 2560
+    store = arena.Arena(layout)
+    other = store.empty((64,), torch.uint8)  # another size
+    assert store.strayed
+    assert other.data_ptr() == store._segments[0].ctypes.data
+
+
+def test_later_measurements_need_less_memory(monkeypatch):
+    monkeypatch.setattr(arena, "_SMALLEST", 0)
+    ends, take = [], arena.Arena._take
+    monkeypatch.setattr(
+        arena.Arena, "_take", lambda self, size: (place := take(self, size), ends.append(place[1] + size))[0]
+    )
+    model = nn.Sequential(*(layer for _ in range(8) for layer in (nn.Linear(30, 30), nn.Tanh()))).double()
+    case = Case(model, lambda m, x: m(x).square().mean(), torch.randn(200, 30).double())
+    engine, highest = ForwardEngine(), []
+    for _ in range(3):
+        ends.clear()
+        result = measure(engine, case)
+        highest.append(max(ends))
+    assert highest[1] == highest[2] < 0.9 * highest[0]
+    assert_close(result, measure(NestedEngine(), case), 1e-10)
 
 
 def test_summarize_uses_it(no_nested):

@@ -11,13 +11,14 @@ from __future__ import annotations
 import contextlib
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor, fx
 from torch.fx.experimental.proxy_tensor import make_fx
 
+from newton_summary.measure.arena import Layout
 from newton_summary.measure.lowering import CONSTANT, attention, bernoulli, lowerings
 
 aten = torch.ops.aten
@@ -68,6 +69,7 @@ class Graph:
         coarse: whether some values are of half precision.
         kinked: whether some operation has a slope that jumps.
         widest: the bytes of its largest value.
+        layouts: where tangents lie in memory, for each kind of request.
     """
 
     instructions: list[Instruction]
@@ -80,6 +82,7 @@ class Graph:
     coarse: bool = False
     kinked: bool = False
     widest: int = 0
+    layouts: dict[Any, Layout] = field(default_factory=dict)
 
     def run(self, inputs: Sequence[Tensor], instead: Mapping[Any, Callable[..., Any]] | None = None) -> list[Any]:
         """Every value, by slot.  Differentiable with respect to the inputs.

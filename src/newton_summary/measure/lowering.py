@@ -171,11 +171,17 @@ def attention(
         return torch.nn.functional.scaled_dot_product_attention(
             q, k, v, mask, dropout, is_causal, scale=scale, **options
         )
-    scores = (q * (q.shape[-1] ** -0.5 if scale is None else scale)) @ k.mT
+    q = q * (q.shape[-1] ** -0.5 if scale is None else scale)
+    batch = q.shape[:-2]
+    is_flat = len(batch) > 1 and batch == k.shape[:-2] == v.shape[:-2]
+    if is_flat:  # often views of one tensor, whose tangents can go when all three are copied
+        q, k, v = (x.flatten(0, -3) for x in (q, k, v))
+    scores = q @ k.mT
     if is_causal:
         future = torch.ones(scores.shape[-2:], dtype=torch.bool, device=q.device).triu(1)
         scores = scores + torch.zeros(scores.shape[-2:], dtype=q.dtype, device=q.device).masked_fill(future, -torch.inf)
-    return scores.softmax(-1) @ v
+    mixed = scores.softmax(-1) @ v
+    return mixed.unflatten(0, batch) if is_flat else mixed
 
 
 def bernoulli(like: Tensor, p: float) -> Tensor:

@@ -163,7 +163,7 @@ def sweep(tape: Tape, request: Request, weight: float) -> Summary:
     size, device = len(request.partition), request.partition.device
     sums = Sums(size, device, request.diagonal, request.full)
     calls: list[_Curved] | None = [] if request.full else None
-    with torch.no_grad(), arena():
+    with torch.no_grad(), arena(tape.graph.layouts, (request.order, request.third)):
         tape.final = final = _push(tape, request, sums, calls)
     if calls:
         _pull(calls, tuple(range(size)), sums)
