@@ -663,3 +663,23 @@ def test_summarize_uses_it(no_nested):
     case = CASES["mlp"]()
     ns.summarize(case.loss_fn, case.model, [case.batch], engine="forward")
     ns.summarize(case.loss_fn, case.model, [case.batch])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_a_saturated_softmax_is_no_reason_to_refuse(dtype) -> None:
+    """Its curvature is next to nothing, and in the model's own type nothing but rounding."""
+    torch.manual_seed(0)
+    model = nn.Linear(6, 4, bias=False).to(dtype)
+    x = 10 * torch.eye(6, dtype=dtype)[:4]
+    with torch.no_grad():
+        model.weight.zero_()[:, :4] = 3 * torch.eye(4, dtype=dtype)
+    batch = x, torch.tensor([1, 2, 3, 0])
+
+    def loss_fn(model, batch):
+        return nn.functional.cross_entropy(model(batch[0]), batch[1])
+
+    summary = ns.summarize(loss_fn, model, [batch], engine="forward")
+    exact = ns.summarize(loss_fn, model.double(), [(x.double(), batch[1])], engine="nested")
+    scale = float(exact.gradient.square().max() / exact.loss)
+    assert exact.hessian.abs().max() < 1e-6 * scale
+    assert (summary.hessian - exact.hessian).abs().max() < 1e-6 * scale
