@@ -22,6 +22,7 @@ import newton_summary as ns
 from newton_summary.advice import advise, alone
 from newton_summary.experiments import data
 from newton_summary.experiments.models import initialised, lenet, mlp
+from newton_summary.experiments.suite import Block
 from newton_summary.experiments.tasks import cross_entropy
 
 RESULTS = Path(__file__).parents[1] / "results" / "monitor.md"
@@ -60,24 +61,6 @@ class Network:
             float(self.loss_fn(model, batch)) * len(batch[1]) for batch in zip(x.split(500), y.split(500), strict=True)
         ]
         return sum(losses) / len(y)
-
-
-class Block(nn.Module):
-    """A transformer's layer, normalised first."""
-
-    def __init__(self, width: int, heads: int) -> None:
-        super().__init__()
-        self.norm1, self.norm2 = nn.LayerNorm(width), nn.LayerNorm(width)
-        self.qkv, self.project = nn.Linear(width, 3 * width), nn.Linear(width, width)
-        self.up, self.down = nn.Linear(width, 4 * width), nn.Linear(4 * width, width)
-        self.heads = heads
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        batch, length, width = x.shape
-        q, k, v = self.qkv(self.norm1(x)).view(batch, length, 3, self.heads, -1).permute(2, 0, 3, 1, 4)
-        mixed = functional.scaled_dot_product_attention(q, k, v, is_causal=True)
-        x = x + self.project(mixed.transpose(1, 2).reshape(batch, length, width))
-        return x + self.down(functional.gelu(self.up(self.norm2(x))))
 
 
 class Characters(nn.Module):
