@@ -335,7 +335,7 @@ def judge(problem: Problem, baseline: Store, own: Store, forms: Sequence[str], s
     make = ours(problem, 0)(problem.make_model(0), 0.0, problem.steps)
     count = math.ceil(problem.steps / make.every)
     overhead = (seconds["ours"] + seconds["measurement"] * count / problem.steps) / seconds["adam"]
-    mark = round(problem.steps / overhead)
+    mark = min(round(problem.steps / overhead), problem.steps)
     loss, epochs, scores, rates = {}, {}, {}, {}
     for name in (*TUNED, *UNTUNED):
         records = baseline.best(problem.name, name)
