@@ -5,7 +5,7 @@
     python benchmarks/untuned.py judge --quick     one seed of the five cheapest problems
 
 ``--problems`` and ``--forms`` choose.  A run is a Record; what was run stays in results/untuned/*.jsonl.  Needs
-``pip install prodigyopt schedulefree dadaptation``.
+``pip install 'newton-summary[benchmarks]'``.
 """
 
 from __future__ import annotations

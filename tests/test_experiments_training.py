@@ -207,6 +207,15 @@ def test_every_environment_of_a_run_is_recorded_once(digits, tmp_path, monkeypat
     assert environments() == [{"machine": 0}, {"machine": 1}]
 
 
+@pytest.fixture
+def interruptible():
+    """Python's own handler of Ctrl-C, which processes in the background of a shell start without."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+@pytest.mark.usefixtures("interruptible")
 def test_ctrl_c_twice_interrupts_at_once_and_the_handler_is_given_back(digits, tmp_path):
     before = signal.getsignal(signal.SIGINT)
 
