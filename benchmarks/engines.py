@@ -320,7 +320,9 @@ def main() -> None:
         rows = saved["models"].setdefault(name, {})
         for part in arguments.parts:
             if part == "curvlinops" and importlib.util.find_spec("curvlinops") is None:
-                print("curvlinops is missing: pip install -c constraints.txt 'newton-summary[benchmarks]'")
+                print(
+                    "curvlinops is missing: pip install curvlinops-for-pytorch in another environment; it wants torchvision"
+                )
                 continue
             try:
                 rows[part] = _in_a_process(name, part, arguments.cpu)
