@@ -320,9 +320,7 @@ def main() -> None:
         rows = saved["models"].setdefault(name, {})
         for part in arguments.parts:
             if part == "curvlinops" and importlib.util.find_spec("curvlinops") is None:
-                print(
-                    "curvlinops is missing: pip install curvlinops-for-pytorch in another environment; it wants torchvision"
-                )
+                print("curvlinops-for-pytorch is missing: it wants torchvision, so give it an environment of its own")
                 continue
             try:
                 rows[part] = _in_a_process(name, part, arguments.cpu)
