@@ -683,3 +683,12 @@ def test_a_saturated_softmax_is_no_reason_to_refuse(dtype) -> None:
     scale = float(exact.gradient.square().max() / exact.loss)
     assert exact.hessian.abs().max() < 1e-6 * scale
     assert (summary.hessian - exact.hessian).abs().max() < 1e-6 * scale
+
+
+def test_an_embedding_with_sparse_gradients() -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Embedding(10, 4, sparse=True), nn.Flatten(), nn.Linear(12, 3)).double()
+    batch = torch.randint(10, (8, 3)), torch.randint(3, (8,))
+    forward, nested = (ns.summarize(cross_entropy, model, [batch], engine=e) for e in ("forward", "nested"))
+    assert torch.allclose(forward.hessian, nested.hessian, rtol=1e-10)
+    assert torch.allclose(forward.third, nested.third, rtol=1e-9)

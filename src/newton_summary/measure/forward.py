@@ -211,13 +211,13 @@ class _Expected:
         """Compares a graph's loss and its gradient, tensor by tensor."""
         if not _close(tape.loss, self.loss, _value_tolerance(tape)):
             raise Refusal(f"the traced graph gives a loss of {tape.loss.item()}, the model {self.loss.item()}")
-        norm = max(float(torch.linalg.vector_norm(g.detach())) for g in self.gradient if g is not None)
+        norm = max(float(torch.linalg.vector_norm(g.detach().to_dense())) for g in self.gradient if g is not None)
         for name, got, expected in zip(self.names, tape.gradient, self.gradient, strict=True):
             if got is None and expected is None:
                 continue
             known = got if got is not None else expected
             assert known is not None
-            g, e = (torch.zeros_like(known) if x is None else x for x in (got, expected))
+            g, e = (torch.zeros_like(known.to_dense()) if x is None else x.to_dense() for x in (got, expected))
             if not _close(g, e, _derivative_tolerance(tape), scale=1e-3 * norm):
                 raise Refusal(
                     f"the traced graph has another gradient for {name!r} than the model, as custom autograd functions "
