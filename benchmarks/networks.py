@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from newton_summary.experiments.models import lenet, mlp
+from newton_summary.experiments.suite import Block, Residual
 
 
 def cross_entropy(model, batch):
@@ -27,22 +28,6 @@ def vgg():
     return nn.Sequential(*layers, nn.Flatten(), nn.Linear(512, 10))
 
 
-class Block(nn.Module):
-    def __init__(self, width: int, heads: int) -> None:
-        super().__init__()
-        self.heads = heads
-        self.norm1, self.norm2 = nn.LayerNorm(width), nn.LayerNorm(width)
-        self.qkv, self.out = nn.Linear(width, 3 * width), nn.Linear(width, width)
-        self.up, self.down = nn.Linear(width, 4 * width), nn.Linear(4 * width, width)
-
-    def forward(self, x):
-        n, t, width = x.shape
-        q, k, v = self.qkv(self.norm1(x)).view(n, t, 3, self.heads, -1).permute(2, 0, 3, 1, 4).unbind(0)
-        mixed = F.scaled_dot_product_attention(q, k, v, is_causal=True)
-        x = x + self.out(mixed.transpose(1, 2).reshape(n, t, width))
-        return x + self.down(F.gelu(self.up(self.norm2(x))))
-
-
 class GPT(nn.Module):
     def __init__(self, vocabulary=65, width=128, heads=4, layers=4, context=64) -> None:
         super().__init__()
@@ -51,17 +36,6 @@ class GPT(nn.Module):
 
     def forward(self, x):
         return self.norm(self.blocks(self.tokens(x) + self.places.weight)) @ self.tokens.weight.T
-
-
-class Residual(nn.Module):
-    def __init__(self, before: int, after: int, stride: int) -> None:
-        super().__init__()
-        self.conv1, self.norm1 = nn.Conv2d(before, after, 3, stride, 1, bias=False), nn.BatchNorm2d(after)
-        self.conv2, self.norm2 = nn.Conv2d(after, after, 3, 1, 1, bias=False), nn.BatchNorm2d(after)
-        self.skip = nn.Conv2d(before, after, 1, stride, bias=False) if before != after else nn.Identity()
-
-    def forward(self, x):
-        return (self.norm2(self.conv2(self.norm1(self.conv1(x)).relu())) + self.skip(x)).relu()
 
 
 def resnet():

@@ -46,16 +46,12 @@ def losses_along(
         >>> losses_along(loss_fn, model, torch.ones(1, 2), [0.0, 1.0], direction=u)[0, 1].item()
         0.0
     """
-    partition = resolve_partition("canonical" if partition is None else partition, model)
+    partition = resolve_partition(partition, model)
     if isinstance(direction, torch.optim.Optimizer):
         direction = next_step(direction, partition.parameters)
     loss, result = Loss(loss_fn, model), torch.empty(len(partition), len(factors), dtype=torch.float64)
     for group in range(len(partition)):
-        only = partition.spread([float(number == group) for number in range(len(partition))])
-        moves = [u * factor for u, factor in zip(direction, only, strict=True)]
         for column, eta in enumerate(factors):
-            moved = [p.detach() - eta * move for p, move in zip(partition.parameters, moves, strict=True)]
-            with loss.undisturbed():  # with gradients on: a loss may differentiate by itself
-                named = dict(zip(partition.parameter_names, moved, strict=True))
-                result[group, column] = loss(batch, named).item()
+            sizes = [eta if number == group else 0.0 for number in range(len(partition))]
+            result[group, column] = loss.after_step(batch, partition, direction, sizes)
     return result

@@ -159,7 +159,7 @@ class Monitor:
             check_positive(what, value)
         if isinstance(optimizer, NewtonSummary):
             raise TypeError("NewtonSummary measures by itself: read optimizer.summary and optimizer.rates")
-        self.partition = default_partition(model) if partition is None else resolve_partition(partition, model)
+        self.partition = resolve_partition(partition, model, default_partition)
         self.optimizer = optimizer
         self.every, self.level, self.regularization = every, level, regularization
         self.writer, self.path = writer, None if path is None else Path(path)

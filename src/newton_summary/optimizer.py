@@ -108,7 +108,7 @@ class NewtonSummary(torch.optim.Optimizer):
         seed: int = 0,
         process_group: Any = None,
     ) -> None:
-        partition = default_partition(model) if partition is None else resolve_partition(partition, model)
+        partition = resolve_partition(partition, model, default_partition)
         rule = AveragedRates(regularization, shrinkage, target, averaging, partition.precision)
         self._processes = Processes(model, process_group)
         self._set_up(model, loss_fn, curvature_data, partition, direction, lr, steps, every, rule, engine, seed)
@@ -155,6 +155,7 @@ class NewtonSummary(torch.optim.Optimizer):
             process_group: the processes whose measurements are averaged.
         """
         optimizer = cls.__new__(cls)
+        partition = resolve_partition(partition, model, default_partition)
         chosen = directions.Momentum(momentum) if direction is None else direction
         rule = PaperRates(regularization, rate_momentum)
         optimizer._processes = Processes(model, process_group)
@@ -166,7 +167,7 @@ class NewtonSummary(torch.optim.Optimizer):
         model: nn.Module,
         loss_fn: LossFunction,
         curvature_data: Iterable[Any] | None,
-        partition: Partition | str | None,
+        partition: Partition,
         direction: str | torch.optim.Optimizer | Direction,
         lr: float,
         steps: int | None,
@@ -179,7 +180,7 @@ class NewtonSummary(torch.optim.Optimizer):
         check_count("every", every)
         if steps is not None:
             check_count("steps", steps)
-        self.partition = default_partition(model) if partition is None else resolve_partition(partition, model)
+        self.partition = partition
         self.partition.check_is_of(model)
         self.direction = directions.resolve(direction)
         self.every, self.steps = every, steps
@@ -384,10 +385,7 @@ class NewtonSummary(torch.optim.Optimizer):
 
     def _loss_after(self, eta: Tensor, batch: Any, partition: Partition, along: Sequence[Tensor]) -> float:
         """The loss on all processes' batches after a step of this length."""
-        factors = partition.spread(eta.tolist())
-        moved = [p.detach() - u * f for p, u, f in zip(partition.parameters, along, factors, strict=True)]
-        with self._loss.undisturbed():  # with gradients on: a loss may differentiate by itself
-            own = self._loss(batch, dict(zip(partition.parameter_names, moved, strict=True))).item()
+        own = self._loss.after_step(batch, partition, along, eta.tolist())
         return self._processes.mean([own], [batch_size(batch)], partition.device)[0]
 
     def _apply(self, u: dict[Tensor, Tensor]) -> None:

@@ -304,13 +304,24 @@ _BY_NAME: dict[str, Callable[[nn.Module], Partition]] = {
 }
 
 
-def resolve_partition(partition: Partition | str, model: nn.Module) -> Partition:
+def resolve_partition(
+    partition: Partition | str | None,
+    model: nn.Module,
+    default: Callable[[nn.Module], Partition] = Partition.canonical,
+) -> Partition:
     """A partition of a model, given as such or by the name of a constructor that needs nothing but the model.
+
+    Args:
+        partition: the partition, its name, or ``None`` for the default.
+        model: the model.
+        default: makes the default partition.
 
     Raises:
         ValueError: the name is unknown.
         TypeError: it is something else.
     """
+    if partition is None:
+        return default(model)
     if isinstance(partition, Partition):
         return partition
     if not isinstance(partition, str):

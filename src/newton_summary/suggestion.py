@@ -109,7 +109,7 @@ def suggest_rates(
     if isinstance(optimizer, NewtonSummary):
         raise TypeError("NewtonSummary sets its rates by itself: it needs no suggestion")
     model = unwrap(model)
-    partition = default_partition(model) if partition is None else resolve_partition(partition, model)
+    partition = resolve_partition(partition, model, default_partition)
     before = _rates_of(optimizer, partition)
     batches = list(batches) if isinstance(batches, Iterator) else batches
     start = _Start(loss_fn, model, optimizer, partition, batches, seed)

@@ -121,7 +121,7 @@ def summarize(
     """
     _check_request(order, third, batches, direction, slices)
     chosen = resolve_engine(engine) if order <= 3 else NestedEngine()
-    partition = resolve_partition("canonical" if partition is None else partition, model)
+    partition = resolve_partition(partition, model)
     partition.check_is_of(model)
     loss = Loss(loss_fn, model)
     with torch.inference_mode(False), _rewinding(batches, partition.device):

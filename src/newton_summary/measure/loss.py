@@ -6,7 +6,7 @@ import contextlib
 import copy
 import random
 import sys
-from collections.abc import Callable, Iterable, Iterator, Mapping, MutableMapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, MutableMapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, TypeAlias
 
@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils import _pytree as pytree
 
-from newton_summary.partition import unwrap
+from newton_summary.partition import Partition, unwrap
 
 LossFunction: TypeAlias = Callable[[Any, Any], Tensor]
 """``loss_fn(model, batch)``: a scalar tensor, the mean over the samples of the batch."""
@@ -51,6 +51,16 @@ class Loss:
             got = f"a tensor of shape {tuple(value.shape)}" if isinstance(value, Tensor) else type(value).__name__
             raise ValueError(f"the loss must be a scalar tensor, got {got}: reduce it, for example by .mean()")
         return value.reshape(())
+
+    def after_step(self, batch: Any, partition: Partition, along: Sequence[Tensor], sizes: Sequence[float]) -> float:
+        """The loss at θ − U I η, where the S groups of a partition have moved along u by these step sizes.
+
+        Gradients are on, because a loss may differentiate by itself.
+        """
+        factors = partition.spread(sizes)
+        moved = [p.detach() - u * f for p, u, f in zip(partition.parameters, along, factors, strict=True)]
+        with self.undisturbed():
+            return self(batch, dict(zip(partition.parameter_names, moved, strict=True))).item()
 
     @contextlib.contextmanager
     def _replaced(self, given: Mapping[str, Tensor]) -> Iterator[None]:
