@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any, Protocol, runtime_checkable
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
-from newton_summary.experiments.data import Data, InMemory, as_it_is
+from newton_summary.experiments.data import Batch, Data, InMemory, as_it_is
 from newton_summary.experiments.errors import UsageError
-from newton_summary.experiments.tasks import Task
+from newton_summary.experiments.kfac import KFAC
+from newton_summary.experiments.tasks import Task, cross_entropy
 from newton_summary.optimizer import NewtonSummary
 
 
@@ -27,6 +28,7 @@ class Setting:
         lr: the learning rate, λ_1 for newton-summary.
         steps: the length of the training.
         seed: of the sampler that curvature is measured on.
+        options: its other hyperparameters, by name.
     """
 
     task: Task
@@ -35,6 +37,7 @@ class Setting:
     lr: float
     steps: int
     seed: int
+    options: Mapping[str, float] = field(default_factory=dict)
 
     def curvature(self) -> dict[str, Any]:
         """What NewtonSummary takes to measure: an independent sampler over the training set, and the task's groups."""
@@ -53,26 +56,54 @@ class Recipe:
         lr: its learning rate where the task names none.
         plateau: whether its learning rate is halved when the training loss has not improved for two checks, made
             every second epoch (Algorithm 1 of the paper).
+        options: its other hyperparameters, where the task names none.
     """
 
     make: Callable[[Setting], torch.optim.Optimizer]
     lr: float
     plateau: bool = False
+    options: Mapping[str, float] = field(default_factory=dict)
+
+
+@runtime_checkable
+class MakesGradients(Protocol):
+    """An optimizer that makes its gradients itself, in place of ``loss.backward()``."""
+
+    def backward(self, batch: Batch) -> Tensor:
+        """Sets the gradients, and returns the loss of the batch."""
+        ...
 
 
 CHECK_EVERY = 2
 """Epochs between two checks for a plateau."""
 
+
+def _kfac(setting: Setting) -> torch.optim.Optimizer:
+    if setting.task.loss_fn is not cross_entropy:
+        raise UsageError(f"kfac is for the cross-entropy of a classifier; task {setting.task.name} has another loss")
+    return KFAC(setting.model, setting.lr, setting.options["damping"], setting.task.batch_size, setting.seed)
+
+
+def _paper(setting: Setting) -> torch.optim.Optimizer:
+    strength = setting.options["regularization"]
+    return NewtonSummary.paper(
+        setting.model, setting.task.loss_fn, lr=setting.lr, regularization=strength, **setting.curvature()
+    )
+
+
 OPTIMIZERS = {
     "adam": Recipe(lambda s: torch.optim.Adam(s.model.parameters(), s.lr), lr=1e-3),
     "sgd": Recipe(lambda s: torch.optim.SGD(s.model.parameters(), s.lr, momentum=0.9), lr=1e-2),
+    "kfac": Recipe(_kfac, lr=1e-2, options={"damping": 0.1}),
     "newton-summary": Recipe(
         lambda s: NewtonSummary(s.model, s.task.loss_fn, lr=s.lr, steps=s.steps, **s.curvature()), lr=1.5
     ),
-    "newton-summary-paper": Recipe(
-        lambda s: NewtonSummary.paper(s.model, s.task.loss_fn, lr=s.lr, **s.curvature()), lr=0.1, plateau=True
+    "newton-summary-constant": Recipe(
+        lambda s: NewtonSummary(s.model, s.task.loss_fn, lr=s.lr, **s.curvature()), lr=1.5
     ),
+    "newton-summary-paper": Recipe(_paper, lr=0.1, plateau=True, options={"regularization": 1.0}),
 }
+"""``newton-summary`` knows the length of the run and lowers λ_1 over it; ``newton-summary-constant`` is not told."""
 
 
 def get_recipe(name: str) -> Recipe:
@@ -89,3 +120,8 @@ def get_recipe(name: str) -> Recipe:
 def default_rate(task: Task, optimizer: str) -> float:
     """The learning rate of an optimizer on a task, unless told otherwise."""
     return task.rates.get(optimizer, get_recipe(optimizer).lr)
+
+
+def default_options(task: Task, optimizer: str) -> dict[str, float]:
+    """The other hyperparameters of an optimizer on a task, unless told otherwise."""
+    return {**get_recipe(optimizer).options, **task.options.get(optimizer, {})}

@@ -8,7 +8,7 @@ import platform
 import signal
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, field
 from importlib.metadata import version
 from pathlib import Path
@@ -22,7 +22,14 @@ from tqdm import tqdm
 from newton_summary.experiments import files, snapshots
 from newton_summary.experiments.data import Batch, Data, shuffled
 from newton_summary.experiments.errors import UsageError
-from newton_summary.experiments.optimizers import CHECK_EVERY, Setting, default_rate, get_recipe
+from newton_summary.experiments.optimizers import (
+    CHECK_EVERY,
+    MakesGradients,
+    Setting,
+    default_options,
+    default_rate,
+    get_recipe,
+)
 from newton_summary.experiments.snapshots import Snapshot, Watcher
 from newton_summary.experiments.tasks import Task
 from newton_summary.optimizer import NewtonSummary
@@ -41,6 +48,9 @@ class Config:
         lr: its learning rate; λ_1 for newton-summary.
         epochs: how long to train.
         seed: of the initial weights and of the order of the data.
+        options: the optimizer's other hyperparameters.
+        budget: of the task.
+        ntk: whether the task is in the NTK parameterisation.
     """
 
     task: str
@@ -48,6 +58,9 @@ class Config:
     lr: float
     epochs: int
     seed: int = 0
+    options: dict[str, float] = field(default_factory=dict)
+    budget: str = "full"
+    ntk: bool = False
 
     def __post_init__(self) -> None:
         if not (math.isfinite(self.lr) and self.lr > 0):
@@ -58,14 +71,27 @@ class Config:
             raise UsageError(f"the seed must be at least 0, got {self.seed}")
 
     @staticmethod
-    def of(task: Task, optimizer: str, lr: float | None = None, epochs: int | None = None, seed: int = 0) -> Config:
+    def of(
+        task: Task,
+        optimizer: str,
+        lr: float | None = None,
+        epochs: int | None = None,
+        seed: int = 0,
+        options: Mapping[str, float] | None = None,
+    ) -> Config:
         """A configuration with the task's own values for what is not given.
 
         Raises:
-            UsageError: a value is out of range, or the optimizer is unknown.
+            UsageError: a value is out of range, or the optimizer or one of its options is unknown.
         """
         rate = default_rate(task, optimizer) if lr is None else lr
-        return Config(task.name, optimizer, rate, task.epochs if epochs is None else epochs, seed)
+        known = default_options(task, optimizer)
+        unknown = set(options or {}) - set(known)
+        if unknown:
+            listed = ", ".join(known) or "none"
+            raise UsageError(f"{optimizer} has no option {min(unknown)!r}; it has {listed}")
+        length = task.epochs if epochs is None else epochs
+        return Config(task.name, optimizer, rate, length, seed, {**known, **(options or {})}, task.budget, task.ntk)
 
 
 @dataclass(frozen=True)
@@ -105,11 +131,13 @@ class Run:
         config: what it was told to do.
         rows: one for each epoch, the start included.
         model: as it was at the end.
+        best: its state at the end of the epoch with the lowest validation loss.
     """
 
     config: Config
     rows: list[Row]
     model: nn.Module
+    best: dict[str, Tensor] = field(default_factory=dict)
 
     @property
     def diverged(self) -> bool:
@@ -121,7 +149,15 @@ class Interrupted(KeyboardInterrupt):
     """Ctrl-C: the step in progress was finished and everything written."""
 
 
-def train(task: Task, config: Config, data: Data, folder: Path | None = None, *, progress: bool = False) -> Run:
+def train(
+    task: Task,
+    config: Config,
+    data: Data,
+    folder: Path | None = None,
+    *,
+    progress: bool = False,
+    watched: bool = True,
+) -> Run:
     """Trains, or goes on where a run in the folder stopped.
 
     Args:
@@ -131,12 +167,13 @@ def train(task: Task, config: Config, data: Data, folder: Path | None = None, *,
         folder: where metrics, interactions and a checkpoint are written at the end of every epoch.  A checkpoint in it
             is continued, bit for bit.  ``None``: nothing is written, and no interactions are measured.
         progress: whether to show a bar over the steps.
+        watched: whether interactions are measured for the folder.
 
     Raises:
         UsageError: the folder holds a run of another configuration or on other data, or cannot be written.
         Interrupted: Ctrl-C was pressed.
     """
-    trainer = Trainer(task, config, data, watched=folder is not None)
+    trainer = Trainer(task, config, data, watched=watched and folder is not None)
     if folder is not None and (folder / files.CHECKPOINT).exists():
         trainer.load_state_dict(files.load_checkpoint(folder), folder)
     if not trainer.rows:
@@ -156,7 +193,7 @@ def train(task: Task, config: Config, data: Data, folder: Path | None = None, *,
                 bar.set_postfix_str(f"training loss {_shown(trainer.rows[-1].train_loss)}", refresh=False)
     if pressed.is_set():
         raise Interrupted
-    return Run(config, trainer.rows, trainer.model)
+    return Run(config, trainer.rows, trainer.model, trainer.best)
 
 
 class Trainer:
@@ -175,7 +212,9 @@ class Trainer:
         self.steps = config.epochs * self.steps_per_epoch
         self.model = task.make_model(config.seed)
         recipe = get_recipe(config.optimizer)
-        self.optimizer = recipe.make(Setting(task, data, self.model, config.lr, self.steps, config.seed))
+        self.optimizer = recipe.make(
+            Setting(task, data, self.model, config.lr, self.steps, config.seed, config.options)
+        )
         self.plateau = (
             torch.optim.lr_scheduler.ReduceLROnPlateau(self.optimizer, factor=0.5, patience=2)
             if recipe.plateau
@@ -184,6 +223,7 @@ class Trainer:
         self.epoch, self.position, self.seconds = 0, 0, 0.0
         self.rows: list[Row] = []
         self.snapshots: list[Snapshot] = []
+        self.best: dict[str, Tensor] = {}
         self._watcher = Watcher(task, data, self.model, config.seed) if watched else None
         self.environments = [environment()]
         self._batches: Iterator[Batch] | None = None
@@ -214,10 +254,8 @@ class Trainer:
             watcher.remember(self.model)
         start = time.perf_counter()
         self.optimizer.zero_grad()
-        loss = self.task.loss_fn(self.model, next(self._batches))
-        finite = math.isfinite(loss.item())
+        finite = self._make_gradients(next(self._batches))
         if finite:
-            loss.backward()
             self.optimizer.step()
             self.position += 1
         self.seconds += time.perf_counter() - start
@@ -228,6 +266,16 @@ class Trainer:
             self.epoch, self.position, self._batches = self.epoch + 1, 0, None
         if not finite or self.position == 0:
             self.record(exploded=not finite)
+
+    def _make_gradients(self, batch: Batch) -> bool:
+        """The gradients of a batch, where its loss is finite; whether it is."""
+        if isinstance(self.optimizer, MakesGradients):
+            return math.isfinite(self.optimizer.backward(batch).item())
+        loss = self.task.loss_fn(self.model, batch)
+        finite = math.isfinite(loss.item())
+        if finite:
+            loss.backward()
+        return finite
 
     def record(self, exploded: bool = False) -> None:
         """Evaluates the model and adds a row."""
@@ -248,10 +296,13 @@ class Trainer:
                 seconds=self.seconds,
                 lr=float(self.optimizer.param_groups[0]["lr"]),
                 rates=dict(newton.rates) if newton else {},
-                counts=dict(newton.counts) if newton else {},
+                counts=dict(getattr(self.optimizer, "counts", {})),
                 diverged=exploded,
             )
         )
+        earlier = [row.validation_loss for row in self.rows[:-1] if row.validation_loss is not None]
+        if math.isfinite(validation_loss) and validation_loss < min(earlier, default=math.inf):
+            self.best = {name: tensor.clone() for name, tensor in self.model.state_dict().items()}
 
     # Keeping ----------------------------------------------------------------------------------------------------------
 
@@ -275,6 +326,7 @@ class Trainer:
             "plateau": None if self.plateau is None else self.plateau.state_dict(),
             "place": (self.epoch, self.position, self.seconds),
             "rows": [asdict(row) for row in self.rows],
+            "best": self.best,
             "snapshots": [asdict(snapshot) for snapshot in self.snapshots],
             "random": torch.get_rng_state(),
         }
@@ -287,7 +339,7 @@ class Trainer:
         """
         for what, own in (("config", asdict(self.config)), ("data", self.data.describe())):
             for key, value in own.items():
-                if state[what].get(key) != value:
+                if state[what].get(key, value) != value:
                     raise UsageError(
                         f"{folder} holds a run with {key} {state[what].get(key)!r}, not {value!r}: resume it as it was "
                         "started, or choose another folder with --out"
@@ -298,6 +350,7 @@ class Trainer:
             self.plateau.load_state_dict(state["plateau"])
         self.epoch, self.position, self.seconds = state["place"]
         self.rows = [Row(**row) for row in state["rows"]]
+        self.best = dict(state.get("best", {}))
         self.snapshots = [Snapshot(**values) for values in state.get("snapshots", [])]
         before = state["environments"]
         self.environments = before if self.finished or before[-1] == environment() else [*before, environment()]
