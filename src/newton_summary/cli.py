@@ -1,4 +1,4 @@
-"""The command ``newton-summary``: train, compare, interactions, report, data."""
+"""The command ``newton-summary``: train, compare, interactions, search, figures, report, data."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import argparse
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 
@@ -14,11 +15,15 @@ from newton_summary.experiments import files
 from newton_summary.experiments.errors import UsageError
 from newton_summary.experiments.optimizers import OPTIMIZERS
 from newton_summary.experiments.snapshots import INTERACTIONS
-from newton_summary.experiments.tasks import TASKS, get_task
+from newton_summary.experiments.tasks import BUDGETS, TASKS, get_task
 from newton_summary.experiments.training import Config, Interrupted, Run, train
+
+if TYPE_CHECKING:
+    from newton_summary.experiments.reproduction import Reproduction
 
 _EPILOG = "Exit codes: 0 done, 1 the run diverged, 2 a mistake that the message explains, 130 Ctrl-C."
 _RUNS = Path("runs")
+_RESULTS = Path("results/reproduction")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -50,7 +55,7 @@ def _train(options: argparse.Namespace) -> int:
     from newton_summary.experiments import figures
 
     config, folder = _resumed_run(options) if options.resume else _new_run(options)
-    task = get_task(config.task)
+    task = get_task(config.task, config.budget, config.ntk)
     try:
         run = train(task, config, task.read(options.data), folder, progress=True)
     except Interrupted:
@@ -75,17 +80,17 @@ def _compare(options: argparse.Namespace) -> int:
     if options.resume:
         folder, plan = options.resume, Plan.load(options.resume)
         _refuse_changes(options, {"task": plan.task, "optimizers": list(plan.optimizers), "seeds": list(plan.seeds)})
-        _refuse_changes(options, {"epochs": plan.epochs})
+        _refuse_changes(options, {"epochs": plan.epochs, "budget": plan.budget})
         _set_threads(options.threads or plan.threads)
     else:
-        task = get_task(_required_task(options))
+        task = get_task(_required_task(options), options.budget or "full")
         _set_threads(options.threads or task.threads)
         chosen = tuple(options.optimizers or ("adam", "sgd", "newton-summary"))
         epochs = task.epochs if options.epochs is None else options.epochs
-        plan = Plan(task.name, chosen, tuple(options.seeds or (0,)), epochs, torch.get_num_threads())
+        plan = Plan(task.name, chosen, tuple(options.seeds or (0,)), epochs, torch.get_num_threads(), task.budget)
         plan.configs()
         folder = _new_folder(options.out, f"compare-{task.name}")
-    task = get_task(plan.task)
+    task = get_task(plan.task, plan.budget)
     data = task.read(options.data)
     try:
         runs = compare(plan, data, folder, progress=True)
@@ -103,12 +108,13 @@ def _compare(options: argparse.Namespace) -> int:
 def _interactions(options: argparse.Namespace) -> int:
     from newton_summary.experiments import figures
 
-    task = get_task(options.task)
+    state = files.load_checkpoint(options.run) if options.run else None
+    budget = options.budget or ("full" if state is None else state["config"].get("budget", "full"))
+    task = get_task(options.task, budget, state is not None and state["config"].get("ntk", False))
     _set_threads(options.threads or task.threads)
     data = task.read(options.data)
     model, when = task.make_model(options.seed), f"at initialisation, seed {options.seed}"
-    if options.run:
-        state = files.load_checkpoint(options.run)
+    if state is not None:
         if state["config"]["task"] != task.name:
             raise UsageError(f"{options.run} holds a run of task {state['config']['task']!r}, not {task.name!r}")
         model.load_state_dict(state["model"])
@@ -120,6 +126,44 @@ def _interactions(options: argparse.Namespace) -> int:
     title = f"{task.name} {when}, along the gradient over the training set"
     _tell_paths([figures.draw_interactions(summary, title, folder), folder / "summary.pt"])
     return 0
+
+
+def _search(options: argparse.Namespace) -> int:
+    from newton_summary.experiments import paper
+    from newton_summary.experiments.reproduction import SEARCHED
+
+    torch.set_num_threads(options.threads or 1)
+    study = _study(options, options.tasks)
+    for name in options.optimizers or SEARCHED:
+        paper.search_all(study, [name], options.workers)
+        for task in study.tasks:
+            found = study.searches[task, name]
+            edge = ", at the edge of what was tried" if found.at_edge else ""
+            values = ", ".join(f"{key} {value:g}" for key, value in found.best.items())
+            print(f"{task}, {name}: {values}; training loss {min(found.losses.values()):.3g}{edge}")
+    _tell_paths([study.folder / "search.csv", study.folder / "search.md"])
+    return 0
+
+
+def _figures(options: argparse.Namespace) -> int:
+    from newton_summary.experiments import paper
+
+    torch.set_num_threads(options.threads or 1)
+    study = _study(options, options.tasks)
+    images = options.images or study.folder / "figures"
+    _tell_paths(paper.reproduce(study, images, options.page, options.again or (), options.draw_only))
+    return 0
+
+
+def _study(options: argparse.Namespace, tasks: Sequence[str]) -> Reproduction:
+    from newton_summary.experiments.reproduction import TASKS as OF_THE_PAPER
+    from newton_summary.experiments.reproduction import Reproduction
+
+    runs, chosen = _RUNS / "reproduction", tuple(tasks) or OF_THE_PAPER
+    for name in chosen:
+        if name not in OF_THE_PAPER:
+            raise UsageError(f"{name!r} is no task of the paper: choose from {', '.join(OF_THE_PAPER)}")
+    return Reproduction(options.budget, options.results, runs, options.data, chosen, progress=True)
 
 
 def _report(options: argparse.Namespace) -> int:
@@ -146,9 +190,9 @@ def _data(options: argparse.Namespace) -> int:
 
 
 def _new_run(options: argparse.Namespace) -> tuple[Config, Path]:
-    task = get_task(_required_task(options))
+    task = get_task(_required_task(options), options.budget or "full", bool(options.ntk))
     optimizer = options.optimizer or "newton-summary"
-    config = Config.of(task, optimizer, options.lr, options.epochs, options.seed or 0)
+    config = Config.of(task, optimizer, options.lr, options.epochs, options.seed or 0, dict(options.set or ()))
     _set_threads(options.threads or task.threads)
     return config, _new_folder(options.out, f"{task.name}-{optimizer}-seed{config.seed}")
 
@@ -156,7 +200,7 @@ def _new_run(options: argparse.Namespace) -> tuple[Config, Path]:
 def _resumed_run(options: argparse.Namespace) -> tuple[Config, Path]:
     state = files.load_checkpoint(options.resume)
     config = Config(**state["config"])
-    keys = ("task", "optimizer", "lr", "epochs", "seed")
+    keys = ("task", "optimizer", "lr", "epochs", "seed", "budget", "ntk")
     _refuse_changes(options, {key: getattr(config, key) for key in keys})
     _set_threads(options.threads or state["environments"][-1]["threads"])
     return config, options.resume
@@ -219,6 +263,14 @@ def _positive(text: str) -> int:
     return int(text)
 
 
+def _assignment(text: str) -> tuple[str, float]:
+    name, _, value = text.partition("=")
+    try:
+        return name, float(value)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"must be NAME=NUMBER, got {text!r}") from None
+
+
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="newton-summary",
@@ -236,8 +288,24 @@ def _parser() -> argparse.ArgumentParser:
     def add(name: str, run: Callable[[argparse.Namespace], int], text: str, optional: bool) -> argparse.ArgumentParser:
         command = add_plain(name, run, text)
         command.add_argument("task", metavar="TASK", nargs="?" if optional else None, help=tasks)
-        command.add_argument("--data", type=Path, metavar="DIR", help="the folder of the data files")
+        add_data(command)
         return command
+
+    def add_data(command: argparse.ArgumentParser) -> None:
+        command.add_argument("--data", type=Path, metavar="DIR", help="the folder of the data files")
+
+    def add_budget(command: argparse.ArgumentParser) -> None:
+        text = "the paper's sizes, or smaller ones for two cores (default: full)"
+        command.add_argument("--budget", choices=BUDGETS, help=text)
+
+    def add_study(command: argparse.ArgumentParser) -> None:
+        command.add_argument("tasks", metavar="TASK", nargs="*", help="the paper's tasks (default: all five)")
+        add_data(command)
+        text = "the paper's sizes, or smaller ones for two cores (default: quick)"
+        command.add_argument("--budget", choices=BUDGETS, default="quick", help=text)
+        text = "where results are kept; what is there is not computed again (default: results/reproduction)"
+        command.add_argument("--results", type=Path, metavar="DIR", default=_RESULTS, help=text)
+        command.add_argument("--threads", type=_positive, metavar="N", help="torch computes with (default: 1)")
 
     def add_computing(command: argparse.ArgumentParser, where: str) -> None:
         command.add_argument("--out", type=Path, metavar="DIR", help=f"an empty or new folder (default: {where})")
@@ -248,6 +316,9 @@ def _parser() -> argparse.ArgumentParser:
     one.add_argument("--lr", type=float, help="learning rate; λ_1 for newton-summary (default: the task's)")
     one.add_argument("--epochs", type=int, metavar="N", help="how long to train (default: the task's)")
     one.add_argument("--seed", type=int, metavar="N", help="of weights and order of data (default: 0)")
+    one.add_argument("--set", nargs="+", type=_assignment, metavar="NAME=NUMBER", help="other hyperparameters: damping")
+    one.add_argument("--ntk", action="store_true", default=None, help="weights in the NTK parameterisation")
+    add_budget(one)
     one.add_argument("--resume", type=Path, metavar="RUN", help="the folder of a run to go on with, bit for bit")
     add_computing(one, "runs/TASK-OPTIMIZER-seedN, numbered if it exists")
 
@@ -257,13 +328,30 @@ def _parser() -> argparse.ArgumentParser:
         "--seeds", nargs="+", type=int, metavar="N", help="one run of each optimizer for each (default: 0)"
     )
     many.add_argument("--epochs", type=int, metavar="N", help="how long to train (default: the task's)")
+    add_budget(many)
     many.add_argument("--resume", type=Path, metavar="DIR", help="the folder of a comparison to complete")
     add_computing(many, "runs/compare-TASK, numbered if it exists")
 
     heat = add("interactions", _interactions, "How the groups interact: H̄ and H̄⁻¹ over the training set.", False)
     heat.add_argument("--run", type=Path, metavar="RUN", help="measure a run's network, not the initial one")
+    add_budget(heat)
     heat.add_argument("--seed", type=int, default=0, metavar="N", help="of the initial weights (default: 0)")
     add_computing(heat, "runs/interactions-TASK, numbered if it exists")
+
+    grid = add_plain("search", _search, "The best hyperparameters on grids; goes on where it was stopped.")
+    add_study(grid)
+    text = "adam, sgd, kfac, newton-summary-paper (default: all)"
+    grid.add_argument("--optimizers", nargs="+", metavar="NAME", help=text)
+    grid.add_argument("--workers", type=_positive, default=1, metavar="N", help="processes (default: 1)")
+
+    draw = add_plain(
+        "figures", _figures, "The paper's figures and tables: runs what is missing, then draws and writes."
+    )
+    add_study(draw)
+    draw.add_argument("--images", type=Path, metavar="DIR", help="where figures go (default: in the results)")
+    draw.add_argument("--page", type=Path, metavar="FILE", help="the page whose tables are rewritten (default: none)")
+    draw.add_argument("--again", nargs="+", metavar="NAME", help="optimizers whose runs are deleted first")
+    draw.add_argument("--draw-only", action="store_true", help="run nothing: only draw, and write the tables")
 
     page = add_plain("report", _report, "A web page about a run or a comparison, in one file that needs no network.")
     page.add_argument("run", type=Path, metavar="RUN", help="the folder that train or compare wrote")

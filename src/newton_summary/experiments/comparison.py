@@ -25,6 +25,7 @@ class Plan:
         seeds: one run of every optimizer for each.
         epochs: how long to train.
         threads: that torch computes with.
+        budget: of the task.
     """
 
     task: str
@@ -32,6 +33,7 @@ class Plan:
     seeds: tuple[int, ...]
     epochs: int
     threads: int
+    budget: str = "full"
 
     def configs(self) -> list[Config]:
         """The runs.
@@ -39,7 +41,7 @@ class Plan:
         Raises:
             UsageError: a name is unknown, or a number out of range.
         """
-        task = get_task(self.task)
+        task = get_task(self.task, self.budget)
         return [
             Config.of(task, name, epochs=self.epochs, seed=seed)
             for seed in dict.fromkeys(self.seeds)
@@ -79,7 +81,7 @@ def compare(plan: Plan, data: Data, folder: Path, *, progress: bool = False) -> 
     """
     configs = plan.configs()
     plan.save(folder)
-    task = get_task(plan.task)
+    task = get_task(plan.task, plan.budget)
     return [train(task, config, data, run_folder(folder, config), progress=progress) for config in configs]
 
 

@@ -245,13 +245,22 @@ class Trainer:
 
     def step(self) -> None:
         """One step of the optimizer; at the end of an epoch also the evaluation."""
-        if self._batches is None:
-            seed, size = self.config.seed, self.task.batch_size
-            self._batches = shuffled(self.data.train, size, seed, self.epoch, self.position)
         chosen = snapshots.is_chosen(self.config.epochs, self.steps_per_epoch, self.taken)
         watcher = None if chosen is None else self._watcher
         if watcher is not None:
             watcher.remember(self.model)
+        finite = self.take_step()
+        if watcher is not None and chosen is not None and finite:
+            found = watcher.look(self.model, epoch=chosen, step=self.taken - 1)
+            self.snapshots += [found] if found else []
+        if not finite or self.position == 0:
+            self.record(exploded=not finite)
+
+    def take_step(self) -> bool:
+        """One step of the optimizer, without more; whether the loss of its batch was finite."""
+        if self._batches is None:
+            seed, size = self.config.seed, self.task.batch_size
+            self._batches = shuffled(self.data.train, size, seed, self.epoch, self.position)
         start = time.perf_counter()
         self.optimizer.zero_grad()
         finite = self._make_gradients(next(self._batches))
@@ -259,13 +268,9 @@ class Trainer:
             self.optimizer.step()
             self.position += 1
         self.seconds += time.perf_counter() - start
-        if watcher is not None and chosen is not None and finite:
-            found = watcher.look(self.model, epoch=chosen, step=self.taken - 1)
-            self.snapshots += [found] if found else []
         if self.position == self.steps_per_epoch:
             self.epoch, self.position, self._batches = self.epoch + 1, 0, None
-        if not finite or self.position == 0:
-            self.record(exploded=not finite)
+        return finite
 
     def _make_gradients(self, batch: Batch) -> bool:
         """The gradients of a batch, where its loss is finite; whether it is."""
