@@ -100,8 +100,16 @@ def test_train_takes_its_options(run, workplace):
     code, _, _ = run("train tiny --optimizer sgd --lr 0.05 --epochs 1 --seed 3 --out here --threads 1")
     assert code == 0
     header = json.loads((workplace / "here" / "metrics.jsonl").read_text().splitlines()[0])
-    assert header["config"] == {"task": "tiny", "optimizer": "sgd", "lr": 0.05, "epochs": 1, "seed": 3}
+    given = {"task": "tiny", "optimizer": "sgd", "lr": 0.05, "epochs": 1, "seed": 3}
+    assert header["config"] == {**given, "options": {}, "budget": "full", "ntk": False}
     assert header["environments"][0]["threads"] == 1
+    code, _, _ = run("train tiny --optimizer kfac --set damping=0.5 --budget quick --ntk --epochs 1 --out there")
+    assert code == 2  # K-FAC does not know layers with a scale
+    code, _, _ = run("train tiny --optimizer kfac --set damping=0.5 --budget quick --epochs 1 --out there")
+    assert code == 0
+    header = json.loads((workplace / "there" / "metrics.jsonl").read_text().splitlines()[0])
+    assert header["config"]["options"] == {"damping": 0.5}
+    assert header["config"]["budget"] == "quick"
 
 
 def test_train_goes_on_after_ctrl_c(run, workplace, monkeypatch):
@@ -141,7 +149,7 @@ def test_failed_measurements_are_reported(run, monkeypatch):
 MISTAKES = {
     "train mnist": "unknown task 'mnist': choose one of digits, mlp-mnist, lenet-cifar10",
     "train": "name a task: digits",
-    "train tiny --optimizer kfac": "unknown optimizer 'kfac': choose one of adam, sgd, newton-summary",
+    "train tiny --optimizer lion": "unknown optimizer 'lion': choose one of adam, sgd, kfac, newton-summary",
     "train tiny --lr 0": "learning rate must be above 0",
     "train tiny --epochs 0": "epochs must be at least 1",
     "train tiny --threads 0": "must be a number, at least 1, got '0'",
@@ -153,7 +161,7 @@ MISTAKES = {
     "train --resume run --optimizer sgd": "run was started with optimizer adam, not sgd",
     "train --resume run --epochs 5": "run was started with epochs 1, not 5",
     "train --resume run --out other": "leave out --out",
-    "compare tiny --optimizers adam kfac": "unknown optimizer 'kfac'",
+    "compare tiny --optimizers adam lion": "unknown optimizer 'lion'",
     "compare --resume run": "there is no comparison in run",
     "interactions": "TASK",
     "interactions nothing": "unknown task",

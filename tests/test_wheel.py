@@ -33,6 +33,16 @@ EXTRAS = {
         ns.Monitor(model, len, optimizer=torch.optim.SGD(model.parameters(), lr=1.0)).to_frame()
         """,
     "experiments": "from newton_summary.cli import main; raise SystemExit(main(['train', 'digits', '--epochs', '1']))",
+    "search": """
+        from pathlib import Path
+        from newton_summary.experiments.search import search
+        from newton_summary.experiments.tasks import get_task
+        search(get_task("digits"), None, "adam", Path("."))
+        """,
+    "kfac": """
+        from newton_summary.experiments.kfac import KFAC
+        KFAC(torch.nn.Linear(2, 2), 0.1, 0.1, 1)
+        """,
     "tensorboard": "import newton_summary.integrations.tensorboard",
     "lightning": "import newton_summary.integrations.lightning",
     "transformers": "import newton_summary.integrations.transformers",

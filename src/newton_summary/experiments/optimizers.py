@@ -81,6 +81,8 @@ CHECK_EVERY = 2
 def _kfac(setting: Setting) -> torch.optim.Optimizer:
     if setting.task.loss_fn is not cross_entropy:
         raise UsageError(f"kfac is for the cross-entropy of a classifier; task {setting.task.name} has another loss")
+    if setting.task.ntk:
+        raise UsageError("kfac does not know layers with a scale: leave out --ntk")
     return KFAC(setting.model, setting.lr, setting.options["damping"], setting.task.batch_size, setting.seed)
 
 

@@ -20,7 +20,15 @@ from newton_summary.experiments.training import Row
 from newton_summary.plots.parts import SERIES, Axes, Figure, colormaps, draw_matrix, is_bias, layer, quiet
 from newton_summary.summary import Summary
 
-_STYLES = ("-", "--", "-.", ":", "-")
+_LINES = (
+    (SERIES[0], "-", 1.2),
+    (SERIES[5], "--", 1.2),
+    (SERIES[2], "-.", 1.2),
+    (SERIES[1], ":", 1.8),
+    (SERIES[6], "-", 1.6),
+)
+"""Colour, style and width of each optimizer's line, in their order."""
+
 _MOST_NAMES = 30
 
 
@@ -77,7 +85,7 @@ def normalised_heatmaps(moments: Mapping[str, Summary], title: str) -> Figure:
     assert image is not None
     bar = figure.colorbar(image, ax=panels, shrink=0.6, extend="both")
     bar.set_label("entry / √|product of the diagonal entries|", fontsize=8)
-    bar.ax.tick_params(labelsize=7)
+    bar.ax.tick_params(which="both", labelsize=7)
     figure.suptitle(title, fontsize=11)
     return figure
 
@@ -134,7 +142,7 @@ def rates(histories: Mapping[str, Sequence[Row]], title: str) -> Figure:
             ax.annotate("0", (1.01, floor), xycoords=("axes fraction", "data"), fontsize=6, va="center")
             ax.set_yscale("log")
             quiet(ax)
-            ax.tick_params(labelsize=7)
+            ax.tick_params(which="both", labelsize=7)
             ax.set_title(f"{name}: {'biases' if biases else 'weights'}", fontsize=9)
         pair[0].set_ylabel("rate η", fontsize=8)
         pair[1].legend(fontsize=6, frameon=False, loc="center left", bbox_to_anchor=(1.04, 0.5))
@@ -165,14 +173,14 @@ def losses(
         for number, optimizer in enumerate(labels):
             runs, cost = optimizers.get(optimizer, []), costs[name].get(optimizer)
             if runs and cost is not None:
-                _draw_losses(pair, runs, cost, SERIES[number], _STYLES[number], labels[optimizer])
+                _draw_losses(pair, runs, cost, _LINES[number], labels[optimizer])
         pair[0].set_ylabel(f"{name}\ntraining loss", fontsize=8)
         highest = max(rows[0].train_loss or 1.0 for runs in optimizers.values() for rows in runs)
         for ax in pair:
             ax.set_yscale("log")
             ax.set_ylim(top=1.6 * highest)
             quiet(ax)
-            ax.tick_params(labelsize=7)
+            ax.tick_params(which="both", labelsize=7)
     panels[-1][0].set_xlabel("epoch", fontsize=8)
     panels[-1][1].set_xlabel("processor time of training, seconds", fontsize=8)
     lines = {
@@ -183,8 +191,9 @@ def losses(
 
 
 def _draw_losses(
-    pair: Sequence[Axes], runs: Sequence[Sequence[Row]], cost: StepCost, colour: str, style: str, label: str
+    pair: Sequence[Axes], runs: Sequence[Sequence[Row]], cost: StepCost, line: tuple[str, str, float], label: str
 ) -> None:
+    colour, style, width = line
     length = max(len(rows) for rows in runs)
     whole = [rows for rows in runs if len(rows) == length]
     values = [[row.train_loss or math.nan for row in column] for column in zip(*whole, strict=True)]
@@ -193,7 +202,7 @@ def _draw_losses(
     epochs = [float(row.epoch) for row in whole[0]]
     seconds = [median(cost.seconds(row) for row in column) for column in zip(*whole, strict=True)]
     for ax, x in zip(pair, (epochs, seconds), strict=True):
-        ax.plot(x, middle, style, color=colour, linewidth=1.4, label=label)
+        ax.plot(x, middle, style, color=colour, linewidth=width, label=label)
         ax.fill_between(x, low, high, color=colour, alpha=0.15, linewidth=0)
     for rows in runs:
         if rows[-1].diverged:
@@ -219,7 +228,7 @@ def invariance(curves: Mapping[str, tuple[Sequence[float], Sequence[float]]], ti
         lower.set_xlabel("step", fontsize=8)
         for ax in (upper, lower):
             ax.set_yscale("log")
-            ax.tick_params(labelsize=7)
+            ax.tick_params(which="both", labelsize=7)
             quiet(ax)
     panels[0][0].set_ylabel("loss of the batch", fontsize=8)
     panels[1][0].set_ylabel("relative difference", fontsize=8)
@@ -246,7 +255,7 @@ def costs(rows: Sequence[Mapping[str, Any]]) -> Figure:
         ax.set_yscale("log")
         ax.set_xlabel("groups S", fontsize=8)
         ax.set_title(f"P = {size:,}", fontsize=9)
-        ax.tick_params(labelsize=7)
+        ax.tick_params(which="both", labelsize=7)
         quiet(ax)
     panels[0].set_ylabel("time, in gradients of the loss", fontsize=8)
     panels[0].legend(fontsize=7, frameon=False)
