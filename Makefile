@@ -2,7 +2,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 SUDO := $(if $(filter 0,$(shell id -u)),,sudo -n)
 
-.PHONY: demo test test-slow check browser clean docs dist
+.PHONY: demo reproduce-quick test test-slow check browser clean docs dist
 
 .installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv
@@ -13,6 +13,10 @@ SUDO := $(if $(filter 0,$(shell id -u)),,sudo -n)
 # Train on handwritten digits with Adam, SGD and newton-summary side by side; pictures land in runs/
 demo: .installed
 	$(BIN)/newton-summary compare digits --optimizers adam sgd newton-summary
+
+# The paper's experiments on two cores: about an hour; goes on where it was stopped. Needs the data files (README).
+reproduce-quick: .installed
+	OMP_NUM_THREADS=1 $(BIN)/newton-summary figures --budget quick --images docs/images/reproduction --page docs/reproduction.md
 
 # The quick suite
 test: .installed

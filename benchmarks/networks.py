@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from newton_summary.experiments.models import lenet, mlp
+from newton_summary.experiments.models import lenet, mlp, vgg11
 from newton_summary.experiments.suite import Block, Residual
 
 
@@ -18,14 +18,6 @@ def cross_entropy(model, batch):
 
 def images(n):
     return torch.randn(n, 3, 32, 32), torch.randint(10, (n,))
-
-
-def vgg():
-    layers, channels = [], 3
-    for width in (64, 0, 128, 0, 256, 256, 0, 512, 512, 0, 512, 512, 0):
-        layers += [nn.Conv2d(channels, width, 3, padding=1), nn.ELU()] if width else [nn.MaxPool2d(2)]
-        channels = width or channels
-    return nn.Sequential(*layers, nn.Flatten(), nn.Linear(512, 10))
 
 
 class GPT(nn.Module):
@@ -46,7 +38,7 @@ def resnet():
 
 MODELS: dict[str, Callable[[], tuple[nn.Module, tuple[torch.Tensor, torch.Tensor]]]] = {
     "bigmlp": lambda: (mlp([3072, *[1024] * 20, 10], nn.ELU), images(100)),
-    "vgg": lambda: (vgg(), images(16)),
+    "vgg": lambda: (vgg11(), images(16)),
     "lenet": lambda: (lenet(), images(100)),
     "mlp": lambda: (mlp([784, 1024, 200, 100, 10]), (torch.randn(100, 784), torch.randint(10, (100,)))),
     "gpt": lambda: (GPT(), (torch.randint(65, (16, 64)), torch.randint(65, (16, 64)))),

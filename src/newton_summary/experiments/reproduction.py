@@ -159,7 +159,7 @@ class Reproduction:
 
     def _search_page(self) -> str:
         lines = [
-            "# The searches",
+            "# Searches of the paper's experiments",
             "",
             f"Training loss over the whole training set at the end, budget {self.budget}; inf: the run",
             "diverged. The best is bold. Written by `newton-summary search`.",
