@@ -161,6 +161,7 @@ MISTAKES = {
     "train --resume run --optimizer sgd": "run was started with optimizer adam, not sgd",
     "train --resume run --epochs 5": "run was started with epochs 1, not 5",
     "train --resume run --out other": "leave out --out",
+    "train tiny --device nowhere": "device 'nowhere' cannot be used",
     "compare tiny --optimizers adam lion": "unknown optimizer 'lion'",
     "compare --resume run": "there is no comparison in run",
     "interactions": "TASK",

@@ -15,10 +15,11 @@ from newton_summary.experiments import files
 from newton_summary.experiments.errors import UsageError
 from newton_summary.experiments.optimizers import OPTIMIZERS
 from newton_summary.experiments.snapshots import INTERACTIONS
-from newton_summary.experiments.tasks import BUDGETS, TASKS, get_task
+from newton_summary.experiments.tasks import BUDGETS, TASKS, Task, get_task
 from newton_summary.experiments.training import Config, Interrupted, Run, train
 
 if TYPE_CHECKING:
+    from newton_summary.experiments.data import Data
     from newton_summary.experiments.reproduction import Reproduction
 
 _EPILOG = "Exit codes: 0 done, 1 the run diverged, 2 a mistake that the message explains, 130 Ctrl-C."
@@ -57,7 +58,7 @@ def _train(options: argparse.Namespace) -> int:
     config, folder = _resumed_run(options) if options.resume else _new_run(options)
     task = get_task(config.task, config.budget, config.ntk)
     try:
-        run = train(task, config, task.read(options.data), folder, progress=True)
+        run = train(task, config, _read(task, options), folder, progress=True)
     except Interrupted:
         print(f"\nInterrupted; nothing is lost. Go on with: newton-summary train --resume {folder}", file=sys.stderr)
         raise
@@ -91,7 +92,7 @@ def _compare(options: argparse.Namespace) -> int:
         plan.configs()
         folder = _new_folder(options.out, f"compare-{task.name}")
     task = get_task(plan.task, plan.budget)
-    data = task.read(options.data)
+    data = _read(task, options)
     try:
         runs = compare(plan, data, folder, progress=True)
     except Interrupted:
@@ -112,7 +113,7 @@ def _interactions(options: argparse.Namespace) -> int:
     budget = options.budget or ("full" if state is None else state["config"].get("budget", "full"))
     task = get_task(options.task, budget, state is not None and state["config"].get("ntk", False))
     _set_threads(options.threads or task.threads)
-    data = task.read(options.data)
+    data = _read(task, options)
     model, when = task.make_model(options.seed), f"at initialisation, seed {options.seed}"
     if state is not None:
         if state["config"]["task"] != task.name:
@@ -163,7 +164,7 @@ def _study(options: argparse.Namespace, tasks: Sequence[str]) -> Reproduction:
     for name in chosen:
         if name not in OF_THE_PAPER:
             raise UsageError(f"{name!r} is no task of the paper: choose from {', '.join(OF_THE_PAPER)}")
-    return Reproduction(options.budget, options.results, runs, options.data, chosen, progress=True)
+    return Reproduction(options.budget, options.results, runs, options.data, chosen, True, _device(options))
 
 
 def _report(options: argparse.Namespace) -> int:
@@ -229,6 +230,21 @@ def _new_folder(wanted: Path | None, name: str) -> Path:
     if wanted.is_dir() and any(wanted.iterdir()):
         raise UsageError(f"{wanted} is not empty: choose another folder, or go on with its run by --resume {wanted}")
     return wanted
+
+
+def _read(task: Task, options: argparse.Namespace) -> Data:
+    """The data of a task, where it is computed with."""
+    return task.read(options.data).to(_device(options))
+
+
+def _device(options: argparse.Namespace) -> str:
+    """The device that the user wants, which must be there."""
+    try:
+        torch.empty(0, device=options.device)
+    except (RuntimeError, AssertionError) as error:
+        reason = str(error).partition("\n")[0]
+        raise UsageError(f"device {options.device!r} cannot be used ({reason}): leave out --device") from error
+    return str(options.device)
 
 
 def _set_threads(count: int | None) -> None:
@@ -306,10 +322,15 @@ def _parser() -> argparse.ArgumentParser:
         text = "where results are kept; what is there is not computed again (default: results/reproduction)"
         command.add_argument("--results", type=Path, metavar="DIR", default=_RESULTS, help=text)
         command.add_argument("--threads", type=_positive, metavar="N", help="torch computes with (default: 1)")
+        add_device(command)
 
     def add_computing(command: argparse.ArgumentParser, where: str) -> None:
         command.add_argument("--out", type=Path, metavar="DIR", help=f"an empty or new folder (default: {where})")
         command.add_argument("--threads", type=_positive, metavar="N", help="torch computes with (default: the task's)")
+        add_device(command)
+
+    def add_device(command: argparse.ArgumentParser) -> None:
+        command.add_argument("--device", default="cpu", metavar="NAME", help="where to compute: cuda, … (default: cpu)")
 
     one = add("train", _train, "One training run: metrics, a checkpoint every epoch, figures.", True)
     one.add_argument("--optimizer", metavar="NAME", help=f"{names} (default: newton-summary)")

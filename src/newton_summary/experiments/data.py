@@ -14,7 +14,7 @@ import os
 import zipfile
 import zlib
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, TypeAlias
 
@@ -74,6 +74,17 @@ class Data:
     validation: Batch
     origin: str
     digest: str
+
+    @property
+    def device(self) -> torch.device:
+        """Where the images are; models are trained there."""
+        return self.train[0].device
+
+    def to(self, device: torch.device | str) -> Data:
+        """The same on another device."""
+        train = self.train[0].to(device), self.train[1].to(device)
+        validation = self.validation[0].to(device), self.validation[1].to(device)
+        return replace(self, train=train, validation=validation)
 
     def describe(self) -> dict[str, Any]:
         """What identifies the data, for a run's record."""

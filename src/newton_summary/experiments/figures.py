@@ -63,5 +63,6 @@ def draw_interactions(summary: Summary, title: str, folder: Path) -> Path:
 
 def measure_interactions(task: Task, model: nn.Module, data: Data, *, progress: bool = False) -> Summary:
     """H̄ of the loss over the whole training set, along its gradient (docs/method.md, section 4)."""
+    model = model.to(data.device)
     batches = list(zip(*(part.split(_BATCH) for part in data.train), strict=True))
     return summarize(task.loss_fn, model, batches, partition=task.partition(model), order=2, progress=progress)

@@ -46,7 +46,7 @@ NETWORKS = {
 TASKS = tuple(NETWORKS)
 
 SEEDS = {"mlp-mnist": 5, "lenet-cifar10": 5}
-FEWER_SEEDS = {"quick": 3, "full": 5}
+FEWER_SEEDS = {"quick": 2, "full": 5}
 """How many runs there are for each task and optimizer; for all others than those of :data:`SEEDS`."""
 
 GRIDS: dict[str, dict[str, Grid]] = {
@@ -84,6 +84,7 @@ class Reproduction:
         data: the folder of the data files.  Default: the usual places.
         tasks: their names.
         progress: whether to show a bar for each run.
+        device: where networks are trained.
     """
 
     budget: str
@@ -92,6 +93,7 @@ class Reproduction:
     data: Path | None = None
     tasks: Sequence[str] = TASKS
     progress: bool = False
+    device: str = "cpu"
     _read: dict[str, Data] = field(default_factory=dict, repr=False, init=False)
 
     @property
@@ -111,7 +113,7 @@ class Reproduction:
     def samples(self, name: str) -> Data:
         """The data of a task, read once."""
         if name not in self._read:
-            self._read[name] = self.task(name).read(self.data)
+            self._read[name] = self.task(name).read(self.data).to(self.device)
         return self._read[name]
 
     def seeds(self, name: str) -> range:

@@ -214,12 +214,11 @@ class _Stage:
             trainer = Trainer(self.task, config, self.data)
             trainer.record()
             while not trainer.finished:
-                trainer.step()
-                loss = trainer.rows[-1].train_loss
-                if trainer.position == 0 and loss is not None:
-                    trial.report(loss, seed * self.epochs + trainer.epoch)
-            loss = trainer.rows[-1].train_loss
-            losses.append(math.inf if trainer.diverged or loss is None else loss)
+                whole = trainer.take_step()
+                if not whole or (trainer.position == 0 and trainer.epoch in (1, self.epochs)):
+                    trainer.record(exploded=not whole)
+                    trial.report(_last_loss(trainer), seed * self.epochs + trainer.epoch)
+            losses.append(_last_loss(trainer))
         return median(losses)
 
     def found(self) -> dict[Point, float]:
@@ -230,6 +229,12 @@ class _Stage:
             tuple(t.params[name] for name in self.grid): math.inf if t.state.name == "PRUNED" else float(t.value or 0.0)
             for t in ended
         }
+
+
+def _last_loss(trainer: Trainer) -> float:
+    """The training loss that was recorded last; infinite where the run diverged."""
+    loss = trainer.rows[-1].train_loss
+    return math.inf if trainer.diverged or loss is None else loss
 
 
 def _is_exhausted(study: optuna.Study) -> bool:

@@ -35,7 +35,7 @@ from newton_summary.experiments.tasks import Task
 from newton_summary.optimizer import NewtonSummary
 
 _DIVERGED = 10.0
-_EVALUATION_BATCH = 1000
+_EVALUATION_BATCH = 500
 
 
 @dataclass(frozen=True)
@@ -210,7 +210,7 @@ class Trainer:
         self.task, self.config, self.data = task, config, data
         self.steps_per_epoch = len(data.train[1]) // task.batch_size
         self.steps = config.epochs * self.steps_per_epoch
-        self.model = task.make_model(config.seed)
+        self.model = task.make_model(config.seed).to(data.device)
         recipe = get_recipe(config.optimizer)
         self.optimizer = recipe.make(
             Setting(task, data, self.model, config.lr, self.steps, config.seed, config.options)
@@ -284,7 +284,7 @@ class Trainer:
 
     def record(self, exploded: bool = False) -> None:
         """Evaluates the model and adds a row."""
-        train_loss, _ = evaluate(self.task, self.model, self.data.train)
+        train_loss = mean_loss(self.task, self.model, self.data.train)
         validation_loss, accuracy = evaluate(self.task, self.model, self.data.validation)
         start = self.rows[0].train_loss if self.rows else train_loss
         exploded |= not math.isfinite(train_loss) or (start is not None and train_loss > _DIVERGED * start)
@@ -367,12 +367,23 @@ def evaluate(task: Task, model: nn.Module, data: Batch) -> tuple[float, float]:
     """The mean loss of a model in eval mode, and the share of images whose class it gets right."""
     was_training = model.training
     model.eval()
-    loss, right = 0.0, 0
-    for images, classes in zip(*(part.split(_EVALUATION_BATCH) for part in data), strict=True):
-        loss += task.loss_fn(model, (images, classes)).item() * len(classes)
-        right += int((model(images).argmax(1) == classes).sum())
+    right = sum(int((model(x).argmax(1) == y).sum()) for x, y in _parts(data))
     model.train(was_training)
-    return loss / len(data[1]), right / len(data[1])
+    return mean_loss(task, model, data), right / len(data[1])
+
+
+@torch.no_grad()
+def mean_loss(task: Task, model: nn.Module, data: Batch) -> float:
+    """The mean loss of a model in eval mode."""
+    was_training = model.training
+    model.eval()
+    total = sum(task.loss_fn(model, part).item() * len(part[1]) for part in _parts(data))
+    model.train(was_training)
+    return total / len(data[1])
+
+
+def _parts(data: Batch) -> Iterator[Batch]:
+    return zip(*(part.split(_EVALUATION_BATCH) for part in data), strict=True)
 
 
 def environment() -> dict[str, Any]:
