@@ -110,6 +110,11 @@ def test_train_takes_its_options(run, workplace):
     header = json.loads((workplace / "there" / "metrics.jsonl").read_text().splitlines()[0])
     assert header["config"]["options"] == {"damping": 0.5}
     assert header["config"]["budget"] == "quick"
+    assert run("train tiny --optimizer sgd --ntk --epochs 1 --out scaled")[0] == 0
+    header = json.loads((workplace / "scaled" / "metrics.jsonl").read_text().splitlines()[0])
+    assert header["config"]["ntk"] is True
+    assert run("train --resume scaled")[0] == 0
+    assert run("interactions tiny --run scaled --out seen")[0] == 0
 
 
 def test_train_goes_on_after_ctrl_c(run, workplace, monkeypatch):

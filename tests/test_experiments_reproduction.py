@@ -15,13 +15,24 @@ import pytest
 import torch
 
 from newton_summary import Summary, cli
-from newton_summary.experiments import analysis, claims, costs, page, paper, paper_figures, reproduction, search, tasks
+from newton_summary.experiments import (
+    analysis,
+    claims,
+    costs,
+    invariance,
+    page,
+    paper,
+    paper_figures,
+    reproduction,
+    search,
+    tasks,
+)
 from newton_summary.experiments.costs import StepCost
 from newton_summary.experiments.errors import UsageError
 from newton_summary.experiments.models import mlp
 from newton_summary.experiments.reproduction import DEFAULT, OPTIMIZERS, PAPER, SEARCHED, Reproduction
 from newton_summary.experiments.tasks import Task
-from newton_summary.experiments.training import Row
+from newton_summary.experiments.training import Config, Row
 
 ROOT = Path(__file__).parents[1]
 
@@ -293,6 +304,30 @@ def test_losses_at_equal_time():
     assert analysis.loss_at(slow, dear, 100.0) == pytest.approx(1e-4)
     gone = [row(0, 1.0), row(1, None, diverged=True)]
     assert analysis.loss_at(gone, cheap, 0.5) == math.inf
+
+
+def test_both_parameterisations_train_alike_where_the_method_is_invariant(stand_in):
+    task = tasks.get_task("tiny")
+    data = task.read()
+    apart = {}
+    for name, make in invariance.METHODS.items():
+        standard, other = invariance.both_ways(task, data, make, 40)
+        assert standard[0] == pytest.approx(other[0], rel=1e-12)
+        assert standard[-1] < standard[0]
+        apart[name] = max(abs(a - b) / a for a, b in zip(standard, other, strict=True))
+    assert apart["paper mode"] < 1e-6
+    assert apart["default, invariant target"] < 1e-6
+    assert apart["SGD, momentum"] > 0.1
+
+
+def test_costs_of_steps_are_told_apart(stand_in):
+    task = tasks.get_task("tiny")
+    configs = {name: Config.of(task, name) for name in ("sgd", "kfac", PAPER)}
+    found = costs.step_costs(task, task.read(), configs, rounds=3)
+    assert found["sgd"].measuring == 0.0
+    assert all(cost.plain > 0 for cost in found.values())
+    assert found[PAPER].measuring > 0
+    assert found["sgd"].seconds(row(2, 1.0, 7)) == pytest.approx(20 * found["sgd"].plain)
 
 
 def test_a_verdict_says_what_it_knows():

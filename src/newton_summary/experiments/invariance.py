@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from newton_summary.experiments.data import Batch, Data, shuffled
+from newton_summary.experiments.models import ntk
 from newton_summary.experiments.tasks import Task
 from newton_summary.optimizer import NewtonSummary
 
@@ -34,7 +35,10 @@ def both_ways(task: Task, data: Data, make: Maker, steps: int) -> tuple[list[flo
 
 def losses(task: Task, data: Data, make: Maker, steps: int, seed: int = 0) -> list[float]:
     """The loss of each batch of a training in float64."""
-    model = task.make_model(seed).double()
+    model = replace(task, ntk=False).make_model(seed).double()
+    if task.ntk:
+        assert isinstance(model, nn.Sequential)
+        model = ntk(model, task.gain)  # of weights in float64, or both would differ by a rounding of float32
     double = replace(data, train=(data.train[0].double(), data.train[1]))
     curvature = list(shuffled(double.train, task.batch_size, seed + 1, 0))
     optimizer, found = make(model, task, curvature), []

@@ -116,6 +116,7 @@ def ntk(model: nn.Sequential, gain: float = 1.0) -> nn.Sequential:
 @torch.no_grad()
 def _scaled(new: ScaledLinear | ScaledConv2d, old: nn.Linear | nn.Conv2d, gain: float) -> nn.Module:
     """A layer with the function of an old one."""
+    new.to(old.weight.dtype)
     new.scale = gain / math.sqrt(old.weight[0].numel())
     new.weight.copy_(old.weight / new.scale)
     assert new.bias is not None
