@@ -287,6 +287,8 @@ def test_ratios_of_rates():
     assert analysis.decades(rates) == pytest.approx(math.log10(500))
     assert analysis.mean_rate(rates, ["a.weight", "b.weight", "c.weight"]) == pytest.approx(math.sqrt(1e-3))
     assert analysis.biases_to_weights({"a.weight": 0.0, "a.bias": 1.0}) is None
+    assert analysis.growth([1.0, 4.0, 7.0, 9.0, 0.0, 10.0]) == pytest.approx(5.0)
+    assert analysis.growth([0.0, 0.0, 7.0, 9.0, 0.0, 10.0]) is None
 
 
 def row(epoch, loss, measured=0, **others):

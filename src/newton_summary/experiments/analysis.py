@@ -110,6 +110,13 @@ def mean_rate(rates: Mapping[str, float], names: Sequence[str]) -> float | None:
     return geometric_mean(positive) if positive else None
 
 
+def growth(rates: Sequence[float]) -> float | None:
+    """The geometric mean of a group's rates above 0 in the last third of the training, over that in the first third."""
+    third = max(len(rates) // 3, 1)
+    first, last = ([rate for rate in part if rate > 0] for part in (rates[:third], rates[-third:]))
+    return geometric_mean(last) / geometric_mean(first) if first and last else None
+
+
 def over_training(runs: Sequence[Sequence[Row]], number: object) -> float | None:
     """The median over all rows of all runs of a number of a row's rates; ``None`` where it has none."""
     assert callable(number)

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from statistics import median
 
 from newton_summary.experiments import analysis
 from newton_summary.experiments.costs import StepCost
-from newton_summary.experiments.reproduction import DEFAULT, NETWORKS, PAPER, Reproduction
+from newton_summary.experiments.reproduction import DEFAULT, NETWORKS, OPTIMIZERS, PAPER, Reproduction
 from newton_summary.experiments.training import Row
 from newton_summary.plots.parts import is_bias, layer
 from newton_summary.summary import Summary
@@ -18,6 +18,7 @@ _SHALLOW = ("mlp-mnist", "lenet-cifar10", "vgg-cifar10")
 _DEEP = ("bigmlp-cifar10", "vbigmlp-cifar10")
 _COMPARABLE = 2.0
 _CLEARLY = 1.5
+_TRAINED = 0.8
 _TWO_MINUTES = 120.0
 
 
@@ -66,8 +67,13 @@ def table(study: Reproduction) -> str:
     for claim in CLAIMS:
         verdict = claim.check(study)
         cells = (claim.text, claim.criterion, verdict.numbers, claim.figure, f"**{verdict}**")
-        lines.append(f"| {' | '.join(cells)} |")
+        lines.append(f"| {' | '.join(_escaped(cell) for cell in cells)} |")
     return "\n".join(lines)
+
+
+def _escaped(text: str) -> str:
+    """A cell of a table in Markdown."""
+    return text.replace("|", r"\|")
 
 
 # What is known --------------------------------------------------------------------------------------------------------
@@ -112,7 +118,9 @@ def _final(study: Reproduction, name: str, optimizer: str) -> float:
 
 def _verdict(cases: Sequence[tuple[str, bool, str]]) -> Verdict:
     """From (name, whether it held, the number) of each case."""
-    return Verdict(sum(held for _, held, _ in cases), len(cases), ", ".join(f"{n} {text}" for n, _, text in cases))
+    return Verdict(
+        sum(held for _, held, _ in cases), len(cases), ", ".join(f"{n} {text}".strip() for n, _, text in cases)
+    )
 
 
 # Checks ---------------------------------------------------------------------------------------------------------------
@@ -230,13 +238,9 @@ def _vbig_rates(study: Reproduction) -> Verdict:
     names = list(rows[0][0].rates)
     weights, biases = [n for n in names if not is_bias(n)], [n for n in names if is_bias(n)]
     cases = []
-    growth = [
-        last / first
-        for run in rows
-        if (first := analysis.mean_rate(run[0].rates, names)) and (last := analysis.mean_rate(run[-1].rates, names))
-    ]
+    growth = [value for run in rows for name in names if (value := analysis.growth([row.rates[name] for row in run]))]
     if growth:
-        cases.append(("growth", median(growth) > 1, f"× {median(growth):.1f}"))
+        cases.append(("growth of a group's rate", median(growth) > 1, f"× {median(growth):.1f}"))
     last_biases = _compared(runs, biases[-1:], biases[:1])
     if last_biases is not None:
         cases.append((f"biases of {layer(biases[-1])} / of {layer(biases[0])}", last_biases > 1, f"{last_biases:.1f}"))
@@ -256,11 +260,18 @@ def _comparable(study: Reproduction) -> Verdict:
 
 
 def _slow(study: Reproduction) -> Verdict:
-    cases = []
+    cases, untested = [], []
     for name in (n for n in study.tasks if n in _DEEP and study.all_rows(n, PAPER)):
+        best = min(_final(study, name, optimizer) for optimizer in OPTIMIZERS)
+        if best > _TRAINED * math.log(10):
+            untested.append(
+                f"; {NETWORKS[name]} not testable at this budget: the best of all optimizers reaches {best:.2f}"
+            )
+            continue
         ours, adam = (_final(study, name, optimizer) for optimizer in (PAPER, "adam"))
         cases.append((NETWORKS[name], ours > _COMPARABLE * adam, f"{ours:.2g} (Adam {adam:.2g})"))
-    return _verdict(cases)
+    verdict = _verdict(cases)
+    return replace(verdict, numbers=verdict.numbers + "".join(untested))
 
 
 def _some_diverge(study: Reproduction) -> Verdict:
@@ -366,7 +377,8 @@ CLAIMS = (
     ),
     Claim(
         "BigMLP and VBigMLP are slow",
-        f"final training loss of paper mode more than {_COMPARABLE:g} times Adam's",
+        f"final training loss of paper mode more than {_COMPARABLE:g} times Adam's; tested where the best of all "
+        f"gets below {_TRAINED:g} times the loss of guessing, ln 10",
         "figures 4, 7",
         _slow,
     ),

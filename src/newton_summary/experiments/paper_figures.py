@@ -45,8 +45,10 @@ def save(figure: Figure, folder: Path, name: str) -> list[Path]:
 
 
 def _write(figure: Figure, kind: str, path: Path) -> None:
-    undated: dict[str, Any] = {"Software": None} if kind == "png" else {"CreationDate": None}
-    figure.savefig(path, format=kind, dpi=130, metadata=undated)
+    if kind == "png":
+        figure.savefig(path, format=kind, dpi=110, metadata={"Software": None}, pil_kwargs={"optimize": True})
+    else:
+        figure.savefig(path, format=kind, metadata={"CreationDate": None})
 
 
 # Interactions (figures 1, 2 and 5) ------------------------------------------------------------------------------------
@@ -59,10 +61,11 @@ def heatmaps(moments: Mapping[str, Summary], title: str) -> Figure:
     for (name, summary), row in zip(moments.items(), panels, strict=True):
         order, names = _by_kind(summary)
         for ax, matrix, symbol, unit in (
-            (row[0], summary.tensor(2), "H̄", "units of the loss"),
-            (row[1], inverse(summary.tensor(2)), "H̄⁻¹", "1 / units of the loss"),
+            (row[0], summary.tensor(2), "H̄", "loss"),
+            (row[1], inverse(summary.tensor(2)), "H̄⁻¹", "1 / loss"),
         ):
             draw_matrix(ax, matrix[order][:, order], names, unit)
+            _name_groups(ax, names)
             _mark_blocks(ax, summary)
             ax.set_title(f"{symbol}, {name}", fontsize=9, pad=14)
     figure.suptitle(title, fontsize=11)
@@ -99,7 +102,7 @@ def _by_kind(summary: Summary) -> tuple[list[int], list[str]]:
 def _name_groups(ax: Axes, names: Sequence[str]) -> None:
     stride = -(-len(names) // _MOST_NAMES)
     places = range(0, len(names), stride)
-    size = max(4.0, min(8.0, 170 / len(places)))
+    size = max(4.0, min(8.0, 130 / len(places)))
     ax.set_xticks(places, [names[i] for i in places], rotation=90, fontsize=size)
     ax.set_yticks(places, [names[i] for i in places], fontsize=size)
     ax.tick_params(length=2)
@@ -121,7 +124,7 @@ def _mark_blocks(ax: Axes, summary: Summary) -> None:
 def rates(histories: Mapping[str, Sequence[Row]], title: str) -> Figure:
     """Every group's rate over training: a row for each network, weights on the left, biases on the right, on one scale.
 
-    Rates that are 0 stand on the line at the foot of a panel.
+    Rates that are 0 interrupt a line, and are marked at the foot of the panel.
     """
     figure = Figure(figsize=(7.2, 2.3 * len(histories)), layout="constrained")
     panels = figure.subplots(len(histories), 2, squeeze=False, sharex="row", sharey="row")
@@ -134,10 +137,13 @@ def rates(histories: Mapping[str, Sequence[Row]], title: str) -> Figure:
         for ax, biases in zip(pair, (False, True), strict=True):
             for group in (g for g in groups if is_bias(g) == biases):
                 share = layers.index(layer(group)) / max(len(layers) - 1, 1)
-                values = [max(row.rates[group], floor) for row in known]
+                values = [row.rates[group] or math.nan for row in known]
+                zeros = [row.epoch for row in known if row.rates[group] == 0]
                 label = layer(group) if len(layers) <= 10 or share in (0.0, 1.0) else None
                 colour = colormaps["viridis"](0.9 * share)
-                ax.plot([row.epoch for row in known], values, color=colour, linewidth=1.2, label=label)
+                epochs = [row.epoch for row in known]
+                ax.plot(epochs, values, color=colour, linewidth=1.2, marker=".", markersize=3, label=label)
+                ax.plot(zeros, [floor] * len(zeros), "|", color=colour, markersize=5)
             ax.axhline(floor, color="0.6", linewidth=0.6, linestyle=":")
             ax.annotate("0", (1.01, floor), xycoords=("axes fraction", "data"), fontsize=6, va="center")
             ax.set_yscale("log")
