@@ -30,6 +30,7 @@ from newton_summary.experiments import (
 from newton_summary.experiments.costs import StepCost
 from newton_summary.experiments.errors import UsageError
 from newton_summary.experiments.models import mlp
+from newton_summary.experiments.optimizers import OPTIMIZERS as OPTIMIZERS_BY_NAME
 from newton_summary.experiments.reproduction import DEFAULT, OPTIMIZERS, PAPER, SEARCHED, Reproduction
 from newton_summary.experiments.tasks import Task
 from newton_summary.experiments.training import Config, Row
@@ -109,7 +110,7 @@ def test_every_run_is_kept_with_the_best_hyperparameters(done):
         assert config.lr == float(best["lr"])
         assert list(config.options.values()) == ([float(best["value"])] if best["value"] else [])
         assert config.seed == 1
-    assert study.config("tiny", DEFAULT, 0).lr == 1.5
+    assert study.config("tiny", DEFAULT, 0).lr == OPTIMIZERS_BY_NAME[DEFAULT].lr
     for optimizer in OPTIMIZERS:
         final = [rows[-1] for rows in study.all_rows("tiny", optimizer)]
         assert [(row.epoch, row.step) for row in final] == [(2, 32)] * 2

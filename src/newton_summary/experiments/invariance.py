@@ -21,7 +21,7 @@ METHODS: dict[str, Maker] = {
         model, task.loss_fn, curvature_data=batches, lr=0.1, regularization=1.0
     ),
     "default, invariant target": lambda model, task, batches: NewtonSummary(
-        model, task.loss_fn, curvature_data=batches, target="invariant", direction="momentum"
+        model, task.loss_fn, curvature_data=batches, partition="canonical", target="invariant", direction="momentum"
     ),
     "SGD, momentum": lambda model, task, batches: torch.optim.SGD(model.parameters(), 0.03, momentum=0.9),
 }

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Protocol, runtime_checkable
@@ -40,11 +41,15 @@ class Setting:
     options: Mapping[str, float] = field(default_factory=dict)
 
     def curvature(self) -> dict[str, Any]:
-        """What NewtonSummary takes to measure: an independent sampler over the training set, and the task's groups."""
+        """What NewtonSummary takes to measure: an independent sampler over the training set."""
         loader = DataLoader(
             InMemory(self.data.train), self.task.batch_size, shuffle=True, drop_last=True, collate_fn=as_it_is
         )
-        return {"curvature_data": loader, "partition": self.task.partition(self.model), "seed": self.seed}
+        return {"curvature_data": loader, "seed": self.seed}
+
+    def groups(self) -> dict[str, Any]:
+        """The task's groups."""
+        return {"partition": self.task.partition(self.model)}
 
 
 @dataclass(frozen=True)
@@ -77,6 +82,8 @@ class MakesGradients(Protocol):
 CHECK_EVERY = 2
 """Epochs between two checks for a plateau."""
 
+_OUR_RATE: float = inspect.signature(NewtonSummary).parameters["lr"].default
+
 
 def _kfac(setting: Setting) -> torch.optim.Optimizer:
     if setting.task.loss_fn is not cross_entropy:
@@ -89,7 +96,12 @@ def _kfac(setting: Setting) -> torch.optim.Optimizer:
 def _paper(setting: Setting) -> torch.optim.Optimizer:
     strength = setting.options["regularization"]
     return NewtonSummary.paper(
-        setting.model, setting.task.loss_fn, lr=setting.lr, regularization=strength, **setting.curvature()
+        setting.model,
+        setting.task.loss_fn,
+        lr=setting.lr,
+        regularization=strength,
+        **setting.curvature(),
+        **setting.groups(),
     )
 
 
@@ -98,14 +110,15 @@ OPTIMIZERS = {
     "sgd": Recipe(lambda s: torch.optim.SGD(s.model.parameters(), s.lr, momentum=0.9), lr=1e-2),
     "kfac": Recipe(_kfac, lr=1e-2, options={"damping": 0.1}),
     "newton-summary": Recipe(
-        lambda s: NewtonSummary(s.model, s.task.loss_fn, lr=s.lr, steps=s.steps, **s.curvature()), lr=1.5
+        lambda s: NewtonSummary(s.model, s.task.loss_fn, lr=s.lr, steps=s.steps, **s.curvature(), **s.groups()),
+        lr=_OUR_RATE,
     ),
     "newton-summary-constant": Recipe(
-        lambda s: NewtonSummary(s.model, s.task.loss_fn, lr=s.lr, **s.curvature()), lr=1.5
+        lambda s: NewtonSummary(s.model, s.task.loss_fn, lr=s.lr, **s.curvature()), lr=_OUR_RATE
     ),
     "newton-summary-paper": Recipe(_paper, lr=0.1, plateau=True, options={"regularization": 1.0}),
 }
-"""``newton-summary`` knows the length of the run and lowers λ_1 over it; ``newton-summary-constant`` is not told."""
+"""``newton-summary`` knows the length of the run and has the task's groups; ``newton-summary-constant`` has neither."""
 
 
 def get_recipe(name: str) -> Recipe:

@@ -134,7 +134,11 @@ def rates(histories: Mapping[str, Sequence[Row]], title: str) -> Figure:
         layers = list(dict.fromkeys(layers_of(groups)))
         positive = [rate for row in known for rate in row.rates.values() if rate > 0]
         floor = 10 ** (math.log10(min(positive)) - 0.08 * (math.log10(max(positive) / min(positive)) + 1))
+        kinds = {False: "weights", True: "biases"} if any(map(is_bias, groups)) else {False: "all parameters"}
         for ax, biases in zip(pair, (False, True), strict=True):
+            if biases not in kinds:
+                ax.set_visible(False)
+                continue
             for group in (g for g in groups if is_bias(g) == biases):
                 share = layers.index(layer(group)) / max(len(layers) - 1, 1)
                 values = [row.rates[group] or math.nan for row in known]
@@ -149,9 +153,10 @@ def rates(histories: Mapping[str, Sequence[Row]], title: str) -> Figure:
             ax.set_yscale("log")
             quiet(ax)
             ax.tick_params(which="both", labelsize=7)
-            ax.set_title(f"{name}: {'biases' if biases else 'weights'}", fontsize=9)
+            ax.set_title(f"{name}: {kinds[biases]}", fontsize=9)
         pair[0].set_ylabel("rate η", fontsize=8)
-        pair[1].legend(fontsize=6, frameon=False, loc="center left", bbox_to_anchor=(1.04, 0.5))
+        if len(kinds) > 1:
+            pair[1].legend(fontsize=6, frameon=False, loc="center left", bbox_to_anchor=(1.04, 0.5))
     for ax in panels[-1]:
         ax.set_xlabel("epoch", fontsize=8)
     figure.suptitle(title, fontsize=11)
