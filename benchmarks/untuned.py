@@ -256,14 +256,14 @@ class DiagonalRates(AveragedRates):
         return super().update(replace(summary, hessian=torch.diag(summary.hessian.diagonal())))
 
 
-def ours(problem: Problem, seed: int, form: str = "default") -> Maker:
+def ours(problem: Problem, seed: int, form: str = "default", **further: object) -> Maker:
     """NewtonSummary as it comes, or an ablation of it."""
 
     def make(model: nn.Module, rate: float, steps: int) -> torch.optim.Optimizer:
         train = InMemory(problem.read().train)
         loader = DataLoader(train, problem.batch_size, shuffle=True, drop_last=True, collate_fn=as_it_is)
         known = {"steps": steps} if form in SCHEDULED else {}
-        options = {"curvature_data": loader, "seed": seed, **FORMS[form], **known}
+        options = {"curvature_data": loader, "seed": seed, **FORMS[form], **known, **further}
         optimizer = ns.NewtonSummary(model, problem.loss_fn, **options)
         if form == "diagonal":
             rule = optimizer.rule
@@ -287,30 +287,37 @@ SCHEDULED = ("steps",)  # what knows the length of the run
 # Time -----------------------------------------------------------------------------------------------------------------
 
 
-def step_times(problem: Problem, rounds: int = 25) -> dict[str, float]:
-    """Seconds of a step of every optimizer, medians of interleaved rounds; of ours also that of a measurement."""
-    makers = {**TUNED, **{name: make for name, (make, _) in UNTUNED.items()}, "ours": ours(problem, 0)}
+def step_times(problem: Problem, rounds: int = 60, every: int = 6) -> dict[str, float]:
+    """Seconds of a step of every optimizer, medians of interleaved rounds; of ours also that of one that measures."""
+    timed = ours(problem, 0, every=every)
+    makers = {**TUNED, **{name: make for name, (make, _) in UNTUNED.items()}, "ours": timed}
     trained = {}
     for name, make in makers.items():
         model = problem.make_model(0)
         trained[name] = (model, make(model, 1e-4, problem.steps), endless(problem, 0, problem.batch_size))
         _mode(trained[name][1], "train")
-    seconds: dict[str, list[float]] = {name: [] for name in (*makers, "measurement")}
+    seconds: dict[str, list[float]] = {name: [] for name in (*makers, "measured")}
     for number in tqdm(range(rounds), desc=f"{problem.name}: times", leave=False):
         for name, (model, optimizer, batches) in trained.items():
             batch = next(batches)
             start = time.perf_counter()
             optimizer.zero_grad()
             problem.loss_fn(model, batch).backward()
-            between = time.perf_counter()
-            if name == "ours" and number % 5 == 0:
-                optimizer.measure(batch)
-                seconds["measurement"].append(time.perf_counter() - between)
-                continue
-            optimizer._taken = 1  # no measurement of its own here
             optimizer.step()
-            seconds[name].append(time.perf_counter() - start)
+            measured = name == "ours" and number % optimizer.every == 0
+            seconds["measured" if measured else name].append(time.perf_counter() - start)
     return {name: median(values[len(values) // 5 :]) for name, values in seconds.items()}
+
+
+def period_of(problem: Problem) -> int:
+    """The number of steps between measurements that the default settles for."""
+    model, batches = problem.make_model(0), endless(problem, 0, problem.batch_size)
+    optimizer = ours(problem, 0)(model, 0.0, problem.steps)
+    while optimizer.every is None:
+        optimizer.zero_grad()
+        problem.loss_fn(model, next(batches)).backward()
+        optimizer.step()
+    return int(optimizer.every)
 
 
 def overhead_of(problem: Problem, folder: Path) -> float:
@@ -319,8 +326,8 @@ def overhead_of(problem: Problem, folder: Path) -> float:
     known: dict[str, float] = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
     if problem.name not in known:
         seconds = step_times(problem)
-        every = ours(problem, 0)(problem.make_model(0), 0.0, problem.steps).every
-        spent = seconds["ours"] + seconds["measurement"] * math.ceil(problem.steps / every) / problem.steps
+        share = 1 / period_of(problem)
+        spent = seconds["ours"] * (1 - share) + seconds["measured"] * share
         known[problem.name] = round(spent / seconds["adam"], 3)
         path.write_text(json.dumps(known, indent=1) + "\n", encoding="utf-8")
     return known[problem.name]

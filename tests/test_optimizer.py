@@ -166,7 +166,7 @@ class DefaultReference:
     """The default rule with the shared target, in loops."""
 
     def __init__(self, rho: float) -> None:
-        self.rho, self.seen, self.ceiling, self.scale = rho, [], None, 0.0
+        self.rho, self.seen, self.ceiling, self.scale, self.rates, self.alerts = rho, [], None, 0.0, None, 0
 
     def update(self, loss, g, h, third) -> np.ndarray:
         self.scale = max(float(loss), self.scale / 2)
@@ -174,6 +174,10 @@ class DefaultReference:
         assert len(self.seen) <= 28, "from then on the average forgets exponentially"
         weights = np.array([n * (n + 1.0) for n in range(1, len(self.seen) + 1)])  # what 3 / (n + 2) makes
         g, h, t = (sum(w * s[i] for w, s in zip(weights, self.seen, strict=True)) / weights.sum() for i in range(3))
+        before = np.ones(len(g)) if self.rates is None else self.rates
+        times = (before @ self.seen[-1][1] @ before) / (before @ h @ before)
+        if times > 2:  # an average that is more than twice too flat
+            h, self.alerts = h * times / 2, self.alerts + 1
         shared = max(g.sum(), 0) / abs(h.sum())
         size = np.full(len(g), abs(h.sum()) / len(g))
         eta = cubic_by_bisection(g + self.rho * size * shared, h + self.rho * np.diag(size), t, 1.0)
@@ -184,6 +188,7 @@ class DefaultReference:
         norm = np.sqrt(np.sum(t ** (2 / 3) * eta**2))
         eta = eta * grid[np.argmin(-grid * (g @ eta) + grid**2 / 2 * (eta @ h @ eta) + grid**3 / 6 * norm**3)]
         self.ceiling = np.where(eta > 0, 2 * eta, np.inf if self.ceiling is None else self.ceiling)
+        self.rates = eta
         return eta
 
 
@@ -212,6 +217,7 @@ def test_default_rates_equal_their_slow_twin() -> None:
             break
         assert np.allclose(list(optimizer.rates.values()), expected, rtol=2e-6, atol=1e-9)
     assert t > 3
+    assert twin.alerts, "the curvature never rose so much that the average was too flat"
 
 
 # The five points of the default ---------------------------------------------------------------------------------------
@@ -227,6 +233,21 @@ def test_rates_at_most_double_between_measurements() -> None:
     grown = [b[a > 0] / a[a > 0] for a, b in itertools.pairwise(seen)]
     assert max(float(g.max()) for g in grown) <= 2 + 1e-12
     assert any(float(g.max()) > 1.5 for g in grown), "no rate ever grew: the limit was not at work"
+
+
+def test_a_curvature_that_rises_counts_at_once() -> None:
+    """Ten times the curvature in one measurement, where the average of many would hardly move."""
+    rule = AveragedRates(shrinkage=0.0, regularization=0.0)
+    calm = ns.Summary(loss=1.0, gradient=[1.0, 1.0], hessian=[[1.0, 0.0], [0.0, 2.0]], third=[0.0, 0.0])
+    steep = ns.Summary(loss=1.0, gradient=[1.0, 1.0], hessian=[[10.0, 0.0], [0.0, 20.0]], third=[0.0, 0.0])
+    for _ in range(30):
+        rule.update(calm)
+    assert rule.rates.tolist() == pytest.approx([1.0, 0.5])
+    rule.update(steep)
+    assert rule.rates.tolist() == pytest.approx([0.2, 0.1])  # half of the last curvature, not a tenth of it
+    for _ in range(60):
+        rule.update(calm)
+    assert rule.rates.tolist() == pytest.approx([1.0, 0.5], rel=0.02)
 
 
 def test_the_step_goes_downhill_in_the_model_it_came_from() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import math
 from collections import Counter
@@ -18,6 +19,7 @@ from newton_summary.distributed import Processes
 from newton_summary.measure import Engine, Loss, LossFunction, resolve_engine
 from newton_summary.measure.loss import batch_size
 from newton_summary.partition import Partition, resolve_partition
+from newton_summary.period import FIRST_PERIOD, Price, affordable_period
 from newton_summary.rates import AveragedRates, PaperRates, RateRule
 from newton_summary.sampling import BatchStream
 from newton_summary.sharding import gathered, sharded_like, unsharded
@@ -29,12 +31,13 @@ logger = logging.getLogger(__name__)
 _KEY = "newton_summary"
 _MOST_GROUPS = 100
 _MOST_HALVINGS = 40
+_SHARE = 0.5  # of a batch, to measure on
 
 
 class NewtonSummary(torch.optim.Optimizer):
     """Steps θ ← θ − λ_1 η_s u for every group s, with rates η that come from exact second and third derivatives.
 
-    Every ``every`` steps the loss is measured along the direction u on a batch of ``curvature_data``, and the rates are
+    Every few steps the loss is measured along the direction u on half a batch of ``curvature_data``, and the rates are
     solved for (docs/method.md, section 2, and :class:`~newton_summary.rates.AveragedRates` say how).  There is nothing
     to tune.  It is used in the loop that you have: ``zero_grad()``, ``backward()``, ``step()``.
 
@@ -53,7 +56,8 @@ class NewtonSummary(torch.optim.Optimizer):
             the quadratic model lets it be without going uphill, at 1 it is the best step of that model.
         steps: the length of the training, if known: λ_1 then goes linearly from 4/3 to 2/3 of ``lr``, by default from
             2 to 1.
-        every: the number of steps between measurements.
+        every: the number of steps between measurements.  Default: from 10 to 50, as many as keep the time that
+            measurements take to about a quarter of that of the steps (:mod:`~newton_summary.period`).
         regularization: λ_int, the weight of the cubic term.
         shrinkage: ρ, how strongly rates are drawn to the target (:func:`~newton_summary.solve.shrink`).
         target: ``"shared"``, one rate for all groups; or ``"invariant"``, which keeps training the same when groups are
@@ -99,7 +103,7 @@ class NewtonSummary(torch.optim.Optimizer):
         direction: str | torch.optim.Optimizer | Direction = "adam",
         lr: float = 1.5,
         steps: int | None = None,
-        every: int = 20,
+        every: int | None = None,
         regularization: float = 1.0,
         shrinkage: float = 0.1,
         target: str = "shared",
@@ -111,7 +115,7 @@ class NewtonSummary(torch.optim.Optimizer):
         partition = resolve_partition(partition, model, default_partition)
         rule = AveragedRates(regularization, shrinkage, target, averaging, partition.precision)
         self._processes = Processes(model, process_group)
-        self._set_up(model, loss_fn, curvature_data, partition, direction, lr, steps, every, rule, engine, seed)
+        self._set_up(model, loss_fn, curvature_data, _SHARE, partition, direction, lr, steps, every, rule, engine, seed)
 
     @classmethod
     def paper(
@@ -159,7 +163,7 @@ class NewtonSummary(torch.optim.Optimizer):
         chosen = directions.Momentum(momentum) if direction is None else direction
         rule = PaperRates(regularization, rate_momentum)
         optimizer._processes = Processes(model, process_group)
-        optimizer._set_up(model, loss_fn, curvature_data, partition, chosen, lr, None, every, rule, engine, seed)
+        optimizer._set_up(model, loss_fn, curvature_data, 1.0, partition, chosen, lr, None, every, rule, engine, seed)
         return optimizer
 
     def _set_up(
@@ -167,17 +171,19 @@ class NewtonSummary(torch.optim.Optimizer):
         model: nn.Module,
         loss_fn: LossFunction,
         curvature_data: Iterable[Any] | None,
+        share: float,
         partition: Partition,
         direction: str | torch.optim.Optimizer | Direction,
         lr: float,
         steps: int | None,
-        every: int,
+        every: int | None,
         rule: RateRule,
         engine: str | Engine,
         seed: int,
     ) -> None:
         check_not_negative("lr", lr)
-        check_count("every", every)
+        if every is not None:
+            check_count("every", every)
         if steps is not None:
             check_count("steps", steps)
         self.partition = partition
@@ -191,7 +197,9 @@ class NewtonSummary(torch.optim.Optimizer):
         self.counts = Counter({"measured": 0, "failed": 0, "halved": 0})
         self._loss = Loss(loss_fn, model)
         among = self._processes
-        self._stream = None if curvature_data is None else BatchStream(curvature_data, seed, among.rank, among.count)
+        self._stream = (
+            None if curvature_data is None else BatchStream(curvature_data, seed, among.rank, among.count, share)
+        )
         self._taken = 0
         self._pending: dict[Tensor, Tensor] | None = None
         self._factors: list[float | Tensor] | None = None
@@ -235,7 +243,7 @@ class NewtonSummary(torch.optim.Optimizer):
         if all(p.grad is None for p in self.partition.parameters):
             return value
         u = self._current_direction()
-        if self._stream is not None and self._taken % self.every == 0:
+        if self._stream is not None and self._taken % (self.every or FIRST_PERIOD) == 0:
             self._measure(self._stream.next(self.partition.device), u)
         if self.status is None:
             raise RuntimeError(
@@ -279,6 +287,7 @@ class NewtonSummary(torch.optim.Optimizer):
         own = {
             "kinds": self._kinds(),
             "taken": self._taken,
+            "every": self.every,
             "counts": dict(self.counts),
             "status": None if self.status is None else self.status.name,
             "summary": None if self.summary is None else self.summary.to_dict(),
@@ -307,6 +316,7 @@ class NewtonSummary(torch.optim.Optimizer):
             )
         super().load_state_dict({key: value for key, value in state_dict.items() if key != _KEY})
         self._taken = own["taken"]
+        self.every = own["every"]
         self.counts = Counter(own["counts"])
         self.status = None if own["status"] is None else Status[own["status"]]
         self.summary = None if own["summary"] is None else Summary.from_dict(own["summary"])
@@ -348,18 +358,30 @@ class NewtonSummary(torch.optim.Optimizer):
         """Measures on all processes' batches together, in full precision whatever the training uses."""
         own = [u[p] if p in u else torch.zeros_like(p) for p in self.partition.parameters]
         exactly = torch.autocast(self.partition.device.type, enabled=False)
+        counting = self.every is None and self._stream is not None and self.counts["measured"] == 1
         with exactly, gathered(self._loss.model, self.partition, own) as (partition, along):
-            part = self.engine.measure(self._loss, batch, partition, along, 3, "diagonal")
-            self.summary = summary = self._processes.average([part], along)[0]
-            self.status = self.rule.update(summary)
-            self.counts["measured"] += 1
-            if self.status is not Status.SOLVED:
-                self.counts["failed"] += 1
-                logger.info("measurement at step %d failed: %s", self._taken, self.status.value)
-            elif self.rule.fidelity:
-                self._hold_to_the_loss(summary, batch, partition, along)
+            with Price() if counting else contextlib.nullcontext() as price:
+                part = self.engine.measure(self._loss, batch, partition, along, 3, "diagonal")
+                self.summary = summary = self._processes.average([part], along)[0]
+                self.status = self.rule.update(summary)
+                self.counts["measured"] += 1
+                if self.status is not Status.SOLVED:
+                    self.counts["failed"] += 1
+                    logger.info("measurement at step %d failed: %s", self._taken, self.status.value)
+                elif self.rule.fidelity:
+                    self._hold_to_the_loss(summary, batch, partition, along)
+            if price is not None:
+                self.every = self._affordable_period(price, batch, partition, along)
         self._publish_rates()
         return summary
+
+    def _affordable_period(self, price: Price, batch: Any, partition: Partition, along: Sequence[Tensor]) -> int:
+        """The number of steps between measurements from now on; all processes have the mean of theirs."""
+        assert self._stream is not None
+        with Price() as evaluation:
+            self._loss.after_step(batch, partition, along, [0.0] * len(partition))
+        own = affordable_period(price, evaluation, self._stream.share)
+        return round(self._processes.mean([own], [1], partition.device)[0])
 
     def _hold_to_the_loss(self, summary: Summary, batch: Any, partition: Partition, along: Sequence[Tensor]) -> None:
         """Halves the rates until the loss follows its quadratic model along the step, on the batch it was measured on.

@@ -91,7 +91,8 @@ class AveragedRates:
     """The default rule: average the measurements, solve their cubic model, and never step uphill in it.
 
     1. ḡ, H̄ and |D^(3)[s, s, s]|, relative to the loss, are averaged over recent measurements
-       (:class:`~newton_summary.averaging.SummaryAverage`).
+       (:class:`~newton_summary.averaging.SummaryAverage`).  A curvature that has more than doubled counts at once: that
+       of the averages, along the rates, is at least half of the last one measured.
     2. The cubic model of the averages is shrunk towards a target and solved; negative rates are set to zero.  Where it
        has no minimum (no cubic term and negative curvature), the target itself is taken: what remains as ρ grows.
        A curvature below the rounding of the whole counts as that rounding.  The bias before a batch norm has no effect
@@ -138,7 +139,7 @@ class AveragedRates:
         """Averages a measurement in and solves again."""
         if not summary.is_finite():
             return Status.NOT_FINITE
-        mean = self.average.update(summary)
+        mean = self._alert(self.average.update(summary), summary)
         certain = _above_rounding(mean, self.precision)
         step = solve.cubic(solve.shrink(certain, self.shrinkage, self.target), self.regularization)
         sizes = step.sizes if step.ok else solve.target_rates(certain, self.target)
@@ -149,6 +150,15 @@ class AveragedRates:
         if step.ok:
             self._keep(step.sizes)
         return step.status
+
+    def _alert(self, mean: Summary, summary: Summary) -> Summary:
+        """The average, with a curvature along the rates of at least half that of the last measurement."""
+        assert mean.hessian is not None
+        assert summary.hessian is not None
+        along = torch.ones(len(mean.gradient), dtype=torch.float64) if self._rates is None else self._rates
+        usual = float(along @ mean.hessian @ along)
+        last = float(along @ summary.hessian.cpu().double() @ along) / self.average.scale
+        return replace(mean, hessian=mean.hessian * (last / usual / 2)) if last > 2 * usual > 0 else mean
 
     def scale(self, factor: float) -> None:
         """Multiplies every rate, and its limit with it."""
