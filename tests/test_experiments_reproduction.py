@@ -233,6 +233,16 @@ def test_no_optimizer_is_missing_from_the_tables(done):
     assert len(claims.CLAIMS) == tables["claims"].count("\n") - 1
 
 
+def test_tables_of_what_has_not_run_yet_can_be_written(done, tmp_path):
+    study, _ = done
+    missing = make_study(tmp_path)
+    for search_ in study.searches.values():
+        missing.keep_search(search_)
+    tables = page.tables(missing)
+    assert "not run" in tables["losses"]
+    assert "not measured" in tables["times"]
+
+
 def test_forgetting_an_optimizer_leaves_the_others(stand_in, tmp_path):
     study = make_study(tmp_path)
     for optimizer in (DEFAULT, "adam"):
@@ -338,6 +348,13 @@ def test_a_verdict_says_what_it_knows():
     assert str(claims.Verdict(3, 3, "")) == "held"
     assert str(claims.Verdict(1, 3, "")) == "held in 1 of 3"
     assert str(claims.Verdict(0, 3, "")) == "did not hold"
+
+
+def test_rates_of_one_group_share_a_panel():
+    one = [row(0, 1.0), row(1, 0.5, rates={"all": 0.1}), row(2, 0.5, rates={"all": 0.0})]
+    two = [row(0, 1.0), row(1, 0.5, rates={"a.weight": 0.1, "a.bias": 0.0})]
+    assert len(paper_figures.rates({"A": one, "B": one}, "").axes) == 1
+    assert len(paper_figures.rates({"A": two}, "").axes) == 2
 
 
 def test_losses_of_runs_that_diverged_are_drawn():

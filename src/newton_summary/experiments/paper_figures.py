@@ -124,8 +124,11 @@ def _mark_blocks(ax: Axes, summary: Summary) -> None:
 def rates(histories: Mapping[str, Sequence[Row]], title: str) -> Figure:
     """Every group's rate over training: a row for each network, weights on the left, biases on the right, on one scale.
 
-    Rates that are 0 interrupt a line, and are marked at the foot of the panel.
+    Rates that are 0 interrupt a line, and are marked at the foot of the panel.  Where every network has one rate alone,
+    all are in one panel.
     """
+    if all(len(row.rates) <= 1 for rows in histories.values() for row in rows):
+        return _single_rates(histories, title)
     figure = Figure(figsize=(7.2, 2.3 * len(histories)), layout="constrained")
     panels = figure.subplots(len(histories), 2, squeeze=False, sharex="row", sharey="row")
     for (name, rows), pair in zip(histories.items(), panels, strict=True):
@@ -160,6 +163,24 @@ def rates(histories: Mapping[str, Sequence[Row]], title: str) -> Figure:
     for ax in panels[-1]:
         ax.set_xlabel("epoch", fontsize=8)
     figure.suptitle(title, fontsize=11)
+    return figure
+
+
+def _single_rates(histories: Mapping[str, Sequence[Row]], title: str) -> Figure:
+    """The one rate of each network over training."""
+    figure = Figure(figsize=(5.6, 3.2), layout="constrained")
+    ax = figure.subplots()
+    for (name, rows), colour in zip(histories.items(), SERIES, strict=False):
+        known = [(row.epoch, rate or math.nan) for row in rows for rate in row.rates.values()]
+        x, y = [epoch for epoch, _ in known], [rate for _, rate in known]
+        ax.plot(x, y, color=colour, linewidth=1.3, marker=".", markersize=4, label=name)
+    ax.set_yscale("log")
+    ax.set_xlabel("epoch", fontsize=8)
+    ax.set_ylabel("rate η (a line is broken where it is 0)", fontsize=8)
+    ax.tick_params(which="both", labelsize=7)
+    quiet(ax)
+    figure.legend(loc="outside right center", fontsize=8, frameon=False)
+    ax.set_title(title, fontsize=10)
     return figure
 
 
