@@ -3,6 +3,7 @@
     python benchmarks/untuned.py baselines     searches the baselines' rates (hours; resumable; committed)
     python benchmarks/untuned.py judge         runs ours, times a step of everyone, writes results/untuned/
     python benchmarks/untuned.py judge --quick     one seed of the five cheapest problems
+    python benchmarks/untuned.py robust        batch sizes, periods and initial weights of all kinds (hours; resumable)
 
 ``--problems`` and ``--forms`` choose.  A run is a Record; what was run stays in results/untuned/*.jsonl.  Needs
 ``pip install 'newton-summary[benchmarks]'``.
@@ -256,12 +257,12 @@ class DiagonalRates(AveragedRates):
         return super().update(replace(summary, hessian=torch.diag(summary.hessian.diagonal())))
 
 
-def ours(problem: Problem, seed: int, form: str = "default", **further: object) -> Maker:
+def ours(problem: Problem, seed: int, form: str = "default", batch_size: int | None = None, **further: object) -> Maker:
     """NewtonSummary as it comes, or an ablation of it."""
 
     def make(model: nn.Module, rate: float, steps: int) -> torch.optim.Optimizer:
         train = InMemory(problem.read().train)
-        loader = DataLoader(train, problem.batch_size, shuffle=True, drop_last=True, collate_fn=as_it_is)
+        loader = DataLoader(train, batch_size or problem.batch_size, shuffle=True, drop_last=True, collate_fn=as_it_is)
         known = {"steps": steps} if form in SCHEDULED else {}
         options = {"curvature_data": loader, "seed": seed, **FORMS[form], **known, **further}
         optimizer = ns.NewtonSummary(model, problem.loss_fn, **options)
@@ -382,6 +383,53 @@ def clipped(ratios: Sequence[float]) -> float:
     return geometric_mean(min(max(ratio, 1 / 3), 3.0) for ratio in ratios)
 
 
+# Divergence -----------------------------------------------------------------------------------------------------------
+
+BATCHES, PERIODS, SCALES = (32, 100, 500), (5, 10, 50), (0.3, 1.0, 3.0)
+
+
+def failure(record: Record) -> str:
+    """How a run failed, or an empty string: by the whole curve, whose points are an eighth of the run apart."""
+    if len(record.curve) < POINTS or not math.isfinite(record.loss):
+        return "not finite"
+    if record.curve[-1] > record.initial / 2:
+        return "above half the initial loss"
+    return "above 3 × its best" if record.curve[-1] > 3 * min(record.curve) else ""
+
+
+def robust(problems: Sequence[Problem], baseline: Store, own: Store) -> str:
+    """Runs the grid, and the tuned Adam at each of its settings; the table of what failed."""
+    lines = [
+        "# Runs that must not diverge",
+        "",
+        "How many of three seeds failed. Failed: a loss that is not finite, or ends above half the initial one, or",
+        "above three times the run's best (over eight points along the run). Beside ours the tuned Adam, at the same",
+        "batch size and initial weights. Written by `python benchmarks/untuned.py robust`.",
+        "",
+        "| problem | batch | weights × | " + " | ".join(f"every {n}" for n in PERIODS) + " | Adam |",
+        "|" + "---|" * (len(PERIODS) + 4),
+    ]
+    settings = [(p, b, s) for p in problems for b in BATCHES for s in SCALES]
+    for problem, batch, scale in tqdm(settings, desc="settings"):
+        rate = baseline.best(problem.name, "adam")[0].rate
+        forms = {f"ours, {batch}, × {scale:g}, every {n}": (n, 0.0) for n in PERIODS}
+        forms[f"adam, {batch}, × {scale:g}"] = (0, rate)
+        cells = []
+        for name, (every, own_rate) in forms.items():
+            failed = []
+            for seed in SEEDS:
+                make = ours(problem, seed, every=every, batch_size=batch) if every else TUNED["adam"]
+                record = own.get(problem, name, make, own_rate, seed, scale=scale, batch_size=batch)
+                failed.append(failure(record))
+            kinds = {kind: failed.count(kind) for kind in failed if kind}
+            cells.append(", ".join(f"{count} {kind}" for kind, count in kinds.items()) or "0")
+        lines.append(f"| {problem.name} | {batch} | {scale:g} | {' | '.join(cells)} |")
+    return "\n".join(lines) + "\n"
+
+
+# Tables and pictures --------------------------------------------------------------------------------------------------
+
+
 def table(verdicts: Sequence[Verdict], forms: Sequence[str]) -> str:
     names = [*TUNED, *UNTUNED, *forms]
     lines = [
@@ -442,7 +490,7 @@ def profile(verdicts: Sequence[Verdict], names: Sequence[str], path: Path) -> No
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("command", choices=["baselines", "judge"])
+    parser.add_argument("command", choices=["baselines", "judge", "robust"])
     parser.add_argument("--problems", nargs="+", choices=list(PROBLEMS), default=list(PROBLEMS))
     parser.add_argument("--forms", nargs="+", choices=list(FORMS), default=list(FORMS))
     parser.add_argument("--quick", action="store_true", help="one seed of the five cheapest problems")
@@ -453,6 +501,11 @@ def main() -> None:
     problems = [PROBLEMS[name] for name in arguments.problems if not arguments.quick or name in QUICK]
     if arguments.command == "baselines":
         baselines(baseline, problems)
+        return
+    if arguments.command == "robust":
+        text = robust(problems, baseline, Store(FOLDER / "robust.jsonl"))
+        print(text)
+        (FOLDER / "robust.md").write_text(text, encoding="utf-8")
         return
     folder = Path(tempfile.mkdtemp()) if arguments.quick else FOLDER
     path = folder / "ours.jsonl"

@@ -77,7 +77,7 @@ def test_a_run_learns_and_records_every_epoch(optimizer, digits, tmp_path):
     if optimizer.endswith("paper"):
         assert run.rows[-1].counts["measured"] == math.ceil(48 / 10)
     elif measured:
-        assert run.rows[-1].counts["measured"] >= math.ceil(48 / 20)
+        assert run.rows[-1].counts["measured"] == 2, "at the start and 20 steps on; so small a network then waits"
 
 
 def test_the_figures_are_those_of_the_model(digits):
@@ -136,7 +136,7 @@ def test_the_rate_of_the_papers_method_falls_on_a_plateau(digits):
 
 
 def test_measuring_has_its_own_order(digits):
-    """The batches that curvature is measured on are independent of those that are trained on."""
+    """The batches that curvature is measured on, half as large, are independent of those that are trained on."""
     seen = []
 
     def loss_fn(model, batch):
@@ -150,7 +150,7 @@ def test_measuring_has_its_own_order(digits):
     measured = [classes for own, classes in seen if not own]
     assert len(trained) == 1
     assert measured
-    assert all(len(classes) == 100 and classes != trained[0] for classes in measured)
+    assert all(len(classes) == 50 and classes != trained[0][:50] for classes in measured)
 
 
 # Divergence -----------------------------------------------------------------------------------------------------------

@@ -89,6 +89,12 @@ class Processes:
         numbers = [torch.tensor([value], dtype=torch.float64, device=device) for value in values]
         return [float(mean) for mean, _ in self._weighted_means(numbers, weights)]
 
+    def total(self, number: Tensor) -> Tensor:
+        """The sum of a number over all processes, in place, on its device."""
+        if self.count > 1:
+            dist.all_reduce(number, group=self._group)
+        return number
+
     def _weighted_means(self, vectors: Sequence[Tensor], weights: Sequence[float]) -> list[tuple[Tensor, Tensor]]:
         """For each vector its mean over the processes, and the sum of its weights, on the host."""
         rows = torch.stack([torch.cat([w * v, v.new_tensor([w])]) for v, w in zip(vectors, weights, strict=True)])

@@ -16,6 +16,7 @@ from newton_summary import directions
 from newton_summary._checks import check_count, check_not_negative
 from newton_summary.directions import Direction
 from newton_summary.distributed import Processes
+from newton_summary.guard import GradientGuard
 from newton_summary.measure import Engine, Loss, LossFunction, resolve_engine
 from newton_summary.measure.loss import batch_size
 from newton_summary.partition import Partition, resolve_partition
@@ -39,7 +40,8 @@ class NewtonSummary(torch.optim.Optimizer):
 
     Every few steps the loss is measured along the direction u on half a batch of ``curvature_data``, and the rates are
     solved for (docs/method.md, section 2, and :class:`~newton_summary.rates.AveragedRates` say how).  There is nothing
-    to tune.  It is used in the loop that you have: ``zero_grad()``, ``backward()``, ``step()``.
+    to tune.  It is used in the loop that you have: ``zero_grad()``, ``backward()``, ``step()``.  A gradient that is not
+    finite, or a thousand times as long as usual, counts as zero (:class:`~newton_summary.guard.GradientGuard`).
 
     With several processes each measures on its own samples, and all take the same step (docs/distributed.md).
 
@@ -202,6 +204,7 @@ class NewtonSummary(torch.optim.Optimizer):
         )
         self._taken = 0
         self._pending: dict[Tensor, Tensor] | None = None
+        self._guard = GradientGuard() if rule.fidelity else None
         self._factors: list[float | Tensor] | None = None
         _check_same_parameters(self.direction, self.partition)
         super().__init__(self.partition.param_groups(), {"lr": lr, "rate": None, **self.direction.defaults})
@@ -288,6 +291,7 @@ class NewtonSummary(torch.optim.Optimizer):
             "kinds": self._kinds(),
             "taken": self._taken,
             "every": self.every,
+            "usual": None if self._guard is None or self._guard.usual is None else float(self._guard.usual),
             "counts": dict(self.counts),
             "status": None if self.status is None else self.status.name,
             "summary": None if self.summary is None else self.summary.to_dict(),
@@ -317,6 +321,8 @@ class NewtonSummary(torch.optim.Optimizer):
         super().load_state_dict({key: value for key, value in state_dict.items() if key != _KEY})
         self._taken = own["taken"]
         self.every = own["every"]
+        if self._guard is not None:
+            self._guard.usual = None if own["usual"] is None else torch.tensor(own["usual"], dtype=torch.float64)
         self.counts = Counter(own["counts"])
         self.status = None if own["status"] is None else Status[own["status"]]
         self.summary = None if own["summary"] is None else Summary.from_dict(own["summary"])
@@ -351,6 +357,8 @@ class NewtonSummary(torch.optim.Optimizer):
     def _current_direction(self) -> dict[Tensor, Tensor]:
         """The direction of this step, computed once for a measurement and the step after it."""
         if self._pending is None:
+            if self._guard is not None:
+                self._guard.apply(self.partition.parameters, self._processes.total)
             self._pending = self.direction.update(self.param_groups, self.state)
         return self._pending
 

@@ -14,6 +14,8 @@ from newton_summary.averaging import SummaryAverage
 from newton_summary.solve import Status
 from newton_summary.summary import Summary
 
+_EXPLOSION = 1000.0
+
 
 class RateRule(Protocol):
     """What turns the measurements of a run into rates."""
@@ -100,6 +102,8 @@ class AveragedRates:
     3. No rate more than doubles between measurements.
     4. An exact line search along the result in the cubic model of the averages, never beyond 1.
 
+    A measurement whose loss is a thousand times the last one's is left out, unless the one before it was.
+
     Args:
         regularization: λ_int, the weight of the cubic term.
         shrinkage: ρ, the weight of the target.
@@ -129,6 +133,7 @@ class AveragedRates:
         self.average = SummaryAverage(averaging)
         self._rates: Tensor | None = None
         self._ceiling: Tensor | None = None
+        self._exploded = False
 
     @property
     def rates(self) -> Tensor | None:
@@ -139,6 +144,10 @@ class AveragedRates:
         """Averages a measurement in and solves again."""
         if not summary.is_finite():
             return Status.NOT_FINITE
+        explodes = abs(float(summary.loss)) > _EXPLOSION * self.average.scale > 0
+        self._exploded = explodes and not self._exploded
+        if self._exploded:
+            return Status.OUTLIER
         mean = self._alert(self.average.update(summary), summary)
         certain = _above_rounding(mean, self.precision)
         step = solve.cubic(solve.shrink(certain, self.shrinkage, self.target), self.regularization)
@@ -180,12 +189,14 @@ class AveragedRates:
             "average": self.average.state_dict(),
             "rates": None if self._rates is None else self._rates.tolist(),
             "ceiling": None if self._ceiling is None else self._ceiling.tolist(),
+            "exploded": self._exploded,
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """The inverse of :meth:`state_dict`."""
         self.average.load_state_dict(state["average"])
         self._rates, self._ceiling = _vector(state["rates"]), _vector(state["ceiling"])
+        self._exploded = state["exploded"]
 
 
 def _above_rounding(summary: Summary, precision: float) -> Summary:

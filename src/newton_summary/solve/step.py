@@ -14,6 +14,7 @@ class Status(enum.Enum):
 
     SOLVED = "solved"
     NOT_FINITE = "the summary has entries that are not finite: measure again, on another batch or in float64"
+    OUTLIER = "the loss of this measurement is a thousand times the last one's, which is believed if it is so again"
     SINGULAR = "the matrix is singular: add a ridge or a cubic term"
     UNBOUNDED = (
         "the model is unbounded below: add a cubic term or a ridge where curvature is not positive, or set bounds"

@@ -1,0 +1,152 @@
+"""Broken and exploding batches, injected into training and into measurements."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional
+
+import newton_summary as ns
+from newton_summary.guard import GradientGuard
+from newton_summary.rates import AveragedRates
+from newton_summary.solve import Status
+
+ONE = torch.ones(())
+
+
+def loss_fn(model, batch):
+    x, y, factor = batch
+    return factor * functional.cross_entropy(model(x), y)
+
+
+def make_batches():
+    torch.manual_seed(0)
+    x = torch.randn(400, 6)
+    y = (x[:, :3].sum(1) > 0).long() + (x[:, 3] > 1).long()
+    return [(a, b, ONE) for a, b in zip(x.split(50), y.split(50), strict=True)]
+
+
+def broken(kind):
+    x, y, _ = make_batches()[0]
+    return {
+        "not a number": (torch.full_like(x, torch.nan), y, ONE),
+        "infinite": (x * torch.inf, y, ONE),
+        "a loss a million times as large": (x, y, 1e6 * ONE),
+    }[kind]
+
+
+KINDS = ["not a number", "infinite", "a loss a million times as large"]
+
+
+def train(kind, training, measuring, steps=200, at=100, direction="adam"):
+    """The mean loss over all good batches after every step, and the optimizer."""
+    torch.manual_seed(1)
+    model, batches = nn.Sequential(nn.Linear(6, 32), nn.Tanh(), nn.Linear(32, 3)), make_batches()
+    data = [*batches[:3], broken(kind), *batches[3:]] if measuring else batches
+    if direction == "AdamW's":
+        direction = torch.optim.AdamW(model.parameters(), lr=1e-3)
+    optimizer = ns.NewtonSummary(model, loss_fn, curvature_data=data, every=5, direction=direction)
+    losses = []
+    for t in range(steps):
+        optimizer.zero_grad()
+        loss_fn(model, broken(kind) if training and t == at else batches[t % 8]).backward()
+        optimizer.step()
+        with torch.no_grad():
+            losses.append(sum(loss_fn(model, batch).item() for batch in batches) / 8)
+    return losses, optimizer
+
+
+@pytest.mark.parametrize("direction", ["adam", "momentum", "AdamW's"])
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_broken_training_batch_costs_a_few_steps(kind, direction) -> None:
+    losses, _ = train(kind, training=True, measuring=False, direction=direction)
+    assert max(losses[100:110]) < 2 * losses[99]
+    assert min(losses[101:]) < losses[99], "it did not go on"
+    assert losses[-1] < losses[0] / 4
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_broken_measuring_batch_costs_a_measurement(kind) -> None:
+    losses, optimizer = train(kind, training=False, measuring=True)
+    assert optimizer.counts["failed"] == 5  # of 40, one in nine
+    assert losses[-1] < losses[0] / 20
+    losses, _ = train(kind, training=True, measuring=True)
+    assert losses[-1] < losses[0] / 20
+
+
+def test_a_first_gradient_that_is_broken_is_waited_out() -> None:
+    losses, _ = train("not a number", training=True, measuring=False, at=0)
+    assert losses[-1] < losses[0] / 20
+
+
+def apply(guard, *gradients):
+    parameters = [nn.Parameter(torch.zeros_like(g)) for g in gradients]
+    for parameter, gradient in zip(parameters, gradients, strict=True):
+        parameter.grad = gradient.clone()
+    guard.apply(parameters, lambda number: number)
+    return [p.grad for p in parameters]
+
+
+def test_gradients_are_refused_all_together_and_kept_bit_for_bit() -> None:
+    guard, a, b = GradientGuard(), torch.tensor([3.0]), torch.tensor([[4.0]])
+    assert apply(guard, a, b) == [a, b]
+    assert float(guard.usual) == pytest.approx(5.0)
+    assert apply(guard, 900 * a, 900 * b) == [900 * a, 900 * b]
+    assert float(guard.usual) == pytest.approx(0.99 * 5 + 0.01 * 4500)
+    assert [float(g) for g in apply(guard, torch.tensor([torch.nan]), b)] == [0.0, 0.0]
+    assert float(guard.usual) == pytest.approx(0.99 * 5 + 0.01 * 4500), "what is not finite is not counted"
+
+
+def test_gradients_that_grow_for_good_are_followed() -> None:
+    guard = GradientGuard()
+    apply(guard, torch.tensor([1.0]))
+    taken = [float(apply(guard, torch.tensor([1e6]))[0]) for _ in range(5)]
+    assert taken == [0.0, 0.0, 0.0, 1e6, 1e6]
+
+
+def test_nothing_is_known_before_the_first_gradient_that_is_not_zero() -> None:
+    guard = GradientGuard()
+    for first in (torch.tensor([torch.inf]), torch.tensor([0.0])):
+        apply(guard, first)
+    assert float(apply(guard, torch.tensor([1e-3]))[0]) == pytest.approx(1e-3)
+
+
+def test_half_precision_does_not_overflow_and_sparse_gradients_are_looked_at() -> None:
+    large = torch.full((100,), 6e4, dtype=torch.float16)
+    assert torch.equal(apply(GradientGuard(), large)[0], large)
+    embedding = nn.Embedding(5, 2, sparse=True)
+    embedding(torch.tensor([1, 3])).sum().backward()
+    embedding.weight.grad._values()[0] = torch.nan
+    GradientGuard().apply([embedding.weight], lambda number: number)
+    assert torch.equal(embedding.weight.grad.to_dense(), torch.zeros(5, 2))
+
+
+def test_the_paper_is_followed_to_the_letter() -> None:
+    model, batches = nn.Linear(6, 3), make_batches()
+    optimizer = ns.NewtonSummary.paper(model, loss_fn, curvature_data=batches)
+    loss_fn(model, broken("not a number")).backward()
+    optimizer.step()
+    assert torch.isnan(model.weight.grad).any()
+
+
+def test_an_explosion_is_believed_the_second_time() -> None:
+    rule = AveragedRates()
+    calm = ns.Summary(loss=1.0, gradient=[1.0], hessian=[[1.0]], third=[0.0])
+    assert rule.update(calm) is Status.SOLVED
+    assert rule.update(calm * 2000.0) is Status.OUTLIER
+    resumed = AveragedRates()
+    resumed.load_state_dict(copy.deepcopy(rule.state_dict()))
+    assert rule.update(calm) is Status.SOLVED
+    assert rule.update(calm * 2000.0) is Status.OUTLIER
+    for one in (rule, resumed):
+        assert one.update(calm * 2000.0) is Status.SOLVED
+
+
+def test_a_resumed_run_knows_what_is_usual() -> None:
+    _, optimizer = train("infinite", training=True, measuring=False, steps=20, at=10)
+    usual = float(optimizer._guard.usual)
+    optimizer.load_state_dict(copy.deepcopy(optimizer.state_dict()))
+    assert float(optimizer._guard.usual) == usual
