@@ -191,20 +191,20 @@ def _tridiagonal(study: Reproduction) -> Verdict:
 
 
 def _biases(study: Reproduction) -> Verdict:
-    cases = []
-    for name in study.tasks:
-        ratio = analysis.over_training(study.all_rows(name, PAPER), analysis.biases_to_weights)
-        if ratio is not None:
-            cases.append((NETWORKS[name], ratio > 1, f"{ratio:.1f}"))
-    return _verdict(cases)
+    return _over_networks(study, analysis.biases_to_weights, lambda ratio: ratio > 1)
 
 
 def _orders_of_magnitude(study: Reproduction) -> Verdict:
+    return _over_networks(study, analysis.decades, lambda spread: spread >= 1)
+
+
+def _over_networks(study: Reproduction, number: object, holds: Callable[[float], bool]) -> Verdict:
+    """From a number of the rates of the paper's method on each network, the median over training."""
     cases = []
     for name in study.tasks:
-        spread = analysis.over_training(study.all_rows(name, PAPER), analysis.decades)
-        if spread is not None:
-            cases.append((NETWORKS[name], spread >= 1, f"{spread:.1f}"))
+        value = analysis.over_training(study.all_rows(name, PAPER), number)
+        if value is not None:
+            cases.append((NETWORKS[name], holds(value), f"{value:.1f}"))
     return _verdict(cases)
 
 
