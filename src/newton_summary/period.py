@@ -38,7 +38,7 @@ class Price(TorchDispatchMode):
 
 
 def affordable_period(measurement: Price, evaluation: Price, share: float) -> int:
-    """The number of steps between measurements with which these take a fifth of the time of the steps.
+    """The number of steps between measurements with which these take about a quarter of the time of the steps.
 
     Small networks spend their time on calls, large ones on operations.  What they weigh against each other is that of a
     processor's core, where a call of Python and torch takes about 15 µs.
