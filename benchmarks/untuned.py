@@ -3,7 +3,7 @@
     python benchmarks/untuned.py baselines     searches the baselines' rates (hours; resumable; committed)
     python benchmarks/untuned.py judge         runs ours, times a step of everyone, writes results/untuned/
     python benchmarks/untuned.py judge --quick     one seed of the five cheapest problems
-    python benchmarks/untuned.py robust        batch sizes, periods and initial weights of all kinds (hours; resumable)
+    python benchmarks/untuned.py robust        batch sizes, periods of looks and initial weights of all kinds (hours; resumable)
 
 ``--problems`` and ``--forms`` choose.  A run is a Record; what was run stays in results/untuned/*.jsonl.  Needs
 ``pip install 'newton-summary[benchmarks]'``.
@@ -60,6 +60,7 @@ class Record:
     initial: float
     marked: float | None = None  # the training loss at an earlier step, where one was asked for
     measured: int = 0  # how often NewtonSummary measured
+    looked: int = 0  # how often it looked
 
     @property
     def loss(self) -> float:
@@ -134,10 +135,9 @@ def run(
                 break
     validation = evaluate(problem, model, samples.validation, problem.score == "accuracy")
     train = evaluate(problem, model, samples.train) if math.isfinite(curve[-1]) else math.inf
-    measured = optimizer.counts["measured"] if isinstance(optimizer, ns.NewtonSummary) else 0
-    return Record(
-        problem.name, name, rate, seed, stops[: len(curve)], curve, train, validation, initial, marked, measured
-    )
+    counts = optimizer.counts if isinstance(optimizer, ns.NewtonSummary) else {"measured": 0, "looked": 0}
+    found = (stops[: len(curve)], curve, train, validation, initial, marked, counts["measured"], counts["looked"])
+    return Record(problem.name, name, rate, seed, *found)
 
 
 # Optimizers -----------------------------------------------------------------------------------------------------------
@@ -258,7 +258,7 @@ class DiagonalRates(AveragedRates):
 
 
 def ours(problem: Problem, seed: int, form: str = "default", batch_size: int | None = None, **further: object) -> Maker:
-    """NewtonSummary as it comes, or an ablation of it."""
+    """NewtonSummary as it comes, or another form of it."""
 
     def make(model: nn.Module, rate: float, steps: int) -> torch.optim.Optimizer:
         train = InMemory(problem.read().train)
@@ -269,6 +269,8 @@ def ours(problem: Problem, seed: int, form: str = "default", batch_size: int | N
         if form == "diagonal":
             rule = optimizer.rule
             optimizer.rule = DiagonalRates(rule.regularization, rule.shrinkage, rule.target, rule.average.momentum)
+        if form == "constant λ":
+            optimizer._pace.compare = lambda *losses: None
         return optimizer
 
     return make
@@ -277,10 +279,11 @@ def ours(problem: Problem, seed: int, form: str = "default", batch_size: int | N
 FORMS: dict[str, dict[str, object]] = {
     "default": {},
     "steps": {},
-    "one rate": {"partition": "trivial"},
-    "diagonal": {},
-    "no third order": {"regularization": 0.0},
-    "invariant": {"target": "invariant"},
+    "constant λ": {},
+    "each tensor": {"partition": "canonical"},
+    "diagonal": {"partition": "canonical"},
+    "no third order": {"partition": "canonical", "regularization": 0.0},
+    "invariant": {"partition": "canonical", "target": "invariant"},
 }
 SCHEDULED = ("steps",)  # what knows the length of the run
 
@@ -288,16 +291,19 @@ SCHEDULED = ("steps",)  # what knows the length of the run
 # Time -----------------------------------------------------------------------------------------------------------------
 
 
-def step_times(problem: Problem, rounds: int = 60, every: int = 6) -> dict[str, float]:
-    """Seconds of a step of every optimizer, medians of interleaved rounds; of ours also that of one that measures."""
-    timed = ours(problem, 0, every=every)
+COMPARED = 3  # of so many looks of ours, one also compares: their time is that of all of them together
+
+
+def step_times(problem: Problem, rounds: int = 75, look_every: int = 3) -> dict[str, float]:
+    """Seconds of a step of every optimizer, medians of interleaved rounds; of ours also that of one that looks."""
+    timed = ours(problem, 0, look_every=look_every)
     makers = {**TUNED, **{name: make for name, (make, _) in UNTUNED.items()}, "ours": timed}
     trained = {}
     for name, make in makers.items():
         model = problem.make_model(0)
         trained[name] = (model, make(model, 1e-4, problem.steps), endless(problem, 0, problem.batch_size))
         _mode(trained[name][1], "train")
-    seconds: dict[str, list[float]] = {name: [] for name in (*makers, "measured")}
+    seconds: dict[str, list[float]] = {name: [] for name in (*makers, "looked")}
     for number in tqdm(range(rounds), desc=f"{problem.name}: times", leave=False):
         for name, (model, optimizer, batches) in trained.items():
             batch = next(batches)
@@ -305,20 +311,23 @@ def step_times(problem: Problem, rounds: int = 60, every: int = 6) -> dict[str, 
             optimizer.zero_grad()
             problem.loss_fn(model, batch).backward()
             optimizer.step()
-            measured = name == "ours" and number % optimizer.every == 0
-            seconds["measured" if measured else name].append(time.perf_counter() - start)
-    return {name: median(values[len(values) // 5 :]) for name, values in seconds.items()}
+            looked = name == "ours" and number % look_every == 0
+            seconds["looked" if looked else name].append(time.perf_counter() - start)
+    times = {name: median(values[len(values) // 5 :]) for name, values in seconds.items()}
+    looks = seconds["looked"][COMPARED:]  # the first step measures
+    times["looked"] = sum(median(looks[i::COMPARED]) for i in range(COMPARED)) / COMPARED
+    return times
 
 
 def period_of(problem: Problem) -> int:
-    """The number of steps between measurements that the default settles for."""
+    """The number of steps between looks that the default settles for."""
     model, batches = problem.make_model(0), endless(problem, 0, problem.batch_size)
     optimizer = ours(problem, 0)(model, 0.0, problem.steps)
-    while optimizer.every is None:
+    while optimizer.look_every is None:
         optimizer.zero_grad()
         problem.loss_fn(model, next(batches)).backward()
         optimizer.step()
-    return int(optimizer.every)
+    return int(optimizer.look_every)
 
 
 def overhead_of(problem: Problem, folder: Path) -> float:
@@ -328,7 +337,7 @@ def overhead_of(problem: Problem, folder: Path) -> float:
     if problem.name not in known:
         seconds = step_times(problem)
         share = 1 / period_of(problem)
-        spent = seconds["ours"] * (1 - share) + seconds["measured"] * share
+        spent = seconds["ours"] * (1 - share) + seconds["looked"] * share
         known[problem.name] = round(spent / seconds["adam"], 3)
         path.write_text(json.dumps(known, indent=1) + "\n", encoding="utf-8")
     return known[problem.name]
@@ -406,7 +415,7 @@ def robust(problems: Sequence[Problem], baseline: Store, own: Store) -> str:
         "above three times the run's best (over eight points along the run). Beside ours the tuned Adam, at the same",
         "batch size and initial weights. Written by `python benchmarks/untuned.py robust`.",
         "",
-        "| problem | batch | weights × | " + " | ".join(f"every {n}" for n in PERIODS) + " | Adam |",
+        "| problem | batch | weights × | " + " | ".join(f"looks every {n}" for n in PERIODS) + " | Adam |",
         "|" + "---|" * (len(PERIODS) + 4),
     ]
     settings = [(p, b, s) for p in problems for b in BATCHES for s in SCALES]
@@ -418,7 +427,7 @@ def robust(problems: Sequence[Problem], baseline: Store, own: Store) -> str:
         for name, (every, own_rate) in forms.items():
             failed = []
             for seed in SEEDS:
-                make = ours(problem, seed, every=every, batch_size=batch) if every else TUNED["adam"]
+                make = ours(problem, seed, look_every=every, batch_size=batch) if every else TUNED["adam"]
                 record = own.get(problem, name, make, own_rate, seed, scale=scale, batch_size=batch)
                 failed.append(failure(record))
             kinds = {kind: failed.count(kind) for kind in failed if kind}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 
 import pytest
@@ -11,8 +12,8 @@ from torch.nn import functional
 from torch.utils.data import DataLoader, TensorDataset
 
 import newton_summary as ns
-from newton_summary.period import FIRST_PERIOD, Price, affordable_period
-from newton_summary.sampling import BatchStream
+import newton_summary.optimizer
+from newton_summary.period import LOOKS, MEASUREMENTS, Periods, Price, affordable_period
 
 
 def loss_fn(model, batch):
@@ -21,7 +22,8 @@ def loss_fn(model, batch):
 
 def make_loader(batch_size=20):
     torch.manual_seed(0)
-    return DataLoader(TensorDataset(torch.randn(200, 6), torch.randint(3, (200,))), batch_size, shuffle=True)
+    x = torch.randn(200, 6)
+    return DataLoader(TensorDataset(x, x[:, :3].argmax(1)), batch_size, shuffle=True)
 
 
 def make(width=16, **options):
@@ -57,78 +59,68 @@ def test_products_and_convolutions_are_counted_to_the_last_operation() -> None:
     assert nothing.calls == 3
 
 
+PERIODS = Periods(first=20, shortest=10, longest=50, share=0.2)
+
+
 def test_the_period_follows_the_price() -> None:
-    step = price(0, 10**9)  # of a loss; a gradient of twice the batch has six times that
-    assert affordable_period(price(0, 20 * 6 * 10**9), step, 0.5) == 50
-    assert affordable_period(price(0, 44 * 10**8 * 6), step, 0.5) == 20
-    assert affordable_period(price(0, 10**9), step, 0.5) == 10
-    assert affordable_period(price(44 * 10**2, 0), price(1000, 0), 1.0) == 20, "calls, where operations are few"
+    evaluation = price(0, 10**9)  # a step has three times that
+    assert affordable_period(price(0, 10**11), evaluation, PERIODS) == 50
+    assert affordable_period(price(0, 12 * 10**9), evaluation, PERIODS) == 21  # with the code around it
+    assert affordable_period(price(0, 10**9), evaluation, PERIODS) == 10
+    assert affordable_period(price(4160, 0), price(1000, 0), PERIODS) == 21, "calls, where operations are few"
 
 
-def test_a_run_settles_for_a_period_and_keeps_it() -> None:
-    model, optimizer = make()
-    train(model, optimizer, FIRST_PERIOD)
+def test_a_run_settles_for_periods_and_keeps_them() -> None:
+    model, optimizer = make(partition="canonical")
+    train(model, optimizer, LOOKS.first + 1)
+    looks = optimizer.look_every
+    assert LOOKS.shortest <= looks <= LOOKS.longest
+    train(model, optimizer, MEASUREMENTS.first - LOOKS.first - 1)
     assert optimizer.every is None
     assert optimizer.counts["measured"] == 1
     train(model, optimizer, 1)
     period = optimizer.every
-    assert 10 <= period <= 50
-    train(model, optimizer, 4 * period)
-    assert optimizer.every == period
-    assert optimizer.counts["measured"] == 2 + (FIRST_PERIOD + 4 * period) // period - FIRST_PERIOD // period
+    assert MEASUREMENTS.shortest <= period <= MEASUREMENTS.longest
+    train(model, optimizer, 2 * period)
+    assert (optimizer.every, optimizer.look_every) == (period, looks)
+    assert optimizer.counts["measured"] == 2 + (20 + 2 * period) // period - 20 // period
 
 
 def test_wider_networks_of_the_same_depth_are_measured_more_often() -> None:
     """On a small one a measurement is all calls."""
     periods = []
     for width in (8, 1000):
-        model, optimizer = make(width)
-        train(model, optimizer, FIRST_PERIOD + 1)
-        periods.append(optimizer.every)
-    assert periods[0] > periods[1]
+        model, optimizer = make(width, partition="canonical")
+        train(model, optimizer, MEASUREMENTS.first + 1)
+        periods.append((optimizer.every, optimizer.look_every))
+    (small, small_looks), (large, large_looks) = periods
+    assert small > large
+    assert small_looks > large_looks
 
 
-def test_counting_changes_nothing_of_the_run() -> None:
-    (model, optimizer), (twin, explicit) = make(), make(every=FIRST_PERIOD)
-    train(model, optimizer, FIRST_PERIOD + 5)
-    train(twin, explicit, FIRST_PERIOD + 5)
-    assert optimizer.rates == explicit.rates
+def test_counting_changes_nothing_of_the_run(monkeypatch) -> None:
+    model, optimizer = make(partition="canonical")
+    train(model, optimizer, MEASUREMENTS.first + 5)
+    monkeypatch.setattr(newton_summary.optimizer, "Price", lambda: contextlib.nullcontext(object()))
+    counted = {LOOKS: optimizer.look_every, MEASUREMENTS: optimizer.every}
+    monkeypatch.setattr(newton_summary.optimizer, "affordable_period", lambda *prices: counted[prices[-1]])
+    twin, uncounted = make(partition="canonical")
+    train(twin, uncounted, MEASUREMENTS.first + 5)
+    assert optimizer.rates == uncounted.rates
     for p, q in zip(model.parameters(), twin.parameters(), strict=True):
         assert torch.equal(p, q)
 
 
-@pytest.mark.parametrize("at", [5, FIRST_PERIOD + 1, FIRST_PERIOD + 30])
-def test_a_resumed_run_has_the_same_period(at) -> None:
-    model, optimizer = make()
+@pytest.mark.parametrize("at", [5, MEASUREMENTS.first + 1, MEASUREMENTS.first + 30])
+def test_a_resumed_run_has_the_same_periods(at) -> None:
+    model, optimizer = make(partition="canonical")
     train(model, optimizer, at)
-    twin, resumed = make()
+    twin, resumed = make(partition="canonical")
     twin.load_state_dict(model.state_dict())
     resumed.load_state_dict(copy.deepcopy(optimizer.state_dict()))
-    assert resumed.every == optimizer.every
+    assert (resumed.every, resumed.look_every) == (optimizer.every, optimizer.look_every)
     train(model, optimizer, 90)
     train(twin, resumed, 90)
-    assert resumed.every == optimizer.every
+    assert (resumed.every, resumed.look_every) == (optimizer.every, optimizer.look_every)
     for p, q in zip(model.parameters(), twin.parameters(), strict=True):
         assert torch.equal(p, q)
-
-
-def test_the_default_measures_on_half_of_a_batch_and_the_paper_on_all_of_it() -> None:
-    seen = []
-
-    def watched(model, batch):
-        seen.append(len(batch[0]))
-        return loss_fn(model, batch)
-
-    for make_optimizer, size in ((ns.NewtonSummary, 10), (ns.NewtonSummary.paper, 20)):
-        model = make()[0]
-        optimizer = make_optimizer(model, watched, curvature_data=make_loader())
-        loss_fn(model, next(iter(make_loader()))).backward()
-        seen.clear()
-        optimizer.step()
-        assert set(seen) == {size}
-
-
-@pytest.mark.parametrize(("share", "size"), [(1.0, 5), (0.5, 3), (0.01, 1)])
-def test_a_share_of_every_batch_is_loaded(share, size) -> None:
-    stream = BatchStream(DataLoader(torch.arange(20.0), batch_size=5), share=share)
-    assert [len(stream.next(torch.device("cpu"))) for _ in range(8)] == [size] * 8

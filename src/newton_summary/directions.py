@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 import inspect
+import math
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
 from typing import Any, Protocol
@@ -120,11 +121,12 @@ class Adam(_Stateless):
             torch._foreach_addcmul_(squares, gradients, gradients, 1 - betas[1])
             for memory in memories:
                 memory["step"] += 1
-            directions = torch._foreach_div(means, [1 - betas[0] ** m["step"] for m in memories])
-            scales = torch._foreach_div(squares, [1 - betas[1] ** m["step"] for m in memories])
-            torch._foreach_sqrt_(scales)
-            torch._foreach_add_(scales, eps)
-            torch._foreach_div_(directions, scales)
+            roots = [math.sqrt(1 - betas[1] ** m["step"]) for m in memories]
+            scales = torch._foreach_sqrt(squares)
+            torch._foreach_add_(scales, [eps * root for root in roots])
+            directions = torch._foreach_div(means, scales)
+            corrections = [root / (1 - betas[0] ** m["step"]) for root, m in zip(roots, memories, strict=True)]
+            torch._foreach_mul_(directions, corrections)
             if eps == 0:  # an entry that never had a gradient, or one too small to square, does not move
                 for direction, scale in zip(directions, scales, strict=True):
                     direction.masked_fill_(scale == 0, 0.0)

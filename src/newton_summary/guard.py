@@ -20,7 +20,7 @@ class GradientGuard:
     gradients of zero it goes on with what it remembers.  The usual norm is a moving average, in which no norm counts
     for more than a thousand times the average: where gradients have grown for good, it follows in a step or two.
 
-    Nothing is read from the device.
+    Nothing is read from an accelerator.
 
     Attributes:
         usual: the average of the norms of the gradients, on their device; ``None`` before the first step.
@@ -47,8 +47,9 @@ class GradientGuard:
         most = torch.where(usual > 0, _TIMES * usual, torch.inf)  # nothing is known before the first gradient
         finite = norm.isfinite()
         refused = ~(finite & (norm <= most))
-        for part in parts:
-            part.masked_fill_(refused, 0.0)
+        if refused.device.type != "cpu" or refused:  # from the host it can be read for nothing
+            for part in parts:
+                part.masked_fill_(refused, 0.0)
         moved = torch.where(usual > 0, torch.lerp(torch.minimum(norm, most), usual, _MEMORY), norm)
         self.usual = torch.where(finite, moved, usual)
 

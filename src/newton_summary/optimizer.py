@@ -1,12 +1,12 @@
-"""The optimizer: one learning rate for every group of parameters, measured (docs/method.md, section 2)."""
+"""The optimizer: learning rates for groups of parameters, measured, and a pace (docs/method.md, section 2)."""
 
 from __future__ import annotations
 
 import contextlib
 import logging
 import math
-from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
+from collections import Counter, defaultdict
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -19,8 +19,9 @@ from newton_summary.distributed import Processes
 from newton_summary.guard import GradientGuard
 from newton_summary.measure import Engine, Loss, LossFunction, resolve_engine
 from newton_summary.measure.loss import batch_size
+from newton_summary.pace import Pace, share_of_average
 from newton_summary.partition import Partition, resolve_partition
-from newton_summary.period import FIRST_PERIOD, Price, affordable_period
+from newton_summary.period import LOOKS, MEASUREMENTS, Price, affordable_period
 from newton_summary.rates import AveragedRates, PaperRates, RateRule
 from newton_summary.sampling import BatchStream
 from newton_summary.sharding import gathered, sharded_like, unsharded
@@ -32,16 +33,18 @@ logger = logging.getLogger(__name__)
 _KEY = "newton_summary"
 _MOST_GROUPS = 100
 _MOST_HALVINGS = 40
-_SHARE = 0.5  # of a batch, to measure on
+_COMPARED = 3  # looks from one comparison of the weights with their average to the next
 
 
 class NewtonSummary(torch.optim.Optimizer):
-    """Steps θ ← θ − λ_1 η_s u for every group s, with rates η that come from exact second and third derivatives.
+    """Steps θ ← θ − λ_1 η_s u for every group s, with rates η that are measured.
 
-    Every few steps the loss is measured along the direction u on half a batch of ``curvature_data``, and the rates are
-    solved for (docs/method.md, section 2, and :class:`~newton_summary.rates.AveragedRates` say how).  There is nothing
-    to tune.  It is used in the loop that you have: ``zero_grad()``, ``backward()``, ``step()``.  A gradient that is not
-    finite, or a thousand times as long as usual, counts as zero (:class:`~newton_summary.guard.GradientGuard`).
+    Now and then the summary of the loss along the direction u is measured on a batch of ``curvature_data``, and the
+    rates are solved for, from exact second and third derivatives (:class:`~newton_summary.rates.AveragedRates`): it
+    tells the length of the first step, and how the rates of groups compare.  Every few steps a look at the loss along
+    the step tells how long it may be now (:class:`~newton_summary.pace.Pace`).  There is nothing to tune.  It is used
+    in the loop that you have: ``zero_grad()``, ``backward()``, ``step()``.  A gradient that is not finite, or a
+    thousand times as long as usual, counts as zero (:class:`~newton_summary.guard.GradientGuard`).
 
     With several processes each measures on its own samples, and all take the same step (docs/distributed.md).
 
@@ -50,16 +53,18 @@ class NewtonSummary(torch.optim.Optimizer):
         loss_fn: ``loss_fn(model, batch)`` gives a scalar, the mean over the batch.
         curvature_data: batches to measure on, iterated for ever by an independent sampler (see
             :class:`~newton_summary.sampling.BatchStream`): a ``DataLoader`` over the training set, or a list of
-            batches. Without it, call :meth:`measure`.
-        partition: the groups, or the name of a constructor.  Default: one for each tensor, coarser above 100 tensors.
+            batches. Without it, call :meth:`measure`, whose rates hold until the next one.
+        partition: the groups, or the name of a constructor, such as ``"canonical"``.  Default: all parameters in one.
+            docs/research.md has what rates of their own are worth to groups.
         direction: ``"adam"``, ``"momentum"``, ``"gradient"``, a ``torch.optim.Optimizer`` over the same parameters
             whose own step it is, or a :class:`~newton_summary.directions.Direction`.
         lr: λ_1, dimensionless: a scale on all rates, for every ``lr_scheduler`` to work on.  At 2 a step is as long as
-            the quadratic model lets it be without going uphill, at 1 it is the best step of that model.
-        steps: the length of the training, if known: λ_1 then goes linearly from 4/3 to 2/3 of ``lr``, by default from
-            2 to 1.
-        every: the number of steps between measurements.  Default: from 10 to 50, as many as keep the time that
-            measurements take to about a quarter of that of the steps (:mod:`~newton_summary.period`).
+            the quadratic model lets it be without going uphill, at 1 it is the best step of that model.  Between 5/6
+            and 19/15 of it are used, by what the looks tell.
+        steps: the length of the training, if known: over its last quarter, λ_1 goes to 0.
+        every: the number of steps between measurements.  Default: with one group, only the first step measures; else
+            from 20 to 200, as many as keep the time that it takes small (:mod:`~newton_summary.period`).
+        look_every: the number of steps between looks.  Default: from 5 to 20, in the same way.
         regularization: λ_int, the weight of the cubic term.
         shrinkage: ρ, how strongly rates are drawn to the target (:func:`~newton_summary.solve.shrink`).
         target: ``"shared"``, one rate for all groups; or ``"invariant"``, which keeps training the same when groups are
@@ -74,7 +79,8 @@ class NewtonSummary(torch.optim.Optimizer):
         partition: the groups.
         summary: the last measurement, or ``None``.
         counts: how many measurements there were (``"measured"``), how many failed and left the rates as they were
-            (``"failed"``), and how often rates were halved because the loss did not follow its model (``"halved"``).
+            (``"failed"``), how many looks there were (``"looked"``), and how often rates were halved because the loss
+            did not follow its model (``"halved"``).
         status: how the last solve ended.
 
     Raises:
@@ -92,7 +98,7 @@ class NewtonSummary(torch.optim.Optimizer):
         ...     loss_fn(model, batch).backward()
         ...     optimizer.step()
         >>> sorted(optimizer.rates)
-        ['bias', 'weight']
+        ['all']
     """
 
     def __init__(
@@ -106,6 +112,7 @@ class NewtonSummary(torch.optim.Optimizer):
         lr: float = 1.5,
         steps: int | None = None,
         every: int | None = None,
+        look_every: int | None = None,
         regularization: float = 1.0,
         shrinkage: float = 0.1,
         target: str = "shared",
@@ -114,10 +121,14 @@ class NewtonSummary(torch.optim.Optimizer):
         seed: int = 0,
         process_group: Any = None,
     ) -> None:
-        partition = resolve_partition(partition, model, default_partition)
+        partition = resolve_partition(partition, model, Partition.trivial)
+        if look_every is not None:
+            check_count("look_every", look_every)
         rule = AveragedRates(regularization, shrinkage, target, averaging, partition.precision)
         self._processes = Processes(model, process_group)
-        self._set_up(model, loss_fn, curvature_data, _SHARE, partition, direction, lr, steps, every, rule, engine, seed)
+        self._set_up(model, loss_fn, curvature_data, partition, direction, lr, steps, every, rule, engine, seed)
+        self.look_every = look_every
+        self._pace = None if self._stream is None else Pace()
 
     @classmethod
     def paper(
@@ -149,7 +160,7 @@ class NewtonSummary(torch.optim.Optimizer):
             model: the module to train.
             loss_fn: ``loss_fn(model, batch)`` gives a scalar, the mean over the batch.
             curvature_data: the second, independent sampler's data.
-            partition: the groups.  Default: as in :class:`NewtonSummary`.
+            partition: the groups.  Default: one for each tensor, coarser above 100 tensors.
             lr: λ_1, to be searched (the authors: 0.03 to 1).
             regularization: λ_int, to be searched (the authors: 1, 3, 10).
             every: p_H.
@@ -165,7 +176,7 @@ class NewtonSummary(torch.optim.Optimizer):
         chosen = directions.Momentum(momentum) if direction is None else direction
         rule = PaperRates(regularization, rate_momentum)
         optimizer._processes = Processes(model, process_group)
-        optimizer._set_up(model, loss_fn, curvature_data, 1.0, partition, chosen, lr, None, every, rule, engine, seed)
+        optimizer._set_up(model, loss_fn, curvature_data, partition, chosen, lr, None, every, rule, engine, seed)
         return optimizer
 
     def _set_up(
@@ -173,7 +184,6 @@ class NewtonSummary(torch.optim.Optimizer):
         model: nn.Module,
         loss_fn: LossFunction,
         curvature_data: Iterable[Any] | None,
-        share: float,
         partition: Partition,
         direction: str | torch.optim.Optimizer | Direction,
         lr: float,
@@ -196,16 +206,17 @@ class NewtonSummary(torch.optim.Optimizer):
         self.engine = resolve_engine(engine)
         self.summary: Summary | None = None
         self.status: Status | None = None
-        self.counts = Counter({"measured": 0, "failed": 0, "halved": 0})
+        self.counts = Counter({"measured": 0, "failed": 0, "looked": 0, "halved": 0})
         self._loss = Loss(loss_fn, model)
         among = self._processes
-        self._stream = (
-            None if curvature_data is None else BatchStream(curvature_data, seed, among.rank, among.count, share)
-        )
+        self._stream = None if curvature_data is None else BatchStream(curvature_data, seed, among.rank, among.count)
         self._taken = 0
         self._pending: dict[Tensor, Tensor] | None = None
         self._guard = GradientGuard() if rule.fidelity else None
         self._factors: list[float | Tensor] | None = None
+        self._proportions: Tensor | None = None
+        self._pace: Pace | None = None
+        self.look_every: int | None = None
         _check_same_parameters(self.direction, self.partition)
         super().__init__(self.partition.param_groups(), {"lr": lr, "rate": None, **self.direction.defaults})
 
@@ -217,7 +228,7 @@ class NewtonSummary(torch.optim.Optimizer):
 
         Empty before the first measurement.
         """
-        rates = self.rule.rates
+        rates = self._rates
         if rates is None:
             return {}
         units = [0.0] * len(self.partition)
@@ -225,6 +236,13 @@ class NewtonSummary(torch.optim.Optimizer):
             for group in groups:
                 units[group] = units[group] or self.direction.unit(parameter)
         return {n: r * u for n, r, u in zip(self.partition.names, rates.tolist(), units, strict=True)}
+
+    @property
+    def _rates(self) -> Tensor | None:
+        """η, shape (S,), in units of the direction: those of the measurements, at the present pace."""
+        if self._pace is None:
+            return self.rule.rates
+        return None if self._proportions is None else self._proportions * self._pace.scale
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
@@ -246,8 +264,10 @@ class NewtonSummary(torch.optim.Optimizer):
         if all(p.grad is None for p in self.partition.parameters):
             return value
         u = self._current_direction()
-        if self._stream is not None and self._taken % (self.every or FIRST_PERIOD) == 0:
+        if self._stream is not None and self._is_time_to_measure():
             self._measure(self._stream.next(self.partition.device), u)
+        if self._proportions is not None and self._taken % (self.look_every or LOOKS.first) == 0:
+            self._look(u)
         if self.status is None:
             raise RuntimeError(
                 "no rates yet: pass curvature_data, or call measure(batch) between backward() and the first step()"
@@ -291,11 +311,14 @@ class NewtonSummary(torch.optim.Optimizer):
             "kinds": self._kinds(),
             "taken": self._taken,
             "every": self.every,
+            "look_every": self.look_every,
             "usual": None if self._guard is None or self._guard.usual is None else float(self._guard.usual),
             "counts": dict(self.counts),
             "status": None if self.status is None else self.status.name,
             "summary": None if self.summary is None else self.summary.to_dict(),
             "rule": self.rule.state_dict(),
+            "proportions": None if self._proportions is None else self._proportions.tolist(),
+            "pace": None if self._pace is None else self._pace.state_dict(),
             "direction": self.direction.state_dict(),
             "stream": None if self._stream is None else self._stream.state_dict(),
         }
@@ -320,13 +343,16 @@ class NewtonSummary(torch.optim.Optimizer):
             )
         super().load_state_dict({key: value for key, value in state_dict.items() if key != _KEY})
         self._taken = own["taken"]
-        self.every = own["every"]
+        self.every, self.look_every = own["every"], own["look_every"]
         if self._guard is not None:
             self._guard.usual = None if own["usual"] is None else torch.tensor(own["usual"], dtype=torch.float64)
         self.counts = Counter(own["counts"])
         self.status = None if own["status"] is None else Status[own["status"]]
         self.summary = None if own["summary"] is None else Summary.from_dict(own["summary"])
         self.rule.load_state_dict(own["rule"])
+        self._proportions = None if own["proportions"] is None else torch.tensor(own["proportions"], dtype=torch.float64)
+        if self._pace is not None and own["pace"] is not None:
+            self._pace.load_state_dict(own["pace"])
         self.direction.load_state_dict(own["direction"])
         if self._stream is not None and own["stream"] is not None:
             self._stream.load_state_dict(own["stream"])
@@ -362,12 +388,19 @@ class NewtonSummary(torch.optim.Optimizer):
             self._pending = self.direction.update(self.param_groups, self.state)
         return self._pending
 
+    def _is_time_to_measure(self) -> bool:
+        """Whether the step to come is one that measures; before there are rates, every one is at which to look."""
+        if self.every is not None:
+            return self._taken % self.every == 0
+        if self._proportions is None:
+            return self._taken % LOOKS.first == 0
+        return len(self.partition) > 1 and self._taken % MEASUREMENTS.first == 0
+
     def _measure(self, batch: Any, u: dict[Tensor, Tensor]) -> Summary:
         """Measures on all processes' batches together, in full precision whatever the training uses."""
         own = [u[p] if p in u else torch.zeros_like(p) for p in self.partition.parameters]
-        exactly = torch.autocast(self.partition.device.type, enabled=False)
-        counting = self.every is None and self._stream is not None and self.counts["measured"] == 1
-        with exactly, gathered(self._loss.model, self.partition, own) as (partition, along):
+        counting = self.every is None and self._pace is not None and self.counts["measured"] == 1
+        with self._exactly(own) as (partition, along):
             with Price() if counting else contextlib.nullcontext() as price:
                 part = self.engine.measure(self._loss, batch, partition, along, 3, "diagonal")
                 self.summary = summary = self._processes.average([part], along)[0]
@@ -376,20 +409,86 @@ class NewtonSummary(torch.optim.Optimizer):
                 if self.status is not Status.SOLVED:
                     self.counts["failed"] += 1
                     logger.info("measurement at step %d failed: %s", self._taken, self.status.value)
-                elif self.rule.fidelity:
+                elif self.rule.fidelity and self._proportions is None:  # else looks do it
                     self._hold_to_the_loss(summary, batch, partition, along)
             if price is not None:
-                self.every = self._affordable_period(price, batch, partition, along)
+                with Price() as evaluation:
+                    self._loss.after_step(batch, partition, along, [0.0] * len(partition))
+                self.every = round(self._of_all(affordable_period(price, evaluation, MEASUREMENTS)))
+        if self._pace is not None and self.status is Status.SOLVED:
+            self._take_proportions()
         self._publish_rates()
         return summary
 
-    def _affordable_period(self, price: Price, batch: Any, partition: Partition, along: Sequence[Tensor]) -> int:
-        """The number of steps between measurements from now on; all processes have the mean of theirs."""
+    def _take_proportions(self) -> None:
+        """Takes the proportions of the rates from those just measured, and leaves their size to the pace.
+
+        The old and the new ones have the same curvature in the measured averages.
+        """
+        rates, mean = self.rule.rates, self.rule.average.value
+        assert mean is not None
+        if not bool((rates > 0).any()):
+            return
+        if self._proportions is None:
+            self._proportions = rates
+            return
+        before, now = (float(eta @ mean.hessian @ eta) for eta in (self._proportions, rates))
+        if before > 0 and now > 0:
+            self._proportions = rates * math.sqrt(before / now)
+
+    def _look(self, u: dict[Tensor, Tensor]) -> None:
+        """Looks at the loss along the step to come, on the next batch, and now and then at averaged weights."""
         assert self._stream is not None
-        with Price() as evaluation:
-            self._loss.after_step(batch, partition, along, [0.0] * len(partition))
-        own = affordable_period(price, evaluation, self._stream.share)
-        return round(self._processes.mean([own], [1], partition.device)[0])
+        assert self._pace is not None
+        assert self._proportions is not None
+        batch, rates = self._stream.next(self.partition.device), self._proportions.tolist()
+        own = [u[p] if p in u else torch.zeros_like(p) for p in self.partition.parameters]
+        average, samples = self._averaged_weights(), batch_size(batch)
+        looked, period = self.counts["looked"], self.look_every or LOOKS.first
+        counting = self.look_every is None
+        with self._exactly(own) as (partition, along), Price() if counting else contextlib.nullcontext() as price:
+            steps = [v * f for v, f in zip(along, partition.spread(rates), strict=True)]
+            with self._loss.movable(batch, partition) as (weights, loss):
+                reached = 0.0
+
+                def loss_after(size: float) -> float:
+                    nonlocal reached
+                    if size != reached:
+                        torch._foreach_sub_(weights, steps, alpha=size - reached)
+                    reached = size
+                    return self._of_all(loss(), samples)
+
+                now = self._pace.look(loss_after, period)
+                if looked % _COMPARED == _COMPARED - 1:
+                    torch._foreach_copy_(weights, [unsharded(a) for a in average])
+                    there = self._of_all(loss(), samples)
+                    self._pace.compare(there, now, _COMPARED * period)
+            if counting:
+                with Price() as evaluation:
+                    self._loss.after_step(batch, partition, along, [0.0] * len(partition))
+        torch._foreach_lerp_(average, list(self.partition.parameters), share_of_average(period))
+        self.counts["looked"] += 1
+        if price is not None:
+            self.look_every = round(self._of_all(affordable_period(price, evaluation, LOOKS)))
+        self._publish_rates()
+
+    def _averaged_weights(self) -> list[Tensor]:
+        """A moving average of the weights, in the optimizer's state."""
+        for p in self.partition.parameters:
+            if "average" not in self.state[p]:
+                self.state[p]["average"] = p.detach().clone(memory_format=torch.preserve_format)
+        return [self.state[p]["average"] for p in self.partition.parameters]
+
+    @contextlib.contextmanager
+    def _exactly(self, direction: Sequence[Tensor]) -> Iterator[tuple[Partition, Sequence[Tensor]]]:
+        """A block with whole parameters, where they are sharded, in full precision, whatever the training uses."""
+        exactly = torch.autocast(self.partition.device.type, enabled=False)
+        with exactly, gathered(self._loss.model, self.partition, direction) as whole:
+            yield whole
+
+    def _of_all(self, number: float, samples: int = 1) -> float:
+        """The mean of a number over all processes, by the samples of each."""
+        return self._processes.mean([number], [samples], self.partition.device)[0]
 
     def _hold_to_the_loss(self, summary: Summary, batch: Any, partition: Partition, along: Sequence[Tensor]) -> None:
         """Halves the rates until the loss follows its quadratic model along the step, on the batch it was measured on.
@@ -415,33 +514,32 @@ class NewtonSummary(torch.optim.Optimizer):
 
     def _loss_after(self, eta: Tensor, batch: Any, partition: Partition, along: Sequence[Tensor]) -> float:
         """The loss on all processes' batches after a step of this length."""
-        own = self._loss.after_step(batch, partition, along, eta.tolist())
-        return self._processes.mean([own], [batch_size(batch)], partition.device)[0]
+        return self._of_all(self._loss.after_step(batch, partition, along, eta.tolist()), batch_size(batch))
 
     def _apply(self, u: dict[Tensor, Tensor]) -> None:
         """θ ← θ − λ_1 η_s u, for the parameters that have a direction."""
-        if self.rule.rates is None:
+        rates = self._rates
+        if rates is None:
             return
         if self._factors is None:
-            self._factors = self.partition.spread(self.rule.rates.tolist())
+            self._factors = self.partition.spread(rates.tolist())
         scale = self._scale_of_parameter()
-        moving = [
-            (p, u[p], factor * scale[p])
-            for p, factor in zip(self.partition.parameters, self._factors, strict=True)
-            if p in u
-        ]
-        numbers = [(p, v, f) for p, v, f in moving if isinstance(f, float)]
-        if numbers:
-            parameters, vectors, factors = (list(column) for column in zip(*numbers, strict=True))
-            torch._foreach_sub_(parameters, torch._foreach_mul(vectors, factors))
-        for p, v, f in moving:
-            if isinstance(f, Tensor):
-                p.addcmul_(v, sharded_like(f, p), value=-1)
+        alike: defaultdict[float, list[Tensor]] = defaultdict(list)
+        for p, factor in zip(self.partition.parameters, self._factors, strict=True):
+            if p not in u:
+                continue
+            if isinstance(factor, Tensor):
+                p.addcmul_(u[p], sharded_like(factor, p), value=-scale[p])
+            else:
+                alike[factor * scale[p]].append(p)
+        for size, parameters in alike.items():
+            torch._foreach_sub_(parameters, [u[p] for p in parameters], alpha=size)
 
     def _scale_of_parameter(self) -> dict[Tensor, float]:
-        """λ_1 for each parameter: its group's ``lr``, times the schedule where the number of steps is known."""
-        schedule = 1.0 if self.steps is None else (4 - 2 * min(self._taken / self.steps, 1.0)) / 3
-        return {p: float(group["lr"]) * schedule for group in self.param_groups for p in group["params"]}
+        """λ_1 for each parameter: its group's ``lr``, times the boldness, and the schedule where there is one."""
+        schedule = 1.0 if self.steps is None else min(1.0, max(0.0, 4 - 4 * self._taken / self.steps))
+        factor = schedule if self._pace is None else schedule * self._pace.boldness
+        return {p: float(group["lr"]) * factor for group in self.param_groups for p in group["params"]}
 
     def _scales_of_groups(self) -> Tensor:
         """λ_1 for each group of the partition, shape (S,); that of its first tensor."""
@@ -452,7 +550,7 @@ class NewtonSummary(torch.optim.Optimizer):
     def _publish_rates(self) -> None:
         """Shows the rates in ``param_groups``, where loggers look."""
         self._factors = None
-        rates = self.rule.rates
+        rates = self._rates
         if rates is None:
             return
         by_name = dict(zip(self.partition.names, rates.tolist(), strict=True))

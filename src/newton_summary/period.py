@@ -1,23 +1,41 @@
-"""How often to measure: as often as a fixed share of the training time allows, by a count of operations.
+"""How often to look and to measure: as often as a fixed share of the training time allows, by a count of operations.
 
-Nothing is timed, so that runs repeat: the prices of a measurement and of a step follow from how many calls torch
+Nothing is timed, so that runs repeat: the prices of a measurement, a look and a step follow from how many calls torch
 dispatches for them, and how many floating-point operations these take.
 """
 
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass
 from typing import Any
 
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 
-FIRST_PERIOD = 20
-"""The number of steps before the second measurement, which is the one that is counted: the first one traces."""
 
-_SHARE = 0.22  # of the time of the steps, for measurements
-_SHORTEST, _LONGEST = 10, 50  # steps
+@dataclass(frozen=True)
+class Periods:
+    """How often something is done, in steps.
+
+    Args:
+        first: the period until its price was counted.
+        shortest: of those that may follow.
+        longest: of those that may follow.
+        share: of the time of the steps, for doing it.
+    """
+
+    first: int
+    shortest: int
+    longest: int
+    share: float
+
+
+LOOKS = Periods(first=5, shortest=5, longest=30, share=0.2)
+MEASUREMENTS = Periods(first=20, shortest=20, longest=200, share=0.06)
+
 _CALL = 450_000  # floating-point operations that take as long as a call
+_AROUND = 40  # calls that take as long as the Python code around a look or a measurement
 _GRADIENT = 3  # its operations, in those of the loss; its calls, compiled ones, are as dear as the loss's own
 
 
@@ -37,20 +55,17 @@ class Price(TorchDispatchMode):
         return out
 
 
-def affordable_period(measurement: Price, evaluation: Price, share: float) -> int:
-    """The number of steps between measurements with which these take about a quarter of the time of the steps.
+def affordable_period(price: Price, evaluation: Price, periods: Periods) -> int:
+    """The number of steps between looks, or between measurements, that a share of the time of the steps allows.
 
     Small networks spend their time on calls, large ones on operations.  What they weigh against each other is that of a
     processor's core, where a call of Python and torch takes about 15 µs.
 
     Args:
-        measurement: what a measurement takes, with what is solved and checked afterwards.
-        evaluation: what one evaluation of the loss on the same batch takes.
-        share: the size of that batch, against one of the training.
-
-    Returns:
-        A number from 10 to 50.
+        price: what one takes, with all that belongs to it.
+        evaluation: what one evaluation of the loss takes.
+        periods: the share, and the limits of the result.
     """
-    step = evaluation.calls * _CALL + _GRADIENT * evaluation.operations / share
-    period = math.ceil((measurement.calls * _CALL + measurement.operations) / (_SHARE * step))
-    return min(max(period, _SHORTEST), _LONGEST)
+    step = evaluation.calls * _CALL + _GRADIENT * evaluation.operations
+    period = math.ceil(((price.calls + _AROUND) * _CALL + price.operations) / (periods.share * step))
+    return min(max(period, periods.shortest), periods.longest)

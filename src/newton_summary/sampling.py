@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import math
 import random
 from collections.abc import Iterable, Iterator, Sized
 from typing import Any, TypeGuard, cast
@@ -35,7 +34,6 @@ class BatchStream:
         seed: fixes the order; not negative.
         rank: the number of this process.
         count: the number of processes.
-        share: the part of every batch of a map-style dataset that is loaded, in (0, 1].
 
     Raises:
         TypeError: it is no iterable.
@@ -50,7 +48,7 @@ class BatchStream:
         {'seed': 0, 'epoch': 1, 'position': 1}
     """
 
-    def __init__(self, data: Iterable[Any], seed: int = 0, rank: int = 0, count: int = 1, share: float = 1.0) -> None:
+    def __init__(self, data: Iterable[Any], seed: int = 0, rank: int = 0, count: int = 1) -> None:
         if isinstance(data, Iterator):
             raise ValueError(
                 f"curvature_data is a one-shot {type(data).__name__}: pass a DataLoader or a list of batches"
@@ -61,7 +59,7 @@ class BatchStream:
         check_not_negative("seed", seed)
         self.data = data
         self.seed = seed
-        self.rank, self.count, self.share = rank, count, share
+        self.rank, self.count = rank, count
         self.epoch, self.position = 0, 0
         self._batches: Iterator[Any] | None = None
         samples: Any = data.dataset if isinstance(data, DataLoader) else data
@@ -89,7 +87,7 @@ class BatchStream:
 
     def __deepcopy__(self, memo: dict[int, Any]) -> BatchStream:
         """A stream at the same position over the same data, which is shared."""
-        twin = BatchStream(self.data, self.seed, self.rank, self.count, self.share)
+        twin = BatchStream(self.data, self.seed, self.rank, self.count)
         twin.load_state_dict(self.state_dict())
         return twin
 
@@ -128,9 +126,7 @@ class BatchStream:
         return source if loader is None else (_fetch(loader, self._own(loader, index)) for index in source)
 
     def _own(self, loader: DataLoader[Any], batch: Any) -> Any:
-        """This process's part of the indices of (a share of) a batch; all, where there are fewer than processes."""
-        if isinstance(batch, list | tuple):
-            batch = batch[: math.ceil(self.share * len(batch))]
+        """This process's part of the indices of a batch; all, where there are fewer than processes."""
         samplers = _layers(loader.sampler if loader.batch_sampler is None else loader.batch_sampler)
         shared = any(hasattr(layer, name) for layer in samplers for name in ("num_replicas", "num_processes"))
         if shared or not isinstance(batch, list | tuple) or len(batch) < self.count:

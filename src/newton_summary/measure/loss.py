@@ -46,21 +46,33 @@ class Loss:
             ValueError: the loss is not a scalar.
         """
         with self._replaced(parameters or {}):
-            value = self.loss_fn(self.model, batch)
-        if not isinstance(value, Tensor) or value.numel() != 1:
-            got = f"a tensor of shape {tuple(value.shape)}" if isinstance(value, Tensor) else type(value).__name__
-            raise ValueError(f"the loss must be a scalar tensor, got {got}: reduce it, for example by .mean()")
-        return value.reshape(())
+            return _scalar(self.loss_fn(self.model, batch))
 
     def after_step(self, batch: Any, partition: Partition, along: Sequence[Tensor], sizes: Sequence[float]) -> float:
-        """The loss at θ − U I η, where the S groups of a partition have moved along u by these step sizes.
-
-        Gradients are on, because a loss may differentiate by itself.
-        """
+        """The loss at θ − U I η, where the S groups of a partition have moved along u by these step sizes."""
         factors = partition.spread(sizes)
-        moved = [p.detach() - u * f for p, u, f in zip(partition.parameters, along, factors, strict=True)]
-        with self.undisturbed():
-            return self(batch, dict(zip(partition.parameter_names, moved, strict=True))).item()
+        with self.movable(batch, partition) as (moved, loss):
+            for p, u, f in zip(moved, along, factors, strict=True):
+                p.sub_(u * f)
+            return loss()
+
+    @contextlib.contextmanager
+    def movable(self, batch: Any, partition: Partition) -> Iterator[tuple[list[Tensor], Callable[[], float]]]:
+        """A block in which copies stand for the parameters of a partition, to be moved in place.
+
+        It gives the copies, and a function that computes the loss where they are, with the same random numbers each
+        time.  Gradients are on, because a loss may differentiate by itself.
+        """
+        copies = [p.detach().clone() for p in partition.parameters]
+        given = dict(zip(partition.parameter_names, copies, strict=True))
+        with self.undisturbed() as rewind, self._replaced(given):
+
+            def loss() -> float:
+                rewind()
+                return _scalar(self.loss_fn(self.model, batch)).item()
+
+            with torch.no_grad():
+                yield copies, torch.enable_grad()(loss)
 
     @contextlib.contextmanager
     def _replaced(self, given: Mapping[str, Tensor]) -> Iterator[None]:
@@ -108,6 +120,18 @@ class Loss:
             _plain_checkpoints(),
         ):
             yield rewind
+
+
+def _scalar(value: Any) -> Tensor:
+    """What a loss function returned, without axes.
+
+    Raises:
+        ValueError: it is not one number.
+    """
+    if not isinstance(value, Tensor) or value.numel() != 1:
+        got = f"a tensor of shape {tuple(value.shape)}" if isinstance(value, Tensor) else type(value).__name__
+        raise ValueError(f"the loss must be a scalar tensor, got {got}: reduce it, for example by .mean()")
+    return value.reshape(())
 
 
 @contextlib.contextmanager

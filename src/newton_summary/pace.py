@@ -1,0 +1,130 @@
+"""The pace of a training: one scale on all rates, which follows the loss along the steps from look to look."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+_MEMORY = 100  # steps, of the averages
+_DOUBLING = 20  # steps, that the trial size needs to double or to halve
+_LEAST, _MOST = 5 / 6, 19 / 15  # of the boldness: λ_1 between 1.25 and 1.9, for the default of 1.5
+_GAIN = 0.04  # of the boldness for each step, in units of the logarithm of a ratio of losses
+_NOISE = 0.9  # the loss at averaged weights, against that at the weights, with which the boldness stays
+_SMALL = 0.01  # of the usual loss: one that passes through 0 does no harm
+_HALVINGS = 40
+
+
+class Pace:
+    """How long steps are, in multiples of the measured rates.
+
+    A measurement tells how the rates of groups compare.  How long the step may be changes faster than measurements are
+    affordable, and takes three evaluations of the loss to see.  At each *look*, the loss of a batch is evaluated at the
+    weights and after one and two steps of a trial size, along the step that is about to be taken.
+
+    1. The parabola through the three losses has a slope and a curvature.  They are divided by the loss, so that every
+       batch counts the same whatever it holds, and averaged over about the last hundred steps.  A curvature that has more than doubled counts at once: that of the averages
+       is at least half of the last one.
+    2. The scale is where the parabola of the averages has its minimum; 0 where it goes uphill.
+    3. The trial size follows the scale, but neither doubles nor halves in less than 20 steps.  The scale may be less
+       than that at once, never more.
+    4. While the loss changes by more than itself over one step of the trial size, that is halved.
+
+    A look is at one step ahead, and greedy: it would shorten steps too early where weights have settled to noise, and
+    too late where noise is all that there is.  The *boldness*, a factor on λ_1, corrects that.  It follows the loss at a
+    moving average of the weights, relative to that at the weights: where the average is far better, the weights
+    oscillate, and steps become shorter; where it is not, they become longer.
+
+    Attributes:
+        scale: what the measured rates are multiplied by; not negative.
+        boldness: what λ_1 is multiplied by, between 5/6 and 19/15.
+        halvings: how often the loss did not follow, and the trial size was halved.
+
+    Source:
+        docs/method.md, section 2; docs/research.md has what each part is worth.
+
+    Example:
+        >>> pace = Pace()
+        >>> for _ in range(60):  # a valley, two steps of the measured size wide
+        ...     pace.look(lambda size: 1.0 + (size - 2.0) ** 2, every=5)
+        >>> round(pace.scale, 6)
+        2.0
+    """
+
+    def __init__(self) -> None:
+        self.scale = self.boldness = 1.0
+        self.halvings = 0
+        self._trial = 1.0
+        self._slope = self._curvature = self._usual = 0.0
+        self._count = 0
+
+    def look(self, loss_after: Callable[[float], float], every: int) -> float:
+        """Looks at the loss of a batch along the step, and follows it.
+
+        Args:
+            loss_after: the loss after a step of this multiple of the measured rates.
+            every: the number of steps between looks.
+
+        Returns:
+            The loss at the weights.
+        """
+        here = loss_after(0.0)
+        once = self._trusted(here, loss_after)
+        if once is None:
+            return here
+        twice = loss_after(2 * self._trial)
+        if not math.isfinite(twice):  # the parabola of half the size, of which one point is known
+            self._trial, twice = self._trial / 2, once
+            once = loss_after(self._trial)
+            self.halvings += 1
+        self._average(here, once, twice, every)
+        growth = 2 ** (every / _DOUBLING)
+        self.scale = min(self._minimum, growth * self._trial)
+        self._trial = max(self.scale, self._trial / growth)
+        return here
+
+    def compare(self, average: float, here: float, steps: int) -> None:
+        """Follows the loss at the average of the weights, on the batch of a look; the last was so many steps ago."""
+        if not (average > 0 and here > 0 and math.isfinite(average / here)):
+            return
+        signal = min(max(math.log(average / here), -1.0), 1.0) - math.log(_NOISE)
+        self.boldness = min(max(self.boldness + _GAIN * steps * signal, _LEAST), _MOST)
+
+    def _trusted(self, here: float, loss_after: Callable[[float], float]) -> float | None:
+        """The loss after one step of a trial size at which it does not explode; ``None`` if there is no such size."""
+        if not math.isfinite(here):
+            return None
+        for halvings in range(_HALVINGS):
+            once = loss_after(self._trial / 2**halvings)
+            if abs(once - here) <= max(abs(here), self._usual / 2):
+                self._trial /= 2**halvings
+                self.halvings += halvings
+                return once
+        return None
+
+    def _average(self, here: float, once: float, twice: float, every: int) -> None:
+        """Takes the parabola through three losses into the averages, and finds the minimum of their parabola."""
+        first, second = here - once, here - twice
+        self._usual = max(abs(here), self._usual / 2) or 1.0
+        unit = max(abs(here), _SMALL * self._usual)
+        slope = (2 * first - second / 2) / (self._trial * unit)
+        curvature = (2 * first - second) / (self._trial**2 * unit)
+        self._count += 1
+        share = min(max(3 / (self._count + 2), every / _MEMORY), 1.0)
+        self._slope += share * (slope - self._slope)
+        self._curvature += share * (curvature - self._curvature)
+        steepest = max(self._curvature, curvature / 2)
+        self._minimum = 0.0 if self._slope <= 0 else math.inf if steepest <= 0 else self._slope / steepest
+
+    def state_dict(self) -> dict[str, Any]:
+        """Plain numbers."""
+        return dict(vars(self))
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """The inverse of :meth:`state_dict`."""
+        vars(self).update(state)
+
+
+def share_of_average(steps: int) -> float:
+    """The share of the weights in their moving average, which takes them in after so many steps."""
+    return min(0.03 * steps, 1.0)

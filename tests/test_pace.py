@@ -1,0 +1,324 @@
+"""The pace: how long steps are between measurements."""
+
+from __future__ import annotations
+
+import copy
+import json
+import math
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import nn
+from torch.nn import functional
+from torch.utils.data import DataLoader, TensorDataset
+
+import newton_summary as ns
+from newton_summary.pace import Pace
+
+EVERY = 5
+GROWTH = 2 ** (EVERY / 20)
+
+
+def valley(bottom: float, curvature: float = 1.0, floor: float = 1.0):
+    return lambda size: floor + 0.5 * curvature * (size - bottom) ** 2
+
+
+def followed(losses, count=80, every=EVERY) -> Pace:
+    pace = Pace()
+    for number in range(count):
+        pace.look(losses[number % len(losses)] if isinstance(losses, list) else losses, every)
+    return pace
+
+
+# The scale ------------------------------------------------------------------------------------------------------------
+
+
+@given(bottom=st.floats(0.05, 20.0), curvature=st.floats(1e-3, 0.5), floor=st.floats(0.0, 10.0))
+def test_the_scale_reaches_the_bottom_of_a_valley(bottom, curvature, floor) -> None:
+    pace = followed(valley(bottom, curvature, floor + 200 * curvature))
+    assert pace.scale == pytest.approx(bottom, rel=1e-6)
+
+
+@given(factor=st.floats(1e-6, 1e6))
+def test_it_does_not_depend_on_the_unit_of_the_loss(factor) -> None:
+    losses = [valley(0.5), valley(2.0, 3.0), valley(4.0, 0.1)]
+    scaled = [lambda size, f=f: factor * f(size) for f in losses]
+    assert followed(scaled).scale == pytest.approx(followed(losses).scale, rel=1e-9)
+
+
+def test_it_agrees_with_parabolas_fitted_in_another_way() -> None:
+    generator = np.random.default_rng(0)
+    pace, slope, curvature, trial = Pace(), 0.0, 0.0, 1.0
+    for number in range(1, 60):
+        a, b, c = generator.normal(0.05, 0.1), generator.uniform(0.01, 0.3), generator.normal(0, 0.02)
+
+        def loss(size, a=a, b=b, c=c):
+            return 2.0 - a * size + b * size**2 + c * math.sin(3 * size)
+
+        pace.look(loss, EVERY)
+        points = trial * np.arange(3)
+        quadratic, linear, constant = np.polyfit(points, [loss(x) for x in points], 2)
+        share = max(3 / (number + 2), EVERY / 100)
+        slope = (1 - share) * slope - share * linear / constant
+        curvature = (1 - share) * curvature + share * 2 * quadratic / constant
+        steepest = max(curvature, quadratic / constant)
+        best = 0.0 if slope <= 0 else math.inf if steepest <= 0 else slope / steepest
+        scale = min(best, GROWTH * trial)
+        trial = max(scale, trial / GROWTH)
+        assert pace.scale == pytest.approx(scale, rel=1e-9, abs=1e-12)
+
+
+def test_a_batch_counts_the_same_whatever_it_holds() -> None:
+    """One whose loss is a hundred times the others' pulls no more than they do."""
+    alike = followed([valley(1.0, 0.2), valley(3.0, 0.2)], count=200)
+    uneven = followed([valley(1.0, 0.2), lambda size: 50 * valley(3.0, 0.2)(size)], count=200)
+    assert uneven.scale == pytest.approx(alike.scale, rel=0.05)
+
+
+def test_the_scale_doubles_in_twenty_steps_at_most_and_falls_at_once() -> None:
+    pace = followed(valley(1.0), count=40)
+    for number in range(1, 5):
+        pace.look(lambda size: 1.0 - 0.1 * size, EVERY)
+        assert pace.scale <= 1.0001 * GROWTH**number
+    pace = followed(valley(1.0), count=40)
+    pace.look(valley(0.3, 1.0, floor=0.16), EVERY)
+    assert pace.scale < 0.4, "a steep curvature counts at once"
+    pace.look(valley(1.0), EVERY)
+    assert pace.scale > 0.7, "and is forgotten at once"
+
+
+def test_uphill_it_stands_still_and_goes_on_afterwards() -> None:
+    pace = followed(valley(1.0), count=40)
+    for _ in range(30):
+        pace.look(valley(-3.0), EVERY)
+    assert pace.scale == 0.0
+    for _ in range(100):
+        pace.look(valley(1.0), EVERY)
+    assert pace.scale == pytest.approx(1.0, rel=0.1)
+
+
+def test_the_size_of_a_look_is_halved_until_the_loss_follows() -> None:
+    pace = Pace()
+    pace.look(lambda size: 1.0 + (10 * size) ** 2 - 5 * size, EVERY)
+    assert pace.halvings == 3
+    assert 0 < pace.scale < 0.125
+
+
+@pytest.mark.parametrize("cliff", [0.3, 1.5])
+def test_it_stays_before_a_cliff(cliff) -> None:
+    pace = Pace()
+    for _ in range(40):
+        pace.look(lambda size: math.inf if size > cliff else 1.0 - 0.1 * size, EVERY)
+        assert 0 < pace.scale <= GROWTH * cliff
+    assert pace.halvings > 0
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_a_loss_that_is_no_number_changes_nothing(value) -> None:
+    pace = followed(valley(2.0), count=7)
+    before = pace.state_dict()
+    pace.look(lambda size: value, EVERY)
+    assert pace.state_dict() == before
+    pace.look(lambda size: 1.0 if size == 0 else value, EVERY)
+    assert pace.state_dict() == before
+
+
+def test_a_loss_that_passes_through_zero_does_no_harm() -> None:
+    pace = followed([lambda size, c=c: c + 0.01 * (size - 2.0) ** 2 for c in (1.0, 0.0, -1.0, 1e-9, 0.5)], count=200)
+    assert pace.scale == pytest.approx(2.0, rel=1e-6)
+
+
+def test_the_state_goes_through_json() -> None:
+    pace, twin = followed(valley(3.0), count=5), Pace()
+    pace.compare(0.5, 1.0, 15)
+    twin.load_state_dict(json.loads(json.dumps(pace.state_dict())))
+    for each in (pace, twin):
+        each.look(valley(2.5), EVERY)
+    assert twin.state_dict() == pace.state_dict()
+
+
+# The boldness ---------------------------------------------------------------------------------------------------------
+
+
+def test_the_boldness_falls_where_the_average_is_far_better_and_rises_where_it_is_not() -> None:
+    pace = Pace()
+    pace.compare(0.9, 1.0, 15)
+    assert pace.boldness == pytest.approx(1.0)
+    pace.compare(0.81, 1.0, 15)
+    assert pace.boldness == pytest.approx(1 + 0.6 * math.log(0.9))
+    for _ in range(20):
+        pace.compare(0.5, 1.0, 15)
+    assert pace.boldness == 5 / 6
+    for _ in range(40):
+        pace.compare(1.0, 1.0, 15)
+    assert pace.boldness == 19 / 15
+
+
+@pytest.mark.parametrize(("average", "here"), [(math.nan, 1.0), (1.0, math.nan), (0.0, 1.0), (1.0, 0.0), (-1.0, 1.0)])
+def test_losses_without_a_ratio_do_not_change_the_boldness(average, here) -> None:
+    pace = Pace()
+    pace.compare(average, here, 15)
+    assert pace.boldness == 1.0
+
+
+# In the optimizer -----------------------------------------------------------------------------------------------------
+
+
+def loss_fn(model, batch):
+    return functional.cross_entropy(model(batch[0]), batch[1])
+
+
+def make_loader():
+    torch.manual_seed(0)
+    return DataLoader(TensorDataset(torch.randn(80, 5).double(), torch.randint(3, (80,))), 20, shuffle=True)
+
+
+def make(**options):
+    torch.manual_seed(1)
+    layers = nn.Linear(5, 8), nn.BatchNorm1d(8), nn.Tanh(), nn.Dropout(0.5), nn.Linear(8, 3)
+    model = nn.Sequential(*layers).double()
+    return model, ns.NewtonSummary(model, loss_fn, curvature_data=make_loader(), **options)
+
+
+def backward(model, optimizer, number):
+    batches = list(make_loader())
+    torch.manual_seed(number)
+    optimizer.zero_grad()
+    loss_fn(model, batches[number % len(batches)]).backward()
+
+
+def train(model, optimizer, count, start=0):
+    for number in range(start, start + count):
+        backward(model, optimizer, number)
+        optimizer.step()
+
+
+@pytest.mark.parametrize("partition", ["trivial", "canonical"])
+def test_a_look_sees_the_loss_along_the_step_and_at_averaged_weights(partition, monkeypatch) -> None:
+    model, optimizer = make(partition=partition, look_every=4)
+    train(model, optimizer, 8)
+    average = [optimizer.state[p]["average"].clone() for p in model.parameters()]
+    backward(model, optimizer, 8)
+    u = optimizer._current_direction()
+    along = [u[p] for p in model.parameters()]
+    sizes = optimizer.partition.spread(optimizer._proportions.tolist())
+    twin = copy.deepcopy(model)
+    stream = copy.deepcopy(optimizer._stream)
+    batch, random = stream.next(torch.device("cpu")), torch.get_rng_state()
+
+    def loss_at(weights) -> float:
+        copied = copy.deepcopy(twin)
+        with torch.no_grad():
+            for p, w in zip(copied.parameters(), weights, strict=True):
+                p.copy_(w)
+        torch.set_rng_state(random)
+        return loss_fn(copied, batch).item()
+
+    def look(self, loss_after, every):
+        assert every == 4
+        for size in (0.0, 1.3, 2.6, 0.4):
+            moved = [p - size * f * v for p, v, f in zip(twin.parameters(), along, sizes, strict=True)]
+            assert loss_after(size) == pytest.approx(loss_at(moved), rel=1e-12)
+        return 7.0
+
+    seen = []
+    monkeypatch.setattr(Pace, "look", look)
+    monkeypatch.setattr(Pace, "compare", lambda self, *values: seen.append(values))
+    optimizer._look(u)
+    ((there, here, steps),) = seen  # the third look compares
+    assert torch.equal(torch.get_rng_state(), random)
+    assert (here, steps) == (7.0, 12)
+    assert there == pytest.approx(loss_at(average), rel=1e-12)
+    for p, q in zip([*model.parameters(), *model.buffers()], [*twin.parameters(), *twin.buffers()], strict=True):
+        assert torch.equal(p, q), "a look changed the model"
+    for p, a in zip(model.parameters(), average, strict=True):
+        assert torch.allclose(optimizer.state[p]["average"], a + 0.12 * (p - a))
+
+
+def test_rates_are_proportions_times_the_scale_and_steps_have_the_boldness() -> None:
+    model, optimizer = make(partition="canonical", look_every=1, lr=1.2)
+    train(model, optimizer, 6)
+    backward(model, optimizer, 6)
+    before = [p.detach().clone() for p in model.parameters()]
+    u = optimizer._current_direction()
+    optimizer.step()
+    rates = optimizer._proportions * optimizer._pace.scale
+    assert list(optimizer.rates.values()) == pytest.approx(rates.tolist())
+    assert [g["rate"] for g in optimizer.param_groups] == pytest.approx(rates.tolist())
+    assert optimizer._pace.boldness != 1.0
+    factors = optimizer.partition.spread((1.2 * optimizer._pace.boldness * rates).tolist())
+    for p, old, factor in zip(model.parameters(), before, factors, strict=True):
+        assert torch.allclose(p, old - factor * u[p], rtol=1e-12)
+
+
+def test_new_proportions_leave_the_size_to_the_pace() -> None:
+    model, optimizer = make(partition="canonical", every=3, look_every=3)
+    train(model, optimizer, 10)
+    optimizer._pace.scale = 0.37
+    old = optimizer._proportions
+    backward(model, optimizer, 10)
+    optimizer.measure(next(iter(make_loader())))
+    new, hessian = optimizer._proportions, optimizer.rule.average.value.hessian
+    assert not torch.allclose(new, old)
+    assert float(new @ hessian @ new) == pytest.approx(float(old @ hessian @ old))
+    assert torch.allclose(new / new.sum(), optimizer.rule.rates / optimizer.rule.rates.sum())
+    assert optimizer._pace.scale == 0.37
+
+
+def test_one_group_is_measured_once_and_several_now_and_then() -> None:
+    model, optimizer = make()
+    train(model, optimizer, 100)
+    assert optimizer.counts["measured"] == 1
+    assert optimizer.counts["looked"] == len(range(0, 100, optimizer.look_every))
+    model, optimizer = make(partition="canonical")
+    train(model, optimizer, 100)
+    assert optimizer.counts["measured"] > 1
+
+
+def test_without_data_to_look_at_rates_are_those_measured_by_hand() -> None:
+    model = make()[0]
+    optimizer = ns.NewtonSummary(model, loss_fn)
+    backward(model, optimizer, 0)
+    optimizer.measure(next(iter(make_loader())))
+    before = [p.detach().clone() for p in model.parameters()]
+    u, (rate,) = optimizer._current_direction(), optimizer.rates.values()
+    optimizer.step()
+    for p, old in zip(model.parameters(), before, strict=True):
+        assert torch.allclose(p, old - 1.5 * rate * u[p], rtol=1e-12)
+    assert optimizer.counts["looked"] == 0
+    assert "average" not in optimizer.state[p]
+
+
+@pytest.mark.parametrize("at", [0, 1, 6, 31])
+def test_a_resumed_run_looks_as_if_nothing_had_happened(at) -> None:
+    model, optimizer = make(partition="canonical")
+    train(model, optimizer, at)
+    twin, resumed = make(partition="canonical")
+    twin.load_state_dict(model.state_dict())
+    resumed.load_state_dict(copy.deepcopy(optimizer.state_dict()))
+    train(model, optimizer, 40, at)
+    train(twin, resumed, 40, at)
+    assert resumed.rates == optimizer.rates
+    assert resumed._pace.state_dict() == optimizer._pace.state_dict()
+    for p, q in zip(model.parameters(), twin.parameters(), strict=True):
+        assert torch.equal(p, q)
+
+
+def test_at_the_end_of_a_run_of_known_length_steps_shrink_to_nothing() -> None:
+    model, optimizer = make(steps=40)
+    lengths = []
+    for number in range(40):
+        backward(model, optimizer, number)
+        (scale,) = set(optimizer._scale_of_parameter().values())
+        lengths.append(scale / optimizer._pace.boldness / 1.5)
+        optimizer.step()
+    assert lengths[:31] == pytest.approx([1.0] * 31)
+    assert lengths[31:] == pytest.approx([0.1 * n for n in range(9, 0, -1)])
+
+
+def test_looking_must_be_at_whole_steps() -> None:
+    with pytest.raises(ValueError, match="look_every"):
+        make(look_every=0)
