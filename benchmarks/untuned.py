@@ -125,7 +125,9 @@ def run(
         if schedule is not None:
             schedule.step()
         if number == mark:
+            _mode(optimizer, "eval")
             marked = evaluate(problem, model, samples.train)
+            _mode(optimizer, "train")
         if number in stops:
             _mode(optimizer, "eval")
             curve.append(evaluate(problem, model, part))

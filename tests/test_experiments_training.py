@@ -77,7 +77,8 @@ def test_a_run_learns_and_records_every_epoch(optimizer, digits, tmp_path):
     if optimizer.endswith("paper"):
         assert run.rows[-1].counts["measured"] == math.ceil(48 / 10)
     elif measured:
-        assert run.rows[-1].counts["measured"] == 2, "at the start and 20 steps on; so small a network then waits"
+        assert run.rows[-1].counts["measured"] == 1, "one group, at the start"
+        assert run.rows[-1].counts["looked"] > 1
 
 
 def test_the_figures_are_those_of_the_model(digits):
@@ -150,7 +151,7 @@ def test_measuring_has_its_own_order(digits):
     measured = [classes for own, classes in seen if not own]
     assert len(trained) == 1
     assert measured
-    assert all(len(classes) == 50 and classes != trained[0][:50] for classes in measured)
+    assert all(len(classes) == 100 and classes != trained[0] for classes in measured)
 
 
 # Divergence -----------------------------------------------------------------------------------------------------------

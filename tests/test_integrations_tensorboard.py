@@ -77,7 +77,7 @@ def test_the_picture_is_that_of_the_measurement(tmp_path):
 
 def test_the_optimizers_rates_are_logged_in_a_writer_that_stays_open(tmp_path):
     model, loader = make_model(), make_loader()
-    optimizer = ns.NewtonSummary(model, loss_fn, curvature_data=loader, every=5)
+    optimizer = ns.NewtonSummary(model, loss_fn, curvature_data=loader, every=5, partition="canonical")
     writer = SummaryWriter(str(tmp_path))
     board = TensorBoard(writer, images=False).attach(optimizer)
     rates = []

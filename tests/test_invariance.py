@@ -101,7 +101,15 @@ def test_the_whole_trajectory_is_invariant_where_training_is_stable(direction) -
 def default(target):
     def make(model, batches):
         return ns.NewtonSummary(
-            model, loss_fn, curvature_data=batches, direction=Adam(eps=0.0), target=target, every=5, engine="nested"
+            model,
+            loss_fn,
+            curvature_data=batches,
+            direction=Adam(eps=0.0),
+            partition="canonical",
+            target=target,
+            every=5,
+            look_every=5,
+            engine="nested",
         )
 
     return make

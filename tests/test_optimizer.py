@@ -17,6 +17,7 @@ from torch.optim import lr_scheduler
 from torch.utils.data import DataLoader, TensorDataset
 
 import newton_summary as ns
+import newton_summary.guard
 from newton_summary.directions import Adam, Gradient
 from newton_summary.optimizer import default_partition
 from newton_summary.rates import AveragedRates
@@ -203,7 +204,9 @@ def adam_direction(gradients, moments, t):
 
 def test_default_rates_equal_their_slow_twin() -> None:
     model, batches = make_model(), make_batches()
-    optimizer = ns.NewtonSummary(model, loss_fn, curvature_data=batches, every=1, lr=0.5)
+    optimizer = ns.NewtonSummary(
+        model, loss_fn, curvature_data=batches, every=1, lr=0.5, partition="canonical", look_every=0
+    )
     twin = DefaultReference(rho=0.1)
     moments = [(torch.zeros_like(p), torch.zeros_like(p)) for p in model.parameters()]
     for t in range(28):
@@ -225,7 +228,7 @@ def test_default_rates_equal_their_slow_twin() -> None:
 
 def test_rates_at_most_double_between_measurements() -> None:
     model, batches = make_model(), make_batches()
-    optimizer = ns.NewtonSummary(model, loss_fn, curvature_data=batches, every=1)
+    optimizer = ns.NewtonSummary(model, loss_fn, curvature_data=batches, every=1, partition="canonical", look_every=0)
     seen = []
     for t in range(60):
         run(model, optimizer, batches, 1, t)
@@ -252,7 +255,7 @@ def test_a_curvature_that_rises_counts_at_once() -> None:
 
 def test_the_step_goes_downhill_in_the_model_it_came_from() -> None:
     model, batches = make_model(), make_batches()
-    optimizer = ns.NewtonSummary(model, loss_fn, curvature_data=batches, every=1)
+    optimizer = ns.NewtonSummary(model, loss_fn, curvature_data=batches, every=1, partition="canonical", look_every=0)
     for t in range(40):
         run(model, optimizer, batches, 1, t)
         mean, eta = optimizer.rule.average.value, torch.tensor(list(optimizer.rates.values()), dtype=DTYPE)
@@ -283,9 +286,11 @@ def test_fidelity_takes_a_noisy_loss_for_what_it_is() -> None:
         def noisy(model, batch, noise=noise, calls=calls):
             return loss_fn(model, batch) + noise * next(calls)
 
-        optimizer = ns.NewtonSummary(model, noisy, curvature_data=batches, engine="nested")
+        optimizer = ns.NewtonSummary(
+            model, noisy, curvature_data=batches, engine="nested", partition="canonical", look_every=0
+        )
         run(model, optimizer, batches, 1)
-        assert optimizer.counts == {"measured": 1, "failed": 0, "halved": 0}
+        assert optimizer.counts == {"measured": 1, "failed": 0, "looked": 0, "halved": 0}
         rates.append(list(optimizer.rates.values()))
     assert rates[0] == pytest.approx(rates[1], rel=1e-12)
 
@@ -307,7 +312,9 @@ def test_a_bias_before_a_batch_norm_does_not_run_away(target) -> None:
     torch.manual_seed(3)
     model = nn.Sequential(nn.Linear(5, 8), nn.BatchNorm1d(8), nn.ReLU(), nn.Linear(8, 3))
     batches = make_batches(dtype=torch.float32)
-    optimizer = ns.NewtonSummary(model, loss_fn, curvature_data=batches, every=5, target=target)
+    optimizer = ns.NewtonSummary(
+        model, loss_fn, curvature_data=batches, every=5, target=target, partition="canonical", look_every=0
+    )
     before = loss_fn(model.eval(), make_data(dtype=torch.float32)).item()
     run(model.train(), optimizer, batches, 100)
     assert loss_fn(model.eval(), make_data(dtype=torch.float32)).item() < 0.3 * before
@@ -315,25 +322,28 @@ def test_a_bias_before_a_batch_norm_does_not_run_away(target) -> None:
     assert optimizer.rates["0.bias"] < 100 * optimizer.rates["0.weight"]
 
 
-def test_lambda_goes_from_two_to_one_when_the_steps_are_known() -> None:
+def test_lambda_goes_to_zero_over_the_last_quarter_when_the_steps_are_known() -> None:
     model, batches = make_model(), make_batches()
-    optimizer = ns.NewtonSummary(model, loss_fn, curvature_data=batches, steps=30, direction="gradient", every=100)
+    options = {"steps": 30, "direction": "gradient", "every": 100, "partition": "canonical", "look_every": 0}
+    optimizer = ns.NewtonSummary(model, loss_fn, curvature_data=batches, **options)
     lengths = []
     for t in range(40):
         before = [p.detach().clone() for p in model.parameters()]
         run(model, optimizer, batches, 1, t)
         p, q = next(model.parameters()), before[0]
         lengths.append(float((q - p.detach()).norm() / (optimizer.rates["0.weight"] * p.grad.norm())))
-    assert lengths[0] == pytest.approx(2.0)
-    assert lengths[15] == pytest.approx(1.5)
-    assert lengths[30:] == pytest.approx([1.0] * 10)
+    assert lengths[:23] == pytest.approx([1.5] * 23)
+    assert lengths[26] == pytest.approx(0.8)
+    assert lengths[30:] == [0.0] * 10
 
 
 def test_the_invariant_target_is_an_option() -> None:
     rates = []
     for target in ("shared", "invariant"):
         model, batches = make_model(), make_batches()
-        optimizer = ns.NewtonSummary(model, loss_fn, curvature_data=batches, target=target)
+        optimizer = ns.NewtonSummary(
+            model, loss_fn, curvature_data=batches, target=target, partition="canonical", look_every=0
+        )
         run(model, optimizer, batches, 1)
         rates.append(list(optimizer.rates.values()))
     assert rates[0] != rates[1]
@@ -353,7 +363,13 @@ def test_the_invariant_target_is_an_option() -> None:
 def test_a_rate_of_one_repeats_the_step_of_another_optimizer(make_inner) -> None:
     model, twin, batches = make_model(), make_model(), make_batches()
     optimizer = ns.NewtonSummary(
-        model, loss_fn, curvature_data=batches, direction=make_inner(model.parameters()), lr=1.0
+        model,
+        loss_fn,
+        curvature_data=batches,
+        direction=make_inner(model.parameters()),
+        lr=1.0,
+        partition="canonical",
+        look_every=0,
     )
     optimizer.rule = _FixedRates(torch.ones(4, dtype=DTYPE))
     run(model, optimizer, batches, 20)
@@ -375,7 +391,9 @@ class _FixedRates:
 def test_rates_are_in_the_units_of_the_other_optimizer() -> None:
     model, batches = make_model(), make_batches()
     inner = torch.optim.SGD(model.parameters(), lr=0.25)
-    optimizer = ns.NewtonSummary(model, loss_fn, curvature_data=batches, direction=inner)
+    optimizer = ns.NewtonSummary(
+        model, loss_fn, curvature_data=batches, direction=inner, partition="canonical", look_every=0
+    )
     run(model, optimizer, batches, 1)
     assert list(optimizer.rates.values()) == pytest.approx((optimizer.rule.rates * 0.25).tolist())
 
@@ -390,7 +408,8 @@ def test_other_optimizer_over_other_parameters_is_refused() -> None:
 # State ----------------------------------------------------------------------------------------------------------------
 
 MAKERS = {
-    "default": lambda m, data: ns.NewtonSummary(m, loss_fn, curvature_data=data, every=3),
+    "default": lambda m, data: ns.NewtonSummary(m, loss_fn, curvature_data=data),
+    "each tensor": lambda m, data: ns.NewtonSummary(m, loss_fn, curvature_data=data, every=3, partition="canonical"),
     "known length": lambda m, data: ns.NewtonSummary(m, loss_fn, curvature_data=data, every=3, steps=50),
     "paper": lambda m, data: ns.NewtonSummary.paper(m, loss_fn, curvature_data=data, every=3, lr=0.1),
     "AdamW's step": lambda m, data: ns.NewtonSummary(
@@ -445,18 +464,19 @@ def test_state_of_something_else_is_refused() -> None:
     optimizer = MAKERS["default"](model, make_batches())
     with pytest.raises(ValueError, match="not that of a NewtonSummary"):
         optimizer.load_state_dict(torch.optim.Adam(model.parameters()).state_dict())
-    other = ns.NewtonSummary(model, loss_fn, curvature_data=make_batches(), partition=ns.Partition.trivial(model))
+    other = MAKERS["each tensor"](model, make_batches())
     with pytest.raises(ValueError, match="other groups"):
         optimizer.load_state_dict(other.state_dict())
 
 
-@pytest.mark.parametrize(("mine", "others"), list(itertools.permutations(["default", "paper", "adamw"], 2)))
+@pytest.mark.parametrize(("mine", "others"), list(itertools.permutations(["each tensor", "paper", "adamw"], 2)))
 def test_state_of_another_rule_or_direction_is_refused_and_changes_nothing(mine, others) -> None:
     def make(kind):
         model = make_model()
         if kind == "adamw":
             inner = torch.optim.AdamW(model.parameters())
-            return model, ns.NewtonSummary(model, loss_fn, curvature_data=make_batches(), direction=inner)
+            options = {"direction": inner, "partition": "canonical"}
+            return model, ns.NewtonSummary(model, loss_fn, curvature_data=make_batches(), **options)
         return model, MAKERS[kind](model, make_batches())
 
     (model, optimizer), (other_model, other) = make(mine), make(others)
@@ -574,8 +594,8 @@ def total_loss_on(model, batch) -> float:
 
 def test_explicit_measuring() -> None:
     model, twin, batches = make_model(), make_model(), make_batches()
-    automatic = ns.NewtonSummary(model, loss_fn, curvature_data=batches, every=2)
-    explicit = ns.NewtonSummary(twin, loss_fn)
+    automatic = ns.NewtonSummary(model, loss_fn, curvature_data=batches, every=2, partition="canonical", look_every=0)
+    explicit = ns.NewtonSummary(twin, loss_fn, partition="canonical")
     for t in range(6):
         run(model, automatic, batches, 1, t)
         explicit.zero_grad()
@@ -663,7 +683,7 @@ def test_piecewise_linear_network_under_a_squared_error_learns() -> None:
         return (model(batch[0]) - batch[1]).square().mean()
 
     start = squared(model, batches[0]).item()
-    optimizer = ns.NewtonSummary(model, squared, curvature_data=batches, every=5)
+    optimizer = ns.NewtonSummary(model, squared, curvature_data=batches, every=5, partition="canonical", look_every=0)
     for _ in range(100):
         optimizer.zero_grad()
         squared(model, batches[0]).backward()
@@ -701,7 +721,9 @@ def test_default_partition_is_canonical_until_there_are_very_many_tensors() -> N
 def test_a_measurement_that_is_not_finite_keeps_the_rates_and_is_counted(caplog) -> None:
     model, batches = make_model(), make_batches()
     poisoned = (torch.full_like(batches[0][0], torch.nan), batches[0][1])
-    optimizer = ns.NewtonSummary(model, loss_fn, curvature_data=[batches[0], poisoned, batches[1]], every=1)
+    optimizer = ns.NewtonSummary(
+        model, loss_fn, curvature_data=[batches[0], poisoned, batches[1]], every=1, partition="canonical", look_every=0
+    )
     run(model, optimizer, batches, 1)
     rates = optimizer.rates
     with caplog.at_level(logging.INFO, logger="newton_summary"):
@@ -711,14 +733,16 @@ def test_a_measurement_that_is_not_finite_keeps_the_rates_and_is_counted(caplog)
     assert optimizer.status is Status.NOT_FINITE
     assert "not finite" in caplog.text
     run(model, optimizer, batches, 1, 2)
-    assert optimizer.counts == {"measured": 3, "failed": 1, "halved": 0}
+    assert optimizer.counts == {"measured": 3, "failed": 1, "looked": 0, "halved": 0}
     assert optimizer.rates != rates
 
 
 def test_a_first_measurement_that_fails_takes_no_step() -> None:
     model, batches = make_model(), make_batches()
     poisoned = (torch.full_like(batches[0][0], torch.nan), batches[0][1])
-    optimizer = ns.NewtonSummary(model, loss_fn, curvature_data=[poisoned, batches[0]], every=1)
+    optimizer = ns.NewtonSummary(
+        model, loss_fn, curvature_data=[poisoned, batches[0]], every=1, partition="canonical", look_every=0
+    )
     run(model, optimizer, batches, 1)
     assert same(model, make_model())
     run(model, optimizer, batches, 1)
@@ -767,7 +791,7 @@ def test_groups_cannot_be_added() -> None:
 
 def test_param_groups_show_names_and_rates() -> None:
     model, batches = make_model(), make_batches()
-    optimizer = MAKERS["default"](model, batches)
+    optimizer = MAKERS["each tensor"](model, batches)
     assert optimizer.rates == {}
     run(model, optimizer, batches, 1)
     shown = {group["name"]: group["rate"] for group in optimizer.param_groups}
@@ -781,7 +805,7 @@ def test_param_groups_show_names_and_rates() -> None:
 
 def test_memory_is_flat_over_200_steps() -> None:
     model, batches = make_model(), make_batches()
-    optimizer = ns.NewtonSummary(model, loss_fn, curvature_data=batches, every=2)
+    optimizer = ns.NewtonSummary(model, loss_fn, curvature_data=batches, every=2, partition="canonical")
 
     def living() -> int:
         gc.collect()
@@ -795,9 +819,10 @@ def test_memory_is_flat_over_200_steps() -> None:
 
 def test_nothing_is_read_from_the_device_between_measurements(monkeypatch) -> None:
     model, batches = make_model(), make_batches()
-    optimizer = ns.NewtonSummary(model, loss_fn, curvature_data=batches, every=100)
+    optimizer = ns.NewtonSummary(model, loss_fn, curvature_data=batches, every=100, look_every=100)
     run(model, optimizer, batches, 1)
     loss_fn(model, batches[1]).backward()
+    monkeypatch.setattr(newton_summary.guard, "_HOST", "no device")
     for name in ("item", "tolist", "numpy", "__float__", "__bool__", "cpu"):
         monkeypatch.setattr(torch.Tensor, name, _forbidden)
     optimizer.step()

@@ -321,4 +321,72 @@ def test_at_the_end_of_a_run_of_known_length_steps_shrink_to_nothing() -> None:
 
 def test_looking_must_be_at_whole_steps() -> None:
     with pytest.raises(ValueError, match="look_every"):
-        make(look_every=0)
+        make(look_every=-1)
+
+
+def test_without_looks_rates_are_those_measured() -> None:
+    model, optimizer = make(partition="canonical", look_every=0)
+    train(model, optimizer, 60)
+    assert optimizer.counts["looked"] == 0
+    assert optimizer.counts["measured"] > 1
+    assert list(optimizer.rates.values()) == optimizer.rule.rates.tolist()
+    assert set(optimizer._scale_of_parameter().values()) == {1.5}
+
+
+# The average ----------------------------------------------------------------------------------------------------------
+
+
+def weights_of(model):
+    return [p.detach().clone() for p in model.parameters()]
+
+
+def test_the_average_takes_the_place_of_the_weights_where_it_is_better() -> None:
+    model, optimizer = make(look_every=4)
+    train(model, optimizer, 20)
+    before, average = weights_of(model), [optimizer.state[p]["average"].clone() for p in model.parameters()]
+    for advantage, expected in ((-0.1, before), (0.1, average)):
+        optimizer._pace.advantage = advantage
+        optimizer.eval()
+        optimizer.eval()
+        for p, w in zip(model.parameters(), expected, strict=True):
+            assert torch.equal(p, w)
+    with pytest.raises(RuntimeError, match="averaged weights"):
+        optimizer.step()
+    optimizer.train()
+    optimizer.train()
+    for p, w in zip(model.parameters(), before, strict=True):
+        assert torch.equal(p, w)
+
+
+def test_a_run_does_not_depend_on_being_evaluated_or_saved_there() -> None:
+    model, optimizer = make(look_every=4)
+    other, evaluated = make(look_every=4)
+    train(model, optimizer, 20)
+    train(other, evaluated, 20)
+    evaluated._pace.advantage = optimizer._pace.advantage = 0.1
+    evaluated.eval()
+    twin, resumed = make(look_every=4)
+    twin.load_state_dict(other.state_dict())
+    resumed.load_state_dict(copy.deepcopy(evaluated.state_dict()))
+    for each in (evaluated, resumed):
+        each.train()
+    for m, o in ((model, optimizer), (other, evaluated), (twin, resumed)):
+        train(m, o, 20, 20)
+        assert all(torch.equal(p, q) for p, q in zip(m.parameters(), model.parameters(), strict=True))
+
+
+def test_the_advantage_is_that_of_the_last_comparisons() -> None:
+    pace = Pace()
+    for _ in range(20):
+        pace.compare(0.8, 1.0, 15)
+    assert pace.advantage == pytest.approx(-math.log(0.8), rel=1e-2)
+    pace.compare(2.0, 1.0, 15)
+    assert pace.advantage < 0.0
+
+
+def test_before_the_first_look_there_is_no_average() -> None:
+    model, optimizer = make()
+    before = weights_of(model)
+    optimizer.eval()
+    optimizer.train()
+    assert all(torch.equal(p, w) for p, w in zip(model.parameters(), before, strict=True))

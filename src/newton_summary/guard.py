@@ -11,6 +11,7 @@ from newton_summary.sharding import is_sharded, local
 
 _TIMES = 1000.0  # what is usual
 _MEMORY = 0.99
+_HOST = "cpu"  # where to read a number costs nothing
 
 
 class GradientGuard:
@@ -47,7 +48,7 @@ class GradientGuard:
         most = torch.where(usual > 0, _TIMES * usual, torch.inf)  # nothing is known before the first gradient
         finite = norm.isfinite()
         refused = ~(finite & (norm <= most))
-        if refused.device.type != "cpu" or refused:  # from the host it can be read for nothing
+        if refused.device.type != _HOST or refused:
             for part in parts:
                 part.masked_fill_(refused, 0.0)
         moved = torch.where(usual > 0, torch.lerp(torch.minimum(norm, most), usual, _MEMORY), norm)

@@ -62,9 +62,10 @@ class NewtonSummary(torch.optim.Optimizer):
             the quadratic model lets it be without going uphill, at 1 it is the best step of that model.  Between 5/6
             and 19/15 of it are used, by what the looks tell.
         steps: the length of the training, if known: over its last quarter, λ_1 goes to 0.
-        every: the number of steps between measurements.  Default: with one group, only the first step measures; else
-            from 20 to 200, as many as keep the time that it takes small (:mod:`~newton_summary.period`).
-        look_every: the number of steps between looks.  Default: from 5 to 20, in the same way.
+        every: the number of steps between measurements.  Default: from 20 to 200, as many as keep the time that they
+            take small (:mod:`~newton_summary.period`); with one group, only the first step measures.
+        look_every: the number of steps between looks.  Default: from 5 to 30, in the same way.  With 0 there are none:
+            rates are those that were measured, and λ_1 is ``lr``.
         regularization: λ_int, the weight of the cubic term.
         shrinkage: ρ, how strongly rates are drawn to the target (:func:`~newton_summary.solve.shrink`).
         target: ``"shared"``, one rate for all groups; or ``"invariant"``, which keeps training the same when groups are
@@ -122,13 +123,10 @@ class NewtonSummary(torch.optim.Optimizer):
         process_group: Any = None,
     ) -> None:
         partition = resolve_partition(partition, model, Partition.trivial)
-        if look_every is not None:
-            check_count("look_every", look_every)
         rule = AveragedRates(regularization, shrinkage, target, averaging, partition.precision)
         self._processes = Processes(model, process_group)
-        self._set_up(model, loss_fn, curvature_data, partition, direction, lr, steps, every, rule, engine, seed)
-        self.look_every = look_every
-        self._pace = None if self._stream is None else Pace()
+        periods = (every, look_every)
+        self._set_up(model, loss_fn, curvature_data, partition, direction, lr, steps, periods, rule, engine, seed)
 
     @classmethod
     def paper(
@@ -176,7 +174,8 @@ class NewtonSummary(torch.optim.Optimizer):
         chosen = directions.Momentum(momentum) if direction is None else direction
         rule = PaperRates(regularization, rate_momentum)
         optimizer._processes = Processes(model, process_group)
-        optimizer._set_up(model, loss_fn, curvature_data, partition, chosen, lr, None, every, rule, engine, seed)
+        periods = (every, 0)
+        optimizer._set_up(model, loss_fn, curvature_data, partition, chosen, lr, None, periods, rule, engine, seed)
         return optimizer
 
     def _set_up(
@@ -188,20 +187,23 @@ class NewtonSummary(torch.optim.Optimizer):
         direction: str | torch.optim.Optimizer | Direction,
         lr: float,
         steps: int | None,
-        every: int | None,
+        periods: tuple[int | None, int | None],
         rule: RateRule,
         engine: str | Engine,
         seed: int,
     ) -> None:
         check_not_negative("lr", lr)
-        if every is not None:
-            check_count("every", every)
+        self.every, self.look_every = periods
+        if self.every is not None:
+            check_count("every", self.every)
+        if self.look_every:
+            check_count("look_every", self.look_every)
         if steps is not None:
             check_count("steps", steps)
         self.partition = partition
         self.partition.check_is_of(model)
         self.direction = directions.resolve(direction)
-        self.every, self.steps = every, steps
+        self.steps = steps
         self.rule = rule
         self.engine = resolve_engine(engine)
         self.summary: Summary | None = None
@@ -215,8 +217,8 @@ class NewtonSummary(torch.optim.Optimizer):
         self._guard = GradientGuard() if rule.fidelity else None
         self._factors: list[float | Tensor] | None = None
         self._proportions: Tensor | None = None
-        self._pace: Pace | None = None
-        self.look_every: int | None = None
+        self._pace = None if self._stream is None or self.look_every == 0 else Pace()
+        self._averaged = False  # whether the model has the average, and the state its weights
         _check_same_parameters(self.direction, self.partition)
         super().__init__(self.partition.param_groups(), {"lr": lr, "rate": None, **self.direction.defaults})
 
@@ -255,8 +257,11 @@ class NewtonSummary(torch.optim.Optimizer):
             What the closure returned.
 
         Raises:
-            RuntimeError: nothing was measured yet, and there is no ``curvature_data`` to measure on.
+            RuntimeError: nothing was measured yet, and there is no ``curvature_data`` to measure on; or :meth:`eval`
+                was called, and not :meth:`train`.
         """
+        if self._averaged:
+            raise RuntimeError("the model has averaged weights: call the optimizer's train() before its step()")
         value = None
         if closure is not None:
             with torch.enable_grad():
@@ -305,6 +310,29 @@ class NewtonSummary(torch.optim.Optimizer):
         self._pending = None
         super().zero_grad(set_to_none)
 
+    @torch.no_grad()
+    def eval(self) -> None:
+        """Puts the moving average of the weights in their place, if looks have found the loss to be lower there.
+
+        For validation, and for a model that is kept; call :meth:`train` before the next step.  Training is the same
+        whether this is ever called.  Buffers, such as the statistics of a batch norm, stay as they are.
+        """
+        if not self._averaged and self._pace is not None and self._pace.advantage > 0:
+            self._exchange()
+
+    @torch.no_grad()
+    def train(self) -> None:
+        """Puts the weights back that :meth:`eval` has taken out."""
+        if self._averaged:
+            self._exchange()
+
+    def _exchange(self) -> None:
+        self._averaged = not self._averaged
+        for parameter, average in zip(self.partition.parameters, self._averaged_weights(), strict=True):
+            weights = parameter.clone()
+            parameter.copy_(average)
+            average.copy_(weights)
+
     def state_dict(self) -> dict[str, Any]:
         """Everything a run needs to go on exactly: torch's state, rates, averages, counters, the sampler's position."""
         own = {
@@ -312,6 +340,7 @@ class NewtonSummary(torch.optim.Optimizer):
             "taken": self._taken,
             "every": self.every,
             "look_every": self.look_every,
+            "averaged": self._averaged,
             "usual": None if self._guard is None or self._guard.usual is None else float(self._guard.usual),
             "counts": dict(self.counts),
             "status": None if self.status is None else self.status.name,
@@ -343,14 +372,16 @@ class NewtonSummary(torch.optim.Optimizer):
             )
         super().load_state_dict({key: value for key, value in state_dict.items() if key != _KEY})
         self._taken = own["taken"]
-        self.every, self.look_every = own["every"], own["look_every"]
+        self.every, self.look_every, self._averaged = own["every"], own["look_every"], own["averaged"]
         if self._guard is not None:
             self._guard.usual = None if own["usual"] is None else torch.tensor(own["usual"], dtype=torch.float64)
         self.counts = Counter(own["counts"])
         self.status = None if own["status"] is None else Status[own["status"]]
         self.summary = None if own["summary"] is None else Summary.from_dict(own["summary"])
         self.rule.load_state_dict(own["rule"])
-        self._proportions = None if own["proportions"] is None else torch.tensor(own["proportions"], dtype=torch.float64)
+        self._proportions = (
+            None if own["proportions"] is None else torch.tensor(own["proportions"], dtype=torch.float64)
+        )
         if self._pace is not None and own["pace"] is not None:
             self._pace.load_state_dict(own["pace"])
         self.direction.load_state_dict(own["direction"])
@@ -389,17 +420,18 @@ class NewtonSummary(torch.optim.Optimizer):
         return self._pending
 
     def _is_time_to_measure(self) -> bool:
-        """Whether the step to come is one that measures; before there are rates, every one is at which to look."""
+        """Whether the step to come is one that measures; before there are rates, every fifth does."""
         if self.every is not None:
             return self._taken % self.every == 0
-        if self._proportions is None:
+        if self._rates is None:
             return self._taken % LOOKS.first == 0
-        return len(self.partition) > 1 and self._taken % MEASUREMENTS.first == 0
+        needed = self._pace is None or len(self.partition) > 1  # a single proportion stays what it is
+        return needed and self._taken % MEASUREMENTS.first == 0
 
     def _measure(self, batch: Any, u: dict[Tensor, Tensor]) -> Summary:
         """Measures on all processes' batches together, in full precision whatever the training uses."""
         own = [u[p] if p in u else torch.zeros_like(p) for p in self.partition.parameters]
-        counting = self.every is None and self._pace is not None and self.counts["measured"] == 1
+        counting = self.every is None and self._stream is not None and self.counts["measured"] == 1
         with self._exactly(own) as (partition, along):
             with Price() if counting else contextlib.nullcontext() as price:
                 part = self.engine.measure(self._loss, batch, partition, along, 3, "diagonal")
@@ -425,9 +457,9 @@ class NewtonSummary(torch.optim.Optimizer):
 
         The old and the new ones have the same curvature in the measured averages.
         """
+        assert isinstance(self.rule, AveragedRates)
         rates, mean = self.rule.rates, self.rule.average.value
-        assert mean is not None
-        if not bool((rates > 0).any()):
+        if rates is None or mean is None or mean.hessian is None or not bool(torch.any(rates > 0)):
             return
         if self._proportions is None:
             self._proportions = rates

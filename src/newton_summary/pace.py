@@ -13,6 +13,7 @@ _GAIN = 0.04  # of the boldness for each step, in units of the logarithm of a ra
 _NOISE = 0.9  # the loss at averaged weights, against that at the weights, with which the boldness stays
 _SMALL = 0.01  # of the usual loss: one that passes through 0 does no harm
 _HALVINGS = 40
+_RECENT = 0.3  # of a comparison, in the advantage of the average
 
 
 class Pace:
@@ -23,21 +24,22 @@ class Pace:
     weights and after one and two steps of a trial size, along the step that is about to be taken.
 
     1. The parabola through the three losses has a slope and a curvature.  They are divided by the loss, so that every
-       batch counts the same whatever it holds, and averaged over about the last hundred steps.  A curvature that has more than doubled counts at once: that of the averages
-       is at least half of the last one.
+       batch counts the same whatever it holds, and averaged over about the last hundred steps.  A curvature that has
+       more than doubled counts at once: that of the averages is at least half of the last one.
     2. The scale is where the parabola of the averages has its minimum; 0 where it goes uphill.
     3. The trial size follows the scale, but neither doubles nor halves in less than 20 steps.  The scale may be less
        than that at once, never more.
     4. While the loss changes by more than itself over one step of the trial size, that is halved.
 
-    A look is at one step ahead, and greedy: it would shorten steps too early where weights have settled to noise, and
-    too late where noise is all that there is.  The *boldness*, a factor on λ_1, corrects that.  It follows the loss at a
-    moving average of the weights, relative to that at the weights: where the average is far better, the weights
-    oscillate, and steps become shorter; where it is not, they become longer.
+    A look is greedy: where noise rules, it would shorten steps before their time.  The *boldness*, a factor on λ_1,
+    corrects that.  It follows the loss at a moving average of the weights, relative to that at the weights: where the
+    average is far better, the weights oscillate, and steps become shorter; where it is not, they become longer.
 
     Attributes:
         scale: what the measured rates are multiplied by; not negative.
         boldness: what λ_1 is multiplied by, between 5/6 and 19/15.
+        advantage: of the average of the weights: the logarithm of how many times lower the loss is there, over the
+            last few comparisons.
         halvings: how often the loss did not follow, and the trial size was halved.
 
     Source:
@@ -46,7 +48,7 @@ class Pace:
     Example:
         >>> pace = Pace()
         >>> for _ in range(60):  # a valley, two steps of the measured size wide
-        ...     pace.look(lambda size: 1.0 + (size - 2.0) ** 2, every=5)
+        ...     here = pace.look(lambda size: 1.0 + (size - 2.0) ** 2, every=5)
         >>> round(pace.scale, 6)
         2.0
     """
@@ -54,6 +56,7 @@ class Pace:
     def __init__(self) -> None:
         self.scale = self.boldness = 1.0
         self.halvings = 0
+        self.advantage = 0.0
         self._trial = 1.0
         self._slope = self._curvature = self._usual = 0.0
         self._count = 0
@@ -87,8 +90,9 @@ class Pace:
         """Follows the loss at the average of the weights, on the batch of a look; the last was so many steps ago."""
         if not (average > 0 and here > 0 and math.isfinite(average / here)):
             return
-        signal = min(max(math.log(average / here), -1.0), 1.0) - math.log(_NOISE)
-        self.boldness = min(max(self.boldness + _GAIN * steps * signal, _LEAST), _MOST)
+        ratio = min(max(math.log(average / here), -1.0), 1.0)
+        self.advantage += _RECENT * (-ratio - self.advantage)
+        self.boldness = min(max(self.boldness + _GAIN * steps * (ratio - math.log(_NOISE)), _LEAST), _MOST)
 
     def _trusted(self, here: float, loss_after: Callable[[float], float]) -> float | None:
         """The loss after one step of a trial size at which it does not explode; ``None`` if there is no such size."""
