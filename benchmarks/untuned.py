@@ -3,7 +3,7 @@
     python benchmarks/untuned.py baselines     searches the baselines' rates (hours; resumable; committed)
     python benchmarks/untuned.py judge         runs ours, times a step of everyone, writes results/untuned/
     python benchmarks/untuned.py judge --quick     one seed of the five cheapest problems
-    python benchmarks/untuned.py robust        batch sizes, periods of looks and initial weights of all kinds (hours; resumable)
+    python benchmarks/untuned.py robust        batch sizes, periods of looks, initial weights (hours; resumable)
 
 ``--problems`` and ``--forms`` choose.  A run is a Record; what was run stays in results/untuned/*.jsonl.  Needs
 ``pip install 'newton-summary[benchmarks]'``.

@@ -283,12 +283,14 @@ class Trainer:
         return finite
 
     def record(self, exploded: bool = False) -> None:
-        """Evaluates the model and adds a row."""
+        """Evaluates the model, at the average of its weights where the optimizer has a better one, and adds a row."""
+        newton = self.optimizer if isinstance(self.optimizer, NewtonSummary) else None
+        if newton is not None:
+            newton.eval()
         train_loss = mean_loss(self.task, self.model, self.data.train)
         validation_loss, accuracy = evaluate(self.task, self.model, self.data.validation)
         start = self.rows[0].train_loss if self.rows else train_loss
         exploded |= not math.isfinite(train_loss) or (start is not None and train_loss > _DIVERGED * start)
-        newton = self.optimizer if isinstance(self.optimizer, NewtonSummary) else None
         if self.plateau is not None and self.epoch and self.epoch % CHECK_EVERY == 0:
             self.plateau.step(train_loss)
         self.rows.append(
@@ -308,6 +310,8 @@ class Trainer:
         earlier = [row.validation_loss for row in self.rows[:-1] if row.validation_loss is not None]
         if math.isfinite(validation_loss) and validation_loss < min(earlier, default=math.inf):
             self.best = {name: tensor.clone() for name, tensor in self.model.state_dict().items()}
+        if newton is not None and not self.finished:
+            newton.train()
 
     # Keeping ----------------------------------------------------------------------------------------------------------
 
