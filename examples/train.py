@@ -34,7 +34,7 @@ def loss_fn(model, batch):
 # measure on. The optimizer reads those batches by itself, in an order of its own. If you know how many steps you will
 # take, say so: steps are then longer at first and shorter at the end.
 epochs = 15
-optimizer = ns.NewtonSummary(model, loss_fn, curvature_data=loader, steps=epochs * len(loader))
+optimizer = ns.NewtonSummary(model, loss_fn, curvature_data=loader, partition="canonical", steps=epochs * len(loader))
 history = {name: [] for name in optimizer.partition.names}
 for epoch in range(epochs):
     total = 0.0

@@ -268,6 +268,31 @@ def test_new_proportions_leave_the_size_to_the_pace() -> None:
     assert optimizer._pace.scale == 0.37
 
 
+def test_a_tensor_without_a_gradient_at_first_is_trained_later() -> None:
+    model, optimizer = make(look_every=2)
+    model[4].bias.requires_grad_(False)
+    train(model, optimizer, 6)
+    before = model[4].bias.clone()
+    model[4].bias.requires_grad_(True)
+    train(model, optimizer, 6, 6)
+    assert not torch.equal(model[4].bias, before)
+
+
+def test_a_step_that_is_far_too_long_leaves_no_rounding(monkeypatch) -> None:
+    model, optimizer = make(look_every=2)
+    train(model, optimizer, 2)
+    backward(model, optimizer, 2)
+    seen = []
+
+    def look(self, loss_after, every):
+        seen.extend(loss_after(size) for size in (0.5, 1e20, 0.5))
+        return 1.0
+
+    monkeypatch.setattr(Pace, "look", look)
+    optimizer._look(optimizer._current_direction())
+    assert seen[0] == seen[2] != seen[1]
+
+
 def test_one_group_is_measured_once_and_several_now_and_then() -> None:
     model, optimizer = make()
     train(model, optimizer, 100)

@@ -249,7 +249,7 @@ def _gradients(parameters: list[Tensor]) -> list[Tensor]:
 
 
 def _adam_memory(parameter: Tensor, state: dict[str, Any]) -> dict[str, Any]:
-    if not state:
+    if "step" not in state:
         state["step"] = 0
         state["exp_avg"] = torch.zeros_like(parameter, memory_format=torch.preserve_format)
         state["exp_avg_sq"] = torch.zeros_like(parameter, memory_format=torch.preserve_format)

@@ -46,6 +46,8 @@ class NewtonSummary(torch.optim.Optimizer):
     in the loop that you have: ``zero_grad()``, ``backward()``, ``step()``.  A gradient that is not finite, or a
     thousand times as long as usual, counts as zero (:class:`~newton_summary.guard.GradientGuard`).
 
+    Beside what the direction remembers, a copy of the weights is kept: their moving average.
+
     With several processes each measures on its own samples, and all take the same step (docs/distributed.md).
 
     Args:
@@ -64,7 +66,7 @@ class NewtonSummary(torch.optim.Optimizer):
         steps: the length of the training, if known: over its last quarter, λ_1 goes to 0.
         every: the number of steps between measurements.  Default: from 20 to 200, as many as keep the time that they
             take small (:mod:`~newton_summary.period`); with one group, only the first step measures.
-        look_every: the number of steps between looks.  Default: from 5 to 30, in the same way.  With 0 there are none:
+        look_every: the number of steps between looks.  Default: from 5 to 15, in the same way.  With 0 there are none:
             rates are those that were measured, and λ_1 is ``lr``.
         regularization: λ_int, the weight of the cubic term.
         shrinkage: ρ, how strongly rates are drawn to the target (:func:`~newton_summary.solve.shrink`).
@@ -271,7 +273,7 @@ class NewtonSummary(torch.optim.Optimizer):
         u = self._current_direction()
         if self._stream is not None and self._is_time_to_measure():
             self._measure(self._stream.next(self.partition.device), u)
-        if self._proportions is not None and self._taken % (self.look_every or LOOKS.first) == 0:
+        if self._is_time_to_look():
             self._look(u)
         if self.status is None:
             raise RuntimeError(
@@ -428,6 +430,12 @@ class NewtonSummary(torch.optim.Optimizer):
         needed = self._pace is None or len(self.partition) > 1  # a single proportion stays what it is
         return needed and self._taken % MEASUREMENTS.first == 0
 
+    def _is_time_to_look(self) -> bool:
+        """Whether the step to come is one that looks; there must be rates."""
+        if self._pace is None or self._proportions is None:
+            return False
+        return self._taken % (self.look_every or LOOKS.first) == 0
+
     def _measure(self, batch: Any, u: dict[Tensor, Tensor]) -> Summary:
         """Measures on all processes' batches together, in full precision whatever the training uses."""
         own = [u[p] if p in u else torch.zeros_like(p) for p in self.partition.parameters]
@@ -485,7 +493,10 @@ class NewtonSummary(torch.optim.Optimizer):
 
                 def loss_after(size: float) -> float:
                     nonlocal reached
-                    if size != reached:
+                    if size < reached:  # back to the start: a step that was far too long would leave its rounding
+                        torch._foreach_copy_(weights, list(partition.parameters))
+                        reached = 0.0
+                    if size > reached:
                         torch._foreach_sub_(weights, steps, alpha=size - reached)
                     reached = size
                     return self._of_all(loss(), samples)
@@ -496,7 +507,7 @@ class NewtonSummary(torch.optim.Optimizer):
                     there = self._of_all(loss(), samples)
                     self._pace.compare(there, now, _COMPARED * period)
             if counting:
-                with Price() as evaluation:
+                with Price() as evaluation:  # which counts with the look, for what comparisons take
                     self._loss.after_step(batch, partition, along, [0.0] * len(partition))
         torch._foreach_lerp_(average, list(self.partition.parameters), share_of_average(period))
         self.counts["looked"] += 1
