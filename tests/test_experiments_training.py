@@ -71,7 +71,7 @@ def test_a_run_learns_and_records_every_epoch(optimizer, digits, tmp_path):
     assert not run.diverged
     names = [name for name, _ in run.model.named_parameters()]
     measured = optimizer.startswith("newton")
-    if optimizer == "newton-summary-constant":  # as it comes
+    if optimizer in ("newton-summary", "newton-summary-constant"):  # as it comes
         names = list(NewtonSummary(run.model, cross_entropy).partition.names)
     assert list(run.rows[-1].rates) == (names if measured else [])
     if optimizer.endswith("paper"):

@@ -49,8 +49,9 @@ def test_it_does_not_depend_on_the_unit_of_the_loss(factor) -> None:
     assert followed(scaled).scale == pytest.approx(followed(losses).scale, rel=1e-9)
 
 
-def test_it_agrees_with_parabolas_fitted_in_another_way() -> None:
-    generator = np.random.default_rng(0)
+@pytest.mark.parametrize("every", [1, EVERY, 15, 50])
+def test_it_agrees_with_parabolas_fitted_in_another_way(every) -> None:
+    generator, growth = np.random.default_rng(0), 2 ** min(every / 20, 1)
     pace, slope, curvature, trial = Pace(), 0.0, 0.0, 1.0
     for number in range(1, 60):
         a, b, c = generator.normal(0.05, 0.1), generator.uniform(0.01, 0.3), generator.normal(0, 0.02)
@@ -58,17 +59,17 @@ def test_it_agrees_with_parabolas_fitted_in_another_way() -> None:
         def loss(size, a=a, b=b, c=c):
             return 2.0 - a * size + b * size**2 + c * math.sin(3 * size)
 
-        pace.look(loss, EVERY)
+        pace.look(loss, every)
         points = trial * np.arange(3)
         quadratic, linear, constant = np.polyfit(points, [loss(x) for x in points], 2)
-        share = max(3 / (number + 2), EVERY / 100)
+        share = max(3 / (number + 2), min(every / 100, 0.15))
         slope = (1 - share) * slope - share * linear / constant
         curvature = (1 - share) * curvature + share * 2 * quadratic / constant
         steepest = max(curvature, quadratic / constant)
         best = 0.0 if slope <= 0 else math.inf if steepest <= 0 else slope / steepest
-        scale = min(best, GROWTH * trial)
-        trial = max(scale, trial / GROWTH)
-        assert pace.scale == pytest.approx(scale, rel=1e-9, abs=1e-12)
+        size = min(best, growth * trial)
+        trial = max(size, trial / growth)
+        assert pace.scale == pytest.approx(size * min(20 / every, 1), rel=1e-9, abs=1e-12)
 
 
 def test_a_batch_counts_the_same_whatever_it_holds() -> None:

@@ -7,9 +7,11 @@ from collections.abc import Callable
 from typing import Any
 
 _MEMORY = 100  # steps, of the averages
+_LATEST = 0.15  # of a look in them, at most: rare looks must not each decide
 _DOUBLING = 20  # steps, that the trial size needs to double or to halve
 _LEAST, _MOST = 5 / 6, 19 / 15  # of the boldness: λ_1 between 1.25 and 1.9, for the default of 1.5
 _GAIN = 0.04  # of the boldness for each step, in units of the logarithm of a ratio of losses
+_SLOWEST = 45  # steps, for which a comparison may count
 _NOISE = 0.9  # the loss at averaged weights, against that at the weights, with which the boldness stays
 _SMALL = 0.01  # of the usual loss: one that passes through 0 does no harm
 _HALVINGS = 40
@@ -27,8 +29,9 @@ class Pace:
        batch counts the same whatever it holds, and averaged over about the last hundred steps.  A curvature that has
        more than doubled counts at once: that of the averages is at least half of the last one.
     2. The scale is where the parabola of the averages has its minimum; 0 where it goes uphill.
-    3. The trial size follows the scale, but neither doubles nor halves in less than 20 steps.  The scale may be less
-       than that at once, never more.
+    3. The trial size follows the scale, but neither doubles nor halves in less than 20 steps, nor in less than a look.
+       The scale may be less than that at once, never more.  Where it has to serve for more than 20 steps, it is
+       shortened in proportion.
     4. While the loss changes by more than itself over one step of the trial size, that is halved.
 
     A look is greedy: where noise rules, it would shorten steps before their time.  The *boldness*, a factor on λ_1,
@@ -81,9 +84,10 @@ class Pace:
             once = loss_after(self._trial)
             self.halvings += 1
         self._average(here, once, twice, every)
-        growth = 2 ** (every / _DOUBLING)
-        self.scale = min(self._minimum, growth * self._trial)
-        self._trial = max(self.scale, self._trial / growth)
+        growth = 2 ** min(every / _DOUBLING, 1.0)
+        size = min(self._minimum, growth * self._trial)
+        self._trial = max(size, self._trial / growth)
+        self.scale = size * min(_DOUBLING / every, 1.0)
         return here
 
     def compare(self, average: float, here: float, steps: int) -> None:
@@ -92,7 +96,8 @@ class Pace:
             return
         ratio = min(max(math.log(average / here), -1.0), 1.0)
         self.advantage += _RECENT * (-ratio - self.advantage)
-        self.boldness = min(max(self.boldness + _GAIN * steps * (ratio - math.log(_NOISE)), _LEAST), _MOST)
+        bolder = self.boldness + _GAIN * min(steps, _SLOWEST) * (ratio - math.log(_NOISE))
+        self.boldness = min(max(bolder, _LEAST), _MOST)
 
     def _trusted(self, here: float, loss_after: Callable[[float], float]) -> float | None:
         """The loss after one step of a trial size at which it does not explode; ``None`` if there is no such size."""
@@ -114,7 +119,7 @@ class Pace:
         slope = (2 * first - second / 2) / (self._trial * unit)
         curvature = (2 * first - second) / (self._trial**2 * unit)
         self._count += 1
-        share = min(max(3 / (self._count + 2), every / _MEMORY), 1.0)
+        share = min(max(3 / (self._count + 2), min(every / _MEMORY, _LATEST)), 1.0)
         self._slope += share * (slope - self._slope)
         self._curvature += share * (curvature - self._curvature)
         steepest = max(self._curvature, curvature / 2)

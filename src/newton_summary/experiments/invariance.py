@@ -21,7 +21,14 @@ METHODS: dict[str, Maker] = {
         model, task.loss_fn, curvature_data=batches, lr=0.1, regularization=1.0
     ),
     "default, invariant target": lambda model, task, batches: NewtonSummary(
-        model, task.loss_fn, curvature_data=batches, partition="canonical", target="invariant", direction="momentum"
+        model,
+        task.loss_fn,
+        curvature_data=batches,
+        partition="canonical",
+        target="invariant",
+        direction="momentum",
+        every=20,  # set, because it follows a count of calls, which differ between the parameterisations
+        look_every=5,
     ),
     "SGD, momentum": lambda model, task, batches: torch.optim.SGD(model.parameters(), 0.03, momentum=0.9),
 }

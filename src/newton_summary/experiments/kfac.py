@@ -71,7 +71,7 @@ class KFAC(torch.optim.SGD):
                 _, loss = self._maker.forward_and_backward()
             except torch.linalg.LinAlgError:  # type: ignore[attr-defined]  # the factors cannot be inverted
                 loss = images.new_tensor(math.nan)
-            except ValueError:  # classes cannot be drawn
+            except (ValueError, RuntimeError):  # classes cannot be drawn; which it is depends on a switch of torch's
                 with torch.no_grad():
                     if self._model(images).isfinite().all():
                         raise

@@ -110,15 +110,14 @@ OPTIMIZERS = {
     "sgd": Recipe(lambda s: torch.optim.SGD(s.model.parameters(), s.lr, momentum=0.9), lr=1e-2),
     "kfac": Recipe(_kfac, lr=1e-2, options={"damping": 0.1}),
     "newton-summary": Recipe(
-        lambda s: NewtonSummary(s.model, s.task.loss_fn, lr=s.lr, steps=s.steps, **s.curvature(), **s.groups()),
-        lr=_OUR_RATE,
+        lambda s: NewtonSummary(s.model, s.task.loss_fn, lr=s.lr, steps=s.steps, **s.curvature()), lr=_OUR_RATE
     ),
     "newton-summary-constant": Recipe(
         lambda s: NewtonSummary(s.model, s.task.loss_fn, lr=s.lr, **s.curvature()), lr=_OUR_RATE
     ),
     "newton-summary-paper": Recipe(_paper, lr=0.1, plateau=True, options={"regularization": 1.0}),
 }
-"""``newton-summary`` knows the length of the run and has the task's groups; ``newton-summary-constant`` has neither."""
+"""``newton-summary`` knows the length of the run, ``newton-summary-constant`` does not."""
 
 
 def get_recipe(name: str) -> Recipe:
