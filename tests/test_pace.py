@@ -132,6 +132,15 @@ def test_a_loss_that_passes_through_zero_does_no_harm() -> None:
     assert pace.scale == pytest.approx(2.0, rel=1e-6)
 
 
+@pytest.mark.parametrize("slope", [0.0, 1e-30, -1e-30])
+@pytest.mark.parametrize("level", [0.0, 1.0])
+def test_a_loss_that_has_become_constant_does_no_harm(level, slope) -> None:
+    pace = followed(lambda size: level - slope * size, count=20_000, every=20)
+    for _ in range(1000):
+        pace.look(valley(1.0), 20)
+    assert pace.scale == pytest.approx(1.0, rel=0.01)
+
+
 def test_the_state_goes_through_json() -> None:
     pace, twin = followed(valley(3.0), count=5), Pace()
     pace.compare(0.5, 1.0, 15)

@@ -13,8 +13,10 @@ _LEAST, _MOST = 5 / 6, 19 / 15  # of the boldness: λ_1 between 1.25 and 1.9, fo
 _GAIN = 0.04  # of the boldness for each step, in units of the logarithm of a ratio of losses
 _SLOWEST = 45  # steps, for which a comparison may count
 _NOISE = 0.9  # the loss at averaged weights, against that at the weights, with which the boldness stays
+_NOTHING = 1e-100  # what a loss of 0 counts as
 _SMALL = 0.01  # of the usual loss: one that passes through 0 does no harm
 _HALVINGS = 40
+_RANGE = 1e12  # of the trial size, up and down: a loss that has become constant must not lead it to 0 or infinity
 _RECENT = 0.3  # of a comparison, in the advantage of the average
 
 
@@ -61,7 +63,7 @@ class Pace:
         self.halvings = 0
         self.advantage = 0.0
         self._trial = 1.0
-        self._slope = self._curvature = self._usual = 0.0
+        self._slope = self._curvature = self._usual = self._minimum = 0.0
         self._count = 0
 
     def look(self, loss_after: Callable[[float], float], every: int) -> float:
@@ -86,7 +88,7 @@ class Pace:
         self._average(here, once, twice, every)
         growth = 2 ** min(every / _DOUBLING, 1.0)
         size = min(self._minimum, growth * self._trial)
-        self._trial = max(size, self._trial / growth)
+        self._trial = min(max(size, self._trial / growth, 1 / _RANGE), _RANGE)
         self.scale = size * min(_DOUBLING / every, 1.0)
         return here
 
@@ -114,7 +116,7 @@ class Pace:
     def _average(self, here: float, once: float, twice: float, every: int) -> None:
         """Takes the parabola through three losses into the averages, and finds the minimum of their parabola."""
         first, second = here - once, here - twice
-        self._usual = max(abs(here), self._usual / 2) or 1.0
+        self._usual = max(abs(here), self._usual / 2, _NOTHING)
         unit = max(abs(here), _SMALL * self._usual)
         slope = (2 * first - second / 2) / (self._trial * unit)
         curvature = (2 * first - second) / (self._trial**2 * unit)
