@@ -78,11 +78,11 @@ def main() -> None:
         for batch in loader:
             x, y = (tensor.to(device) for tensor in batch)
             optimizer.zero_grad()
-            loss_fn(parallel, (x, y)).backward()
+            loss = loss_fn(parallel, (x, y))
+            loss.backward()
             optimizer.step()
         if rank == 0:
-            assert optimizer.summary is not None
-            print(f"epoch {epoch + 1}: the loss is {optimizer.summary.loss:.4f}", flush=True)
+            print(f"epoch {epoch + 1}: the loss is {loss.item():.4f}", flush=True)
             if arguments.checkpoint is not None:
                 save(arguments.checkpoint, model, optimizer, epoch + 1)
     if dist.is_initialized():

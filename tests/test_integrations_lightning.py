@@ -59,7 +59,7 @@ def make_trainer(folder, callbacks=(), logger=None, **options):
 
 
 def newton(module):
-    return ns.NewtonSummary(module, loss_fn, curvature_data=make_loader(), every=5)
+    return ns.NewtonSummary(module, loss_fn, curvature_data=make_loader(), every=5, partition="canonical")
 
 
 def plain_loop(make_optimizer, epochs, watch=None):
