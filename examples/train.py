@@ -32,7 +32,7 @@ def loss_fn(model, batch):
 # %%
 # Two things are asked for that torch's optimizers do not need: the loss as a function of model and batch, and data to
 # measure on. The optimizer reads those batches by itself, in an order of its own. If you know how many steps you will
-# take, say so: steps are then longer at first and shorter at the end.
+# take, say so: steps then shrink to nothing at the end.
 epochs = 15
 optimizer = ns.NewtonSummary(model, loss_fn, curvature_data=loader, partition="canonical", steps=epochs * len(loader))
 history = {name: [] for name in optimizer.partition.names}

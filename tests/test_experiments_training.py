@@ -138,7 +138,7 @@ def test_the_rate_of_the_papers_method_falls_on_a_plateau(digits):
 
 
 def test_measuring_has_its_own_order(digits):
-    """The batches that curvature is measured on, half as large, are independent of those that are trained on."""
+    """The batches that curvature is measured on are independent of those that are trained on."""
     seen = []
 
     def loss_fn(model, batch):

@@ -438,9 +438,8 @@ class NewtonSummary(torch.optim.Optimizer):
 
     def _measure(self, batch: Any, u: dict[Tensor, Tensor]) -> Summary:
         """Measures on all processes' batches together, in full precision whatever the training uses."""
-        own = [u[p] if p in u else torch.zeros_like(p) for p in self.partition.parameters]
         counting = self.every is None and self._stream is not None and self.counts["measured"] == 1
-        with self._exactly(own) as (partition, along):
+        with self._exactly(u) as (partition, along):
             with Price() if counting else contextlib.nullcontext() as price:
                 part = self.engine.measure(self._loss, batch, partition, along, 3, "diagonal")
                 self.summary = summary = self._processes.average([part], along)[0]
@@ -482,11 +481,10 @@ class NewtonSummary(torch.optim.Optimizer):
         assert self._pace is not None
         assert self._proportions is not None
         batch, rates = self._stream.next(self.partition.device), self._proportions.tolist()
-        own = [u[p] if p in u else torch.zeros_like(p) for p in self.partition.parameters]
         average, samples = self._averaged_weights(), batch_size(batch)
         looked, period = self.counts["looked"], self.look_every or LOOKS.first
         counting = self.look_every is None
-        with self._exactly(own) as (partition, along), Price() if counting else contextlib.nullcontext() as price:
+        with self._exactly(u) as (partition, along), Price() if counting else contextlib.nullcontext() as price:
             steps = [v * f for v, f in zip(along, partition.spread(rates), strict=True)]
             with self._loss.movable(batch, partition) as (weights, loss):
                 reached = 0.0
@@ -523,8 +521,12 @@ class NewtonSummary(torch.optim.Optimizer):
         return [self.state[p]["average"] for p in self.partition.parameters]
 
     @contextlib.contextmanager
-    def _exactly(self, direction: Sequence[Tensor]) -> Iterator[tuple[Partition, Sequence[Tensor]]]:
-        """A block with whole parameters, where they are sharded, in full precision, whatever the training uses."""
+    def _exactly(self, u: dict[Tensor, Tensor]) -> Iterator[tuple[Partition, Sequence[Tensor]]]:
+        """A block with whole parameters, where they are sharded, in full precision, whatever the training uses.
+
+        It gives the partition over them, and the direction, 0 where u has none.
+        """
+        direction = [u[p] if p in u else torch.zeros_like(p) for p in self.partition.parameters]
         exactly = torch.autocast(self.partition.device.type, enabled=False)
         with exactly, gathered(self._loss.model, self.partition, direction) as whole:
             yield whole

@@ -121,7 +121,7 @@ class Pace:
         slope = (2 * first - second / 2) / (self._trial * unit)
         curvature = (2 * first - second) / (self._trial**2 * unit)
         self._count += 1
-        share = min(max(3 / (self._count + 2), min(every / _MEMORY, _LATEST)), 1.0)
+        share = max(3 / (self._count + 2), min(every / _MEMORY, _LATEST))
         self._slope += share * (slope - self._slope)
         self._curvature += share * (curvature - self._curvature)
         steepest = max(self._curvature, curvature / 2)
