@@ -8,7 +8,7 @@ import torch
 from cases import make, unchanged
 from torch import nn
 
-from newton_summary.directions import Adam, Gradient, Momentum, StepOf, next_step, resolve
+from newton_summary.directions import Adam, Gradient, Momentum, NAdam, StepOf, next_step, resolve
 from newton_summary.testing import check_direction
 
 KEYS = ("gradient", "momentum", "adam")
@@ -313,12 +313,13 @@ def test_the_next_step_needs_gradients():
 def test_directions_by_name():
     assert isinstance(resolve("gradient"), Gradient)
     assert isinstance(resolve("momentum"), Momentum)
-    assert isinstance(resolve("adam"), Adam)
+    assert type(resolve("adam")) is Adam
+    assert type(resolve("nadam")) is NAdam
     optimizer = torch.optim.SGD(parameters(), lr=0.1)
     assert resolve(optimizer).optimizer is optimizer
     own = Momentum(0.3)
     assert resolve(own) is own
-    with pytest.raises(ValueError, match="unknown direction 'newton': choose one of gradient, momentum, adam, or pass"):
+    with pytest.raises(ValueError, match="unknown direction 'newton': choose one of gradient, momentum, adam, nadam, or pass"):
         resolve("newton")
 
 
