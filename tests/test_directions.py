@@ -91,6 +91,47 @@ def test_adams_memory_is_of_the_parameters_type_and_layout():
         assert tensor.is_contiguous(memory_format=torch.channels_last)
 
 
+@pytest.mark.parametrize(("betas", "eps"), [((0.9, 0.99), 1e-8), ((0.5, 0.9), 1e-3), ((0.0, 0.99), 0.0)])
+def test_nadam_is_its_formula(betas, eps):
+    """Fifty steps; the second tensor joins after ten, and has no gradient in some."""
+    held = parameters()
+    means, squares, counts = [0.0, 0.0], [0.0, 0.0], [0, 0]
+    direction, state = NAdam(betas, eps), defaultdict(dict)
+    for t in range(50):
+        for i, p in enumerate(held):
+            p.grad = None if i == 1 and (t < 10 or t % 7 == 0) else torch.randn_like(p) * 10.0 ** (t % 5 - 2)
+        u = direction.update(groups(direction, held), state)
+        for i, p in enumerate(held):
+            if p.grad is None:
+                assert p not in u
+                continue
+            counts[i] += 1
+            means[i] = betas[0] * means[i] + (1 - betas[0]) * p.grad
+            squares[i] = betas[1] * squares[i] + (1 - betas[1]) * p.grad**2
+            ahead = (betas[0] * means[i] + (1 - betas[0]) * p.grad) / (1 - betas[0] ** (counts[i] + 1))
+            expected = ahead / ((squares[i] / (1 - betas[1] ** counts[i])).sqrt() + eps)
+            torch.testing.assert_close(u[p], expected, rtol=1e-11, atol=1e-11)
+
+
+@pytest.mark.parametrize("kind", [Adam, NAdam])
+def test_gradients_may_be_laid_out_otherwise_than_parameters(kind):
+    """Fused kernels read memory as it lies."""
+    held = [
+        nn.Parameter(torch.randn(2, 3, 4, 4).to(memory_format=torch.channels_last)),
+        nn.Parameter(torch.randn(5, 4).t()),
+        nn.Parameter(torch.randn(4, 6)[:, ::2]),
+    ]
+    twins = [nn.Parameter(p.detach().clone().contiguous()) for p in held]
+    direction, state = kind(), defaultdict(dict)
+    for _ in range(3):
+        for p, q in zip(held, twins, strict=True):
+            q.grad = torch.randn(p.shape)
+            p.grad = q.grad.clone()
+        both = direction.update(groups(direction, [*held, *twins]), state)
+        for p, q in zip(held, twins, strict=True):
+            torch.testing.assert_close(both[p], both[q])
+
+
 def test_adam_without_eps_is_scale_free_and_does_not_move_what_has_no_gradient():
     p = nn.Parameter(torch.zeros(4))
     direction, state = Adam(eps=0.0), defaultdict(dict)
@@ -319,7 +360,9 @@ def test_directions_by_name():
     assert resolve(optimizer).optimizer is optimizer
     own = Momentum(0.3)
     assert resolve(own) is own
-    with pytest.raises(ValueError, match="unknown direction 'newton': choose one of gradient, momentum, adam, nadam, or pass"):
+    with pytest.raises(
+        ValueError, match="unknown direction 'newton': choose one of gradient, momentum, adam, nadam, or pass"
+    ):
         resolve("newton")
 
 

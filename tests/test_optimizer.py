@@ -193,12 +193,12 @@ class DefaultReference:
         return eta
 
 
-def adam_direction(gradients, moments, t):
+def nadam_direction(gradients, moments, t):
     result = []
     for g, (m, v) in zip(gradients, moments, strict=True):
         m.mul_(0.9).add_(0.1 * g)
-        v.mul_(0.999).add_(0.001 * g**2)
-        result.append((m / (1 - 0.9**t)) / ((v / (1 - 0.999**t)).sqrt() + 1e-8))
+        v.mul_(0.99).add_(0.01 * g**2)
+        result.append((0.9 * m + 0.1 * g) / (1 - 0.9 ** (t + 1)) / ((v / (1 - 0.99**t)).sqrt() + 1e-8))
     return result
 
 
@@ -212,7 +212,7 @@ def test_default_rates_equal_their_slow_twin() -> None:
     for t in range(28):
         optimizer.zero_grad()
         loss_fn(model, batches[t % 6]).backward()
-        along = adam_direction([p.grad for p in model.parameters()], moments, t + 1)
+        along = nadam_direction([p.grad for p in model.parameters()], moments, t + 1)
         loss, g, h, third = dense_derivatives(loss_fn, model, batches[t % 6], optimizer.partition, along, 3)
         expected = twin.update(loss, g, h, torch.einsum("sss->s", third))
         optimizer.step()

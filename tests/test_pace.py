@@ -141,6 +141,16 @@ def test_a_loss_that_has_become_constant_does_no_harm(level, slope) -> None:
     assert pace.scale == pytest.approx(1.0, rel=0.01)
 
 
+def test_what_is_left_of_a_loss_when_it_is_rounded_away_tells_nothing() -> None:
+    """The mean of a hundred losses of which single ones are 1.2e-7, the least that float32 has beside 1, or 0."""
+    pace, generator, quantum = followed(valley(2.0), count=60), np.random.default_rng(0), 1.2e-9
+    for _ in range(300):
+        left = int(generator.integers(0, 3))
+        after = {0.0: left, 1.0: max(left - int(generator.integers(0, 2)), 0)}
+        pace.look(lambda size, after=after: quantum * after.get(min(size / pace._trial, 1.0), after[1.0]), EVERY)
+    assert pace.scale == pytest.approx(2.0, rel=1e-6)
+
+
 def test_the_state_goes_through_json() -> None:
     pace, twin = followed(valley(3.0), count=5), Pace()
     pace.compare(0.5, 1.0, 15)

@@ -23,6 +23,7 @@ from torch.utils.data import (
     WeightedRandomSampler,
 )
 
+from newton_summary.measure.loss import preserved_randomness
 from newton_summary.sampling import BatchStream
 
 CPU = torch.device("cpu")
@@ -422,3 +423,37 @@ def test_data_that_is_no_iterable():
 def test_a_negative_seed():
     with pytest.raises(ValueError, match="seed must not be negative, got -1"):
         BatchStream([1], seed=-1)
+
+
+# Random states --------------------------------------------------------------------------------------------------------
+
+
+def _draw() -> list[float]:
+    state = np.random  # the user's, which is global
+    return [random.random(), float(torch.rand(())), float(state.rand()), *state.normal(size=3), float(state.rand())]
+
+
+@pytest.mark.parametrize("spare", [False, True], ids=["", "a variate is kept"])
+@pytest.mark.parametrize("kind", [np.random.MT19937, np.random.PCG64])
+def test_random_states_are_rewound_and_restored(kind, spare):
+    """A normal variate is kept for the next call, beside the generator's memory, after an odd number of them."""
+    usual = np.random.get_bit_generator()
+    try:
+        np.random.set_bit_generator(kind(3))
+        if spare:
+            np.random.normal()  # noqa: NPY002
+        state = np.random.get_state(legacy=False)  # noqa: NPY002
+        with preserved_randomness() as rewind:
+            first = _draw()
+            rewind()
+            assert _draw() == first
+            rewind()
+            rewind()
+            kept = float(np.random.normal())  # noqa: NPY002
+            rewind()
+            assert float(np.random.normal()) == kept  # noqa: NPY002
+        after = np.random.get_state(legacy=False)  # noqa: NPY002
+        assert repr(after) == repr(state)
+        assert _draw() == first
+    finally:
+        np.random.set_bit_generator(usual)

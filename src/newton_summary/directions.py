@@ -126,7 +126,7 @@ class Adam(_Stateless):
         return result
 
     def _from_zero(
-        self, parameters: list[Tensor], memories: list[dict[str, Any]], step: int, betas: tuple[float, float], eps: float
+        self, parameters: list[Tensor], memories: list[dict[str, Any]], step: int, betas: Sequence[float], eps: float
     ) -> list[Tensor]:
         """What torch's Adam makes of zeros, in one kernel where there is one."""
         means, squares = ([m[key] for m in memories] for key in ("exp_avg", "exp_avg_sq"))
@@ -173,7 +173,7 @@ class NAdam(Adam):
 
     looks_ahead = True
 
-    def __init__(self, betas: tuple[float, float] = (0.9, 0.95), eps: float = 1e-8) -> None:
+    def __init__(self, betas: tuple[float, float] = (0.9, 0.99), eps: float = 1e-8) -> None:
         super().__init__(betas, eps)
 
 

@@ -1,4 +1,4 @@
-"""A batch that is broken, or explodes, costs a step and never the run."""
+"""A batch that is broken, or explodes, costs a few steps and never the run."""
 
 from __future__ import annotations
 
@@ -9,17 +9,19 @@ from torch import Tensor
 
 from newton_summary.sharding import is_sharded, local
 
-_TIMES = 1000.0  # what is usual
+_LONGEST = 3.0  # what is usual
+_COUNTED = 30.0  # times what is usual, at most
 _MEMORY = 0.99
 _HOST = "cpu"  # where to read a number costs nothing
 
 
 class GradientGuard:
-    """Sets all gradients of a step to zero where their norm is not finite, or a thousand times the usual one.
+    """Shortens the gradients of a step, all together, to three times their usual norm; sets them to zero if not finite.
 
-    A direction with a memory, such as Adam's, would keep such a gradient for ever, or for thousands of steps.  With
-    gradients of zero it goes on with what it remembers.  The usual norm is a moving average, in which no norm counts
-    for more than a thousand times the average: where gradients have grown for good, it follows in a step or two.
+    A direction with a memory, such as Adam's, would keep a gradient that is far too long, or no number, for hundreds of
+    steps, or for ever.  Late in training most of the loss is in a few samples, and a batch that has one of them must
+    not take the step along which no loss was ever looked at.  The usual norm is a moving average, in which no norm
+    counts for more than 30 times the average: where gradients have grown for good, it follows in a few steps.
 
     Nothing is read from an accelerator.
 
@@ -31,7 +33,7 @@ class GradientGuard:
         self.usual: Tensor | None = None
 
     def apply(self, parameters: Iterable[Tensor], total: Callable[[Tensor], Tensor]) -> None:
-        """Looks at the gradients of these parameters, all together, and overwrites them where they are refused.
+        """Looks at the gradients of these parameters, all together, and overwrites them where they are too long.
 
         Args:
             parameters: those that are trained.
@@ -45,14 +47,16 @@ class GradientGuard:
         square = torch.stack(torch._foreach_norm(parts, 2, dtype=exact)).square().sum()
         norm = (total(square) if any(is_sharded(g) for g in gradients) else square).sqrt()
         usual = torch.zeros_like(norm) if self.usual is None else self.usual.to(norm)
-        most = torch.where(usual > 0, _TIMES * usual, torch.inf)  # nothing is known before the first gradient
-        finite = norm.isfinite()
-        refused = ~(finite & (norm <= most))
-        if refused.device.type != _HOST or refused:
+        known, finite = usual > 0, norm.isfinite()  # nothing is known before the first gradient
+        share = torch.where(known, _LONGEST * usual / norm, 1.0).clamp(max=1.0)
+        on_host = norm.device.type == _HOST
+        if not on_host or (finite and share < 1):
+            torch._foreach_mul_(parts, share)
+        if not on_host or not finite:
             for part in parts:
-                part.masked_fill_(refused, 0.0)
-        moved = torch.where(usual > 0, torch.lerp(torch.minimum(norm, most), usual, _MEMORY), norm)
-        self.usual = torch.where(finite, moved, usual)
+                part.masked_fill_(~finite, 0.0)
+        counted = torch.lerp(torch.minimum(norm, _COUNTED * usual), usual, _MEMORY)
+        self.usual = torch.where(finite, torch.where(known, counted, norm), usual)
 
 
 def _values(gradient: Tensor) -> Tensor:

@@ -111,7 +111,7 @@ class NewtonSummary(torch.optim.Optimizer):
         *,
         curvature_data: Iterable[Any] | None = None,
         partition: Partition | str | None = None,
-        direction: str | torch.optim.Optimizer | Direction = "adam",
+        direction: str | torch.optim.Optimizer | Direction = "nadam",
         lr: float = 1.5,
         steps: int | None = None,
         every: int | None = None,

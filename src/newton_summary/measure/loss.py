@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import ctypes
 import random
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, MutableMapping, Sequence
@@ -140,7 +141,7 @@ def preserved_randomness(devices: set[torch.device] | None = None) -> Iterator[C
 
     It gives a function that does so at once.
     """
-    python_state, numpy_state, host_state = random.getstate(), np.random.get_state(), torch.get_rng_state()  # noqa: NPY002  (the user's legacy state)
+    python_state, host_state, rewind_numpy = random.getstate(), torch.get_rng_state(), _numpy_rewind()
     states = [
         (torch.get_device_module(device), device, torch.get_device_module(device).get_rng_state(device))
         for device in devices or ()
@@ -149,7 +150,7 @@ def preserved_randomness(devices: set[torch.device] | None = None) -> Iterator[C
 
     def rewind() -> None:
         random.setstate(python_state)
-        np.random.set_state(numpy_state)  # noqa: NPY002
+        rewind_numpy()
         torch.set_rng_state(host_state)
         for module, device, state in states:
             module.set_rng_state(state, device)
@@ -158,6 +159,30 @@ def preserved_randomness(devices: set[torch.device] | None = None) -> Iterator[C
         yield rewind
     finally:
         rewind()
+
+
+def _numpy_rewind() -> Callable[[], None]:
+    """A function that restores the state of numpy's global generator, if it has moved.
+
+    To set it takes longer than a small network's loss, so the memory of the generator is compared first.  A normal
+    variate that is kept for the next call is not in that memory.
+    """
+    state: Any = np.random.get_state(legacy=False)  # noqa: NPY002  (the user's global generator)
+    has_spare, memory = bool(state["has_gauss"]), _numpy_memory()
+
+    def rewind() -> None:
+        if has_spare or memory is None or _numpy_memory() != memory:
+            np.random.set_state(state)  # noqa: NPY002
+
+    return rewind
+
+
+def _numpy_memory() -> bytes | None:
+    """The raw state of numpy's global generator, if it is of the usual kind: 624 words and a position."""
+    generator = np.random.get_bit_generator()  # type: ignore[attr-defined]
+    if type(generator) is not np.random.MT19937:
+        return None
+    return ctypes.string_at(generator.ctypes.state_address, 625 * 4)
 
 
 @contextlib.contextmanager
