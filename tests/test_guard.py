@@ -91,28 +91,48 @@ def apply(guard, *gradients):
 
 
 def test_gradients_are_shortened_all_together_and_else_kept_bit_for_bit() -> None:
-    guard, a, b = GradientGuard(), torch.tensor([3.0]), torch.tensor([[4.0]])
-    assert apply(guard, a, b) == [a, b]
-    assert float(guard.usual) == pytest.approx(5.0)
-    assert apply(guard, 2.9 * a, 2.9 * b) == [2.9 * a, 2.9 * b]
-    usual = 0.99 * 5 + 0.01 * 2.9 * 5
-    assert float(guard.usual) == pytest.approx(usual)
-    x, y = apply(guard, 9 * a, 9 * b)
-    assert float(x.square().sum() + y.square().sum()) == pytest.approx((3 * usual) ** 2)
-    assert float(x / y) == pytest.approx(3 / 4)
-    usual = 0.99 * usual + 0.01 * 9 * 5
-    assert float(guard.usual) == pytest.approx(usual)
-    assert [float(g) for g in apply(guard, torch.tensor([torch.nan]), b)] == [0.0, 0.0]
-    assert float(guard.usual) == pytest.approx(usual), "what is not finite is not counted"
+    guard, a, b, c = GradientGuard(), torch.tensor([3.0, 4.0]), torch.tensor([[1e-20]]), torch.tensor([1e10])
+    assert all(map(torch.equal, apply(guard, a, b, c), (a, b, c)))
+    assert guard.usual.tolist() == pytest.approx([5.0, 1e-20, 1e10])
+    taken = apply(guard, 2.9 * a, 2.9 * b, 100 * c)
+    assert all(map(torch.equal, taken, (2.9 * a, 2.9 * b, 100 * c))), "most of them are not too long"
+    usual = [5 * 1.019, 1e-20 * 1.019, 1e10 * 1.99]
+    assert guard.usual.tolist() == pytest.approx(usual)
+    taken = apply(guard, 900 * a, 9 * b, 20 * c)  # 883, 8.8 and 10 times what is usual
+    share = 3 / (20 / 1.99)
+    for gradient, expected in zip(taken, (900 * a, 9 * b, 20 * c), strict=True):
+        torch.testing.assert_close(gradient, share * expected)
+    assert guard.usual.tolist() == pytest.approx(
+        [usual[0] * 1.99, 0.99 * usual[1] + 0.09e-20, 0.99 * usual[2] + 0.2e10], rel=1e-5
+    )
+
+
+@pytest.mark.parametrize("broken", [torch.nan, torch.inf, 1e6])
+def test_gradients_are_refused_all_together(broken) -> None:
+    guard = GradientGuard()
+    apply(guard, torch.tensor([1.0]), torch.tensor([2.0]))
+    assert [float(g) for g in apply(guard, torch.tensor([broken]), torch.tensor([3e6]))] == [0.0, 0.0]
+    counted = [1.0, 2.0] if broken != 1e6 else [1.99, 3.98]
+    assert guard.usual.tolist() == pytest.approx(counted), "what is not finite is not counted"
 
 
 def test_gradients_that_grow_for_good_are_followed() -> None:
     guard = GradientGuard()
     apply(guard, torch.tensor([1.0]))
-    taken = [float(apply(guard, torch.tensor([1e6]))[0]) for _ in range(60)]
-    growth = 0.99 + 0.01 * 30
-    assert taken[:20] == pytest.approx([3 * growth**t for t in range(20)], rel=1e-5)
+    taken = [float(apply(guard, torch.tensor([1e6]))[0]) for _ in range(80)]
+    usual = [1.99**t for t in range(11)]
+    assert taken[:11] == pytest.approx([0.0 if 1e6 / u > 1000 else 3 * u for u in usual], rel=1e-5)
     assert taken[-1] == 1e6
+
+
+def test_a_tensor_without_a_gradient_has_no_say() -> None:
+    guard, parameters = GradientGuard(), [nn.Parameter(torch.zeros(1)) for _ in range(3)]
+    for t in range(4):
+        for parameter, gradient in zip(parameters, (1.0, 5.0, 1.0), strict=True):
+            parameter.grad = None if t % 2 and gradient == 5.0 else torch.tensor([gradient])
+        guard.apply(parameters, lambda numbers: numbers)
+        assert guard.usual.tolist() == pytest.approx([1.0, 5.0, 1.0])
+        assert [float(p.grad) for p in parameters if p.grad is not None] == [1.0, 5.0, 1.0][:: 2 if t % 2 else 1]
 
 
 def test_nothing_is_known_before_the_first_gradient_that_is_not_zero() -> None:
@@ -155,6 +175,6 @@ def test_an_explosion_is_believed_the_second_time() -> None:
 
 def test_a_resumed_run_knows_what_is_usual() -> None:
     _, optimizer = train("infinite", training=True, measuring=False, steps=20, at=10)
-    usual = float(optimizer._guard.usual)
+    usual = optimizer._guard.usual.tolist()
     optimizer.load_state_dict(copy.deepcopy(optimizer.state_dict()))
-    assert float(optimizer._guard.usual) == usual
+    assert optimizer._guard.usual.tolist() == usual

@@ -2,61 +2,71 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
 
 from newton_summary.sharding import is_sharded, local
 
-_LONGEST = 3.0  # what is usual
-_COUNTED = 30.0  # times what is usual, at most
+_LONGEST = 3.0  # times what is usual
+_BROKEN = 1000.0  # times what is usual
+_COUNTED = 100.0  # times what is usual, at most
 _MEMORY = 0.99
 _HOST = "cpu"  # where to read a number costs nothing
 
 
 class GradientGuard:
-    """Shortens the gradients of a step, all together, to three times their usual norm; sets them to zero if not finite.
+    """Shortens the gradients of a step, all together, to three times their usual length; a thousand times counts as 0.
 
     A direction with a memory, such as Adam's, would keep a gradient that is far too long, or no number, for hundreds of
-    steps, or for ever.  Late in training most of the loss is in a few samples, and a batch that has one of them must
-    not take the step along which no loss was ever looked at.  The usual norm is a moving average, in which no norm
-    counts for more than 30 times the average: where gradients have grown for good, it follows in a few steps.
+    steps, or for ever.  Late in training most of the loss is in a few samples, and a batch that has one of them would
+    take a step along which no loss was ever looked at.  With gradients of zero, a direction goes on with what it
+    remembers.
+
+    The length is the median, over the tensors, of the norm of a gradient in units of its usual norm: groups of
+    parameters may have any units.  The usual norm is a moving average, in which none counts for more than a hundred
+    times the average: where gradients have grown for good, it follows in a few steps.
 
     Nothing is read from an accelerator.
 
     Attributes:
-        usual: the average of the norms of the gradients, on their device; ``None`` before the first step.
+        usual: the averages of the norms of the gradients, one for each parameter, 0 for one that had none yet, on their
+            device; ``None`` before the first step.
     """
 
     def __init__(self) -> None:
         self.usual: Tensor | None = None
 
-    def apply(self, parameters: Iterable[Tensor], total: Callable[[Tensor], Tensor]) -> None:
+    def apply(self, parameters: Sequence[Tensor], total: Callable[[Tensor], Tensor]) -> None:
         """Looks at the gradients of these parameters, all together, and overwrites them where they are too long.
 
         Args:
-            parameters: those that are trained.
-            total: sums a number over all processes, where each has a part of the gradients.
+            parameters: those that are trained, the same in every step.
+            total: sums numbers over all processes, where each has a part of the gradients.
         """
-        gradients = [p.grad for p in parameters if p.grad is not None]
-        parts = [_values(g) for g in gradients]
+        gradients = {p: p.grad for p in parameters if p.grad is not None}
+        parts = [_values(g) for g in gradients.values()]
         if not parts:
             return
         exact = torch.promote_types(parts[0].dtype, torch.float32)
-        square = torch.stack(torch._foreach_norm(parts, 2, dtype=exact)).square().sum()
-        norm = (total(square) if any(is_sharded(g) for g in gradients) else square).sqrt()
-        usual = torch.zeros_like(norm) if self.usual is None else self.usual.to(norm)
-        known, finite = usual > 0, norm.isfinite()  # nothing is known before the first gradient
-        share = torch.where(known, _LONGEST * usual / norm, 1.0).clamp(max=1.0)
-        on_host = norm.device.type == _HOST
-        if not on_host or (finite and share < 1):
-            torch._foreach_mul_(parts, share)
-        if not on_host or not finite:
+        found = dict(zip(gradients, torch._foreach_norm(parts, 2, dtype=exact), strict=True))
+        norms = torch.stack([found[p] if p in found else parts[0].new_zeros((), dtype=exact) for p in parameters])
+        if any(is_sharded(g) for g in gradients.values()):
+            norms = total(norms.square()).sqrt()
+        usual = torch.zeros_like(norms) if self.usual is None else self.usual.to(norms)
+        known = usual > 0  # nothing is, before the first gradient
+        length = torch.where(known & (norms > 0), norms / usual, torch.nan).nanmedian()
+        finite = norms.isfinite().all()
+        refused = ~finite | (length > _BROKEN)
+        on_host = norms.device.type == _HOST
+        if not on_host or length > _LONGEST:
+            torch._foreach_mul_(parts, torch.where(length > _LONGEST, _LONGEST / length, 1.0))
+        if not on_host or refused:
             for part in parts:
-                part.masked_fill_(~finite, 0.0)
-        counted = torch.lerp(torch.minimum(norm, _COUNTED * usual), usual, _MEMORY)
-        self.usual = torch.where(finite, torch.where(known, counted, norm), usual)
+                part.masked_fill_(refused, 0.0)
+        moved = torch.where(known, torch.lerp(torch.minimum(norms, _COUNTED * usual), usual, _MEMORY), norms)
+        self.usual = torch.where(finite & (norms > 0), moved, usual)
 
 
 def _values(gradient: Tensor) -> Tensor:

@@ -343,7 +343,7 @@ class NewtonSummary(torch.optim.Optimizer):
             "every": self.every,
             "look_every": self.look_every,
             "averaged": self._averaged,
-            "usual": None if self._guard is None or self._guard.usual is None else float(self._guard.usual),
+            "usual": None if self._guard is None or self._guard.usual is None else self._guard.usual.tolist(),
             "counts": dict(self.counts),
             "status": None if self.status is None else self.status.name,
             "summary": None if self.summary is None else self.summary.to_dict(),
