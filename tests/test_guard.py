@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 import copy
+import math
 
+import numpy as np
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from torch import nn
 from torch.nn import functional
 
 import newton_summary as ns
+from newton_summary import guard as guards
 from newton_summary.guard import GradientGuard
 from newton_summary.rates import AveragedRates
 from newton_summary.solve import Status
@@ -93,16 +98,16 @@ def apply(guard, *gradients):
 def test_gradients_are_shortened_all_together_and_else_kept_bit_for_bit() -> None:
     guard, a, b, c = GradientGuard(), torch.tensor([3.0, 4.0]), torch.tensor([[1e-20]]), torch.tensor([1e10])
     assert all(map(torch.equal, apply(guard, a, b, c), (a, b, c)))
-    assert guard.usual.tolist() == pytest.approx([5.0, 1e-20, 1e10])
+    assert guard.usual == pytest.approx([5.0, 1e-20, 1e10])
     taken = apply(guard, 2.9 * a, 2.9 * b, 100 * c)
     assert all(map(torch.equal, taken, (2.9 * a, 2.9 * b, 100 * c))), "most of them are not too long"
     usual = [5 * 1.019, 1e-20 * 1.019, 1e10 * 1.99]
-    assert guard.usual.tolist() == pytest.approx(usual)
+    assert guard.usual == pytest.approx(usual)
     taken = apply(guard, 900 * a, 9 * b, 20 * c)  # 883, 8.8 and 10 times what is usual
     share = 3 / (20 / 1.99)
     for gradient, expected in zip(taken, (900 * a, 9 * b, 20 * c), strict=True):
         torch.testing.assert_close(gradient, share * expected)
-    assert guard.usual.tolist() == pytest.approx(
+    assert guard.usual == pytest.approx(
         [usual[0] * 1.99, 0.99 * usual[1] + 0.09e-20, 0.99 * usual[2] + 0.2e10], rel=1e-5
     )
 
@@ -113,7 +118,7 @@ def test_gradients_are_refused_all_together(broken) -> None:
     apply(guard, torch.tensor([1.0]), torch.tensor([2.0]))
     assert [float(g) for g in apply(guard, torch.tensor([broken]), torch.tensor([3e6]))] == [0.0, 0.0]
     counted = [1.0, 2.0] if broken != 1e6 else [1.99, 3.98]
-    assert guard.usual.tolist() == pytest.approx(counted), "what is not finite is not counted"
+    assert guard.usual == pytest.approx(counted), "what is not finite is not counted"
 
 
 def test_gradients_that_grow_for_good_are_followed() -> None:
@@ -125,13 +130,31 @@ def test_gradients_that_grow_for_good_are_followed() -> None:
     assert taken[-1] == 1e6
 
 
+@given(
+    st.lists(
+        st.tuples(
+            st.one_of(st.floats(0, 1e6), st.sampled_from([0.0, math.nan, math.inf])),
+            st.one_of(st.floats(1e-3, 1e3), st.just(0.0)),
+        ),
+        min_size=1,
+        max_size=7,
+    )
+)
+def test_numbers_and_tensors_follow_the_same_rule(cases) -> None:
+    norms, usual = ([float(np.float32(x)) for x in column] for column in zip(*cases, strict=True))
+    share, moved = guards._follow(norms, usual)
+    shares, tensor = guards._follow_on_device(torch.tensor(norms), torch.tensor(usual))
+    assert float(shares) == pytest.approx(share, rel=1e-5)
+    assert tensor.tolist() == pytest.approx(moved, rel=1e-5)
+
+
 def test_a_tensor_without_a_gradient_has_no_say() -> None:
     guard, parameters = GradientGuard(), [nn.Parameter(torch.zeros(1)) for _ in range(3)]
     for t in range(4):
         for parameter, gradient in zip(parameters, (1.0, 5.0, 1.0), strict=True):
             parameter.grad = None if t % 2 and gradient == 5.0 else torch.tensor([gradient])
         guard.apply(parameters, lambda numbers: numbers)
-        assert guard.usual.tolist() == pytest.approx([1.0, 5.0, 1.0])
+        assert guard.usual == pytest.approx([1.0, 5.0, 1.0])
         assert [float(p.grad) for p in parameters if p.grad is not None] == [1.0, 5.0, 1.0][:: 2 if t % 2 else 1]
 
 
@@ -175,6 +198,6 @@ def test_an_explosion_is_believed_the_second_time() -> None:
 
 def test_a_resumed_run_knows_what_is_usual() -> None:
     _, optimizer = train("infinite", training=True, measuring=False, steps=20, at=10)
-    usual = optimizer._guard.usual.tolist()
+    usual = optimizer._guard.usual
     optimizer.load_state_dict(copy.deepcopy(optimizer.state_dict()))
-    assert optimizer._guard.usual.tolist() == usual
+    assert optimizer._guard.usual == usual

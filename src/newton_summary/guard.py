@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 
 import torch
@@ -31,12 +32,12 @@ class GradientGuard:
     Nothing is read from an accelerator.
 
     Attributes:
-        usual: the averages of the norms of the gradients, one for each parameter, 0 for one that had none yet, on their
-            device; ``None`` before the first step.
+        usual: the averages of the norms of the gradients, one for each parameter, 0 for one that had none yet: numbers
+            on the host, a tensor on an accelerator.
     """
 
     def __init__(self) -> None:
-        self.usual: Tensor | None = None
+        self.usual: Sequence[float] | Tensor = ()
 
     def apply(self, parameters: Sequence[Tensor], total: Callable[[Tensor], Tensor]) -> None:
         """Looks at the gradients of these parameters, all together, and overwrites them where they are too long.
@@ -45,28 +46,54 @@ class GradientGuard:
             parameters: those that are trained, the same in every step.
             total: sums numbers over all processes, where each has a part of the gradients.
         """
-        gradients = {p: p.grad for p in parameters if p.grad is not None}
-        parts = [_values(g) for g in gradients.values()]
+        gradients = [p.grad for p in parameters]
+        parts = [_values(g) for g in gradients if g is not None]
         if not parts:
             return
         exact = torch.promote_types(parts[0].dtype, torch.float32)
-        found = dict(zip(gradients, torch._foreach_norm(parts, 2, dtype=exact), strict=True))
-        norms = torch.stack([found[p] if p in found else parts[0].new_zeros((), dtype=exact) for p in parameters])
-        if any(is_sharded(g) for g in gradients.values()):
+        found = iter(torch._foreach_norm(parts, 2, dtype=exact))
+        norms = torch.stack([parts[0].new_zeros((), dtype=exact) if g is None else next(found) for g in gradients])
+        if any(g is not None and is_sharded(g) for g in gradients):
             norms = total(norms.square()).sqrt()
-        usual = torch.zeros_like(norms) if self.usual is None else self.usual.to(norms)
-        known = usual > 0  # nothing is, before the first gradient
-        length = torch.where(known & (norms > 0), norms / usual, torch.nan).nanmedian()
-        finite = norms.isfinite().all()
-        refused = ~finite | (length > _BROKEN)
-        on_host = norms.device.type == _HOST
-        if not on_host or length > _LONGEST:
-            torch._foreach_mul_(parts, torch.where(length > _LONGEST, _LONGEST / length, 1.0))
-        if not on_host or refused:
-            for part in parts:
-                part.masked_fill_(refused, 0.0)
-        moved = torch.where(known, torch.lerp(torch.minimum(norms, _COUNTED * usual), usual, _MEMORY), norms)
-        self.usual = torch.where(finite & (norms > 0), moved, usual)
+        if norms.device.type == _HOST:
+            share, self.usual = _follow(norms.tolist(), list(self.usual) or [0.0] * len(norms))
+            if share == 0:
+                for part in parts:
+                    part.zero_()
+            elif share < 1:
+                torch._foreach_mul_(parts, share)
+            return
+        usual = torch.as_tensor(self.usual).to(norms) if len(self.usual) else torch.zeros_like(norms)
+        shares, self.usual = _follow_on_device(norms, usual)
+        torch._foreach_mul_(parts, shares)
+        for part in parts:
+            part.masked_fill_(shares == 0, 0.0)
+
+
+def _follow(norms: list[float], usual: list[float]) -> tuple[float, list[float]]:
+    """What gradients of these norms are multiplied by, and what is usual now.
+
+    In plain numbers, because twenty calls with small tensors take as long as a step of a small network.
+    """
+    if not all(map(math.isfinite, norms)):
+        return 0.0, usual
+    lengths = sorted(n / u for n, u in zip(norms, usual, strict=True) if n > 0 and u > 0)
+    length = lengths[(len(lengths) - 1) // 2] if lengths else 0.0  # nothing is known before the first gradient
+    share = 0.0 if length > _BROKEN else _LONGEST / length if length > _LONGEST else 1.0
+    return share, [
+        u if n == 0 else n if u == 0 else _MEMORY * u + (1 - _MEMORY) * min(n, _COUNTED * u)
+        for n, u in zip(norms, usual, strict=True)
+    ]
+
+
+def _follow_on_device(norms: Tensor, usual: Tensor) -> tuple[Tensor, Tensor]:
+    """The same, without reading a number from the device."""
+    finite, known = norms.isfinite().all(), usual > 0
+    length = torch.where(known & (norms > 0), norms / usual, torch.nan).nanmedian()
+    share = torch.where(length > _LONGEST, _LONGEST / length, 1.0)
+    moved = torch.where(known, torch.lerp(torch.minimum(norms, _COUNTED * usual), usual, _MEMORY), norms)
+    share = torch.where(finite & ~(length > _BROKEN), share, 0.0)
+    return share, torch.where(finite & (norms > 0), moved, usual)
 
 
 def _values(gradient: Tensor) -> Tensor:

@@ -343,7 +343,7 @@ class NewtonSummary(torch.optim.Optimizer):
             "every": self.every,
             "look_every": self.look_every,
             "averaged": self._averaged,
-            "usual": None if self._guard is None or self._guard.usual is None else self._guard.usual.tolist(),
+            "usual": [] if self._guard is None else [float(usual) for usual in self._guard.usual],
             "counts": dict(self.counts),
             "status": None if self.status is None else self.status.name,
             "summary": None if self.summary is None else self.summary.to_dict(),
@@ -376,7 +376,7 @@ class NewtonSummary(torch.optim.Optimizer):
         self._taken = own["taken"]
         self.every, self.look_every, self._averaged = own["every"], own["look_every"], own["averaged"]
         if self._guard is not None:
-            self._guard.usual = None if own["usual"] is None else torch.tensor(own["usual"], dtype=torch.float64)
+            self._guard.usual = own["usual"]
         self.counts = Counter(own["counts"])
         self.status = None if own["status"] is None else Status[own["status"]]
         self.summary = None if own["summary"] is None else Summary.from_dict(own["summary"])

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from newton_summary.partition import Partition
 
+_PLAIN = (Tensor, nn.Parameter)
 _Whole: TypeAlias = tuple[Partition, Sequence[Tensor]]
 
 
@@ -46,7 +47,7 @@ def gathered(model: nn.Module, partition: Partition, direction: Sequence[Tensor]
 
 def is_sharded(tensor: Tensor) -> bool:
     """Whether it is a ``DTensor``; asked without importing them, which takes long."""
-    return hasattr(tensor, "full_tensor")
+    return type(tensor) not in _PLAIN and hasattr(tensor, "full_tensor")  # which takes longer to find missing
 
 
 def unsharded(tensor: Tensor) -> Tensor:
