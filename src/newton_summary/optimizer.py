@@ -43,8 +43,9 @@ class NewtonSummary(torch.optim.Optimizer):
     rates are solved for, from exact second and third derivatives (:class:`~newton_summary.rates.AveragedRates`): it
     tells the length of the first step, and how the rates of groups compare.  Every few steps a look at the loss along
     the step tells how long it may be now (:class:`~newton_summary.pace.Pace`).  There is nothing to tune.  It is used
-    in the loop that you have: ``zero_grad()``, ``backward()``, ``step()``.  A gradient that is not finite, or a
-    thousand times as long as usual, counts as zero (:class:`~newton_summary.guard.GradientGuard`).
+    in the loop that you have: ``zero_grad()``, ``backward()``, ``step()``.  A gradient that is
+    longer than usual is shortened, one that is not finite counts as zero
+    (:class:`~newton_summary.guard.GradientGuard`).
 
     Beside what the direction remembers, a copy of the weights is kept: their moving average.
 
@@ -58,11 +59,11 @@ class NewtonSummary(torch.optim.Optimizer):
             batches. Without it, call :meth:`measure`, whose rates hold until the next one.
         partition: the groups, or the name of a constructor, such as ``"canonical"``.  Default: all parameters in one.
             docs/research.md has what rates of their own are worth to groups.
-        direction: ``"adam"``, ``"momentum"``, ``"gradient"``, a ``torch.optim.Optimizer`` over the same parameters
-            whose own step it is, or a :class:`~newton_summary.directions.Direction`.
+        direction: ``"nadam"``, ``"adam"``, ``"momentum"``, ``"gradient"``, a ``torch.optim.Optimizer`` over the same
+            parameters whose own step it is, or a :class:`~newton_summary.directions.Direction`.
         lr: λ_1, dimensionless: a scale on all rates, for every ``lr_scheduler`` to work on.  At 2 a step is as long as
-            the quadratic model lets it be without going uphill, at 1 it is the best step of that model.  Between 5/6
-            and 19/15 of it are used, by what the looks tell.
+            the quadratic model lets it be without going uphill, at 1 it is the best step of that model.  Between 0.5
+            and 1.6 of it are used, by what the looks tell.
         steps: the length of the training, if known: over its last quarter, λ_1 goes to 0.
         every: the number of steps between measurements.  Default: from 20 to 200, as many as keep the time that they
             take small (:mod:`~newton_summary.period`); with one group, only the first step measures.
