@@ -168,13 +168,13 @@ def test_the_boldness_falls_where_the_average_is_far_better_and_rises_where_it_i
     pace.compare(0.9, 1.0, 15)
     assert pace.boldness == pytest.approx(1.0)
     pace.compare(0.81, 1.0, 15)
-    assert pace.boldness == pytest.approx(1 + 0.075 * math.log(0.9))
+    assert pace.boldness == pytest.approx(1 + 0.6 * math.log(0.9))
     for _ in range(20):
         pace.compare(0.5, 1.0, 15)
-    assert pace.boldness == 0.5
-    for _ in range(200):
+    assert pace.boldness == 5 / 6
+    for _ in range(40):
         pace.compare(1.0, 1.0, 15)
-    assert pace.boldness == 1.6
+    assert pace.boldness == 19 / 15
 
 
 @pytest.mark.parametrize(("average", "here"), [(math.nan, 1.0), (1.0, math.nan), (0.0, 1.0), (1.0, 0.0), (-1.0, 1.0)])

@@ -9,9 +9,8 @@ from typing import Any
 _MEMORY = 100  # steps, of the averages
 _LATEST = 0.15  # of a look in them, at most: rare looks must not each decide
 _DOUBLING = 20  # steps, that the trial size needs to double or to halve
-_LEAST, _MOST = 0.5, 1.6  # of the boldness: λ_1 between 0.75 and 2.4, for the default of 1.5
-_FIRST = 4 / 3  # λ_1 = 2, which keeps rates as they are where noise rules
-_GAIN = 0.01  # of the boldness for each step, in units of the logarithm of a ratio of losses
+_LEAST, _MOST = 5 / 6, 19 / 15  # of the boldness: λ_1 between 1.25 and 1.9, for the default of 1.5
+_GAIN = 0.04  # of the boldness for each step, in units of the logarithm of a ratio of losses
 _SLOWEST = 45  # steps, for which a comparison may count
 _NOISE = 0.9  # the loss at averaged weights, against that at the weights, with which the boldness stays
 _NOTHING = 1e-100  # what a loss of 0 counts as
@@ -43,7 +42,7 @@ class Pace:
 
     Attributes:
         scale: what the measured rates are multiplied by; not negative.
-        boldness: what λ_1 is multiplied by, between 0.5 and 1.6.
+        boldness: what λ_1 is multiplied by, between 5/6 and 19/15.
         advantage: of the average of the weights: the logarithm of how many times lower the loss is there, over the
             last few comparisons.
         halvings: how often the loss did not follow, and the trial size was halved.
@@ -60,7 +59,7 @@ class Pace:
     """
 
     def __init__(self) -> None:
-        self.scale, self.boldness = 1.0, _FIRST
+        self.scale = self.boldness = 1.0
         self.halvings = 0
         self.advantage = 0.0
         self._trial = 1.0

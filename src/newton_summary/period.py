@@ -31,7 +31,7 @@ class Periods:
     share: float
 
 
-LOOKS = Periods(first=5, shortest=5, longest=15, share=0.18)
+LOOKS = Periods(first=5, shortest=5, longest=15, share=0.2)
 MEASUREMENTS = Periods(first=20, shortest=20, longest=200, share=0.06)
 
 _CALL = 450_000  # floating-point operations that take as long as a call
