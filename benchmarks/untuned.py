@@ -482,7 +482,7 @@ def table(verdicts: Sequence[Verdict], forms: Sequence[str]) -> str:
         lines += ["", f"## Ratios of losses at {title}", ""]
         lines += [
             "Geometric means over the problems, each ratio clipped to [1/3, 3]; the worst problem in brackets.",
-            "The wall-clock is that of each rival's own run; ours never takes more steps than the rival." * timed,
+            *(["The wall-clock is that of each rival's own run; ours never takes more steps than the rival."] * timed),
             "",
         ]
         lines += ["| ours | " + " | ".join([*TUNED, *UNTUNED, "best of the tuned"]) + " |"]
