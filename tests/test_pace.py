@@ -242,7 +242,7 @@ def test_a_look_sees_the_loss_along_the_step_and_at_averaged_weights(partition, 
         for size in (0.0, 1.3, 2.6, 0.4):
             moved = [p - size * f * v for p, v, f in zip(twin.parameters(), along, sizes, strict=True)]
             assert loss_after(size) == pytest.approx(loss_at(moved), rel=1e-12)
-        return 7.0
+        return 1.5
 
     seen = []
     monkeypatch.setattr(Pace, "look", look)
@@ -250,7 +250,7 @@ def test_a_look_sees_the_loss_along_the_step_and_at_averaged_weights(partition, 
     optimizer._look(u)
     ((there, here, steps),) = seen  # the third look compares
     assert torch.equal(torch.get_rng_state(), random)
-    assert (here, steps) == (7.0, 12)
+    assert (here, steps) == (1.5, 12)
     assert there == pytest.approx(loss_at(average), rel=1e-12)
     for p, q in zip([*model.parameters(), *model.buffers()], [*twin.parameters(), *twin.buffers()], strict=True):
         assert torch.equal(p, q), "a look changed the model"
@@ -427,6 +427,43 @@ def test_the_advantage_is_that_of_the_last_comparisons() -> None:
     assert pace.advantage == pytest.approx(-math.log(0.8), rel=1e-2)
     pace.compare(2.0, 1.0, 15)
     assert pace.advantage < 0.0
+
+
+@pytest.mark.parametrize("factor", [1e4, math.inf, math.nan])
+def test_after_an_explosion_the_weights_go_back_to_their_average(factor) -> None:
+    torch.manual_seed(1)
+    model, batches = nn.Sequential(nn.Linear(5, 64), nn.Tanh(), nn.Linear(64, 3)).double(), list(make_loader())
+    optimizer = ns.NewtonSummary(model, loss_fn, curvature_data=batches, look_every=5)
+    losses = []
+    for t in range(160):
+        if t == 62:
+            with torch.no_grad():
+                for parameter in model.parameters():
+                    parameter.mul_(factor)
+        optimizer.zero_grad()
+        loss = loss_fn(model, batches[t % len(batches)])
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    assert not max(losses[62:66]) < 3 * losses[0]
+    assert max(losses[66:]) < losses[0]
+    assert min(losses[66:]) < min(losses[:62]), "it did not go on"
+
+
+def test_a_loss_that_only_grows_is_no_explosion() -> None:
+    pace = Pace()
+    pace.look(valley(1.0), EVERY)
+    first = pace._first
+    assert not pace.may_have_exploded(2.9 * first)
+    assert pace.may_have_exploded(3.1 * first)
+    assert pace.may_have_exploded(math.nan)
+    before = pace.state_dict()
+    assert not pace.retreats(math.nan, 10.0)
+    assert not pace.retreats(4.0, 10.0)
+    assert pace.state_dict() == before
+    assert pace.retreats(3.0, 10.0)
+    assert pace.retreats(3.0, math.nan)
+    assert pace.scale == 0
 
 
 def test_before_the_first_look_there_is_no_average() -> None:

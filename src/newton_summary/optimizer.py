@@ -500,15 +500,22 @@ class NewtonSummary(torch.optim.Optimizer):
                     reached = size
                     return self._of_all(loss(), samples)
 
-                now = self._pace.look(loss_after, period)
-                if looked % _COMPARED == _COMPARED - 1:
+                now, returns = self._pace.look(loss_after, period), False
+                suspicious = self._pace.may_have_exploded(now)
+                if suspicious or looked % _COMPARED == _COMPARED - 1:
                     torch._foreach_copy_(weights, [unsharded(a) for a in average])
                     there = self._of_all(loss(), samples)
-                    self._pace.compare(there, now, _COMPARED * period)
+                    returns = suspicious and self._pace.retreats(there, now)
+                    if not suspicious:
+                        self._pace.compare(there, now, _COMPARED * period)
             if counting:
                 with Price() as evaluation:  # which counts with the look, for what comparisons take
                     self._loss.after_step(batch, partition, along, [0.0] * len(partition))
-        torch._foreach_lerp_(average, list(self.partition.parameters), share_of_average(period))
+        if returns:
+            logger.info("the loss has exploded to %g at step %d: back to averaged weights", now, self._taken)
+            torch._foreach_copy_([p.detach() for p in self.partition.parameters], average)
+        elif math.isfinite(now):
+            torch._foreach_lerp_(average, list(self.partition.parameters), share_of_average(period))
         self.counts["looked"] += 1
         if price is not None:
             self.look_every = round(self._of_all(affordable_period(price, evaluation, LOOKS)))

@@ -16,7 +16,9 @@ _NOISE = 0.9  # the loss at averaged weights, against that at the weights, with 
 _NOTHING = 1e-100  # what a loss of 0 counts as
 _SMALL = 0.01  # of the usual loss: one that passes through 0 does no harm
 _HALVINGS = 40
-_RANGE = 1e12  # of the trial size, up and down: a loss that has become constant must not lead it to 0 or infinity
+_SHORTEST, _LONGEST = 1e-12, 1e3  # trial sizes: where the loss hardly changes, it must not lead them to 0 or infinity
+_EXPLODED = 3.0  # times the loss at the first look, and that at the average of the weights
+_RETREAT = 8.0  # times shorter is the trial size after an explosion
 _RECENT = 0.3  # of a comparison, in the advantage of the average
 
 
@@ -32,13 +34,16 @@ class Pace:
        more than doubled counts at once: that of the averages is at least half of the last one.
     2. The scale is where the parabola of the averages has its minimum; 0 where it goes uphill.
     3. The trial size follows the scale, but neither doubles nor halves in less than 20 steps, nor in less than a look.
-       The scale may be less than that at once, never more.  Where it has to serve for more than 20 steps, it is
-       shortened in proportion.
+       The scale may be less than that at once, never more, and never beyond a thousand.  Where it has to serve for
+       more than 20 steps, it is shortened in proportion.
     4. While the loss changes by more than itself over one step of the trial size, that is halved.
 
     A look is greedy: where noise rules, it would shorten steps before their time.  The *boldness*, a factor on λ_1,
     corrects that.  It follows the loss at a moving average of the weights, relative to that at the weights: where the
     average is far better, the weights oscillate, and steps become shorter; where it is not, they become longer.
+
+    Between two looks a loss can explode.  Where one is no number, or more than three times that of the first look and
+    of the average of the weights, these should go back to their average.
 
     Attributes:
         scale: what the measured rates are multiplied by; not negative.
@@ -65,6 +70,7 @@ class Pace:
         self._trial = 1.0
         self._slope = self._curvature = self._usual = self._minimum = 0.0
         self._count = 0
+        self._first: float | None = None
 
     def look(self, loss_after: Callable[[float], float], every: int) -> float:
         """Looks at the loss of a batch along the step, and follows it.
@@ -77,6 +83,7 @@ class Pace:
             The loss at the weights.
         """
         here = loss_after(0.0)
+        self._first = here if self._first is None else self._first
         once = self._trusted(here, loss_after)
         if once is None:
             return here
@@ -88,8 +95,8 @@ class Pace:
         if once not in (here, twice):  # else what is left of the loss is its rounding, which tells nothing
             self._average(here, once, twice, every)
         growth = 2 ** min(every / _DOUBLING, 1.0)
-        size = min(self._minimum, growth * self._trial)
-        self._trial = min(max(size, self._trial / growth, 1 / _RANGE), _RANGE)
+        size = min(self._minimum, growth * self._trial, _LONGEST)
+        self._trial = min(max(size, self._trial / growth, _SHORTEST), _LONGEST)
         self.scale = size * min(_DOUBLING / every, 1.0)
         return here
 
@@ -101,6 +108,21 @@ class Pace:
         self.advantage += _RECENT * (-ratio - self.advantage)
         bolder = self.boldness + _GAIN * min(steps, _SLOWEST) * (ratio - math.log(_NOISE))
         self.boldness = min(max(bolder, _LEAST), _MOST)
+
+    def may_have_exploded(self, here: float) -> bool:
+        """Whether the loss is no number, or far above that of the first look."""
+        return self._first is not None and not here <= _EXPLODED * abs(self._first)
+
+    def retreats(self, average: float, here: float) -> bool:
+        """Whether the weights should go back to their average, where the loss is this.
+
+        If so, there is no step until the next look, and after it a shorter one.
+        """
+        if not math.isfinite(average) or here <= _EXPLODED * abs(average):
+            return False
+        self._trial = max(self._trial / _RETREAT, _SHORTEST)
+        self.scale = 0.0
+        return True
 
     def _trusted(self, here: float, loss_after: Callable[[float], float]) -> float | None:
         """The loss after one step of a trial size at which it does not explode; ``None`` if there is no such size."""
