@@ -452,8 +452,10 @@ def test_after_an_explosion_the_weights_go_back_to_their_average(factor) -> None
 
 def test_a_loss_that_only_grows_is_no_explosion() -> None:
     pace = Pace()
+    pace.look(lambda size: math.nan, EVERY)
+    assert not pace.may_have_exploded(1e9), "there is nothing to compare with"
     pace.look(valley(1.0), EVERY)
-    first = pace._first
+    first = valley(1.0)(0.0)
     assert not pace.may_have_exploded(2.9 * first)
     assert pace.may_have_exploded(3.1 * first)
     assert pace.may_have_exploded(math.nan)

@@ -43,9 +43,8 @@ class NewtonSummary(torch.optim.Optimizer):
     rates are solved for, from exact second and third derivatives (:class:`~newton_summary.rates.AveragedRates`): it
     tells the length of the first step, and how the rates of groups compare.  Every few steps a look at the loss along
     the step tells how long it may be now (:class:`~newton_summary.pace.Pace`).  There is nothing to tune.  It is used
-    in the loop that you have: ``zero_grad()``, ``backward()``, ``step()``.  A gradient that is
-    longer than usual is shortened, one that is not finite counts as zero
-    (:class:`~newton_summary.guard.GradientGuard`).
+    in the loop that you have: ``zero_grad()``, ``backward()``, ``step()``.  A gradient that is far longer than usual is
+    shortened, one that is not finite counts as zero (:class:`~newton_summary.guard.GradientGuard`).
 
     Beside what the direction remembers, a copy of the weights is kept: their moving average.
 

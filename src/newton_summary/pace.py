@@ -83,7 +83,8 @@ class Pace:
             The loss at the weights.
         """
         here = loss_after(0.0)
-        self._first = here if self._first is None else self._first
+        if self._first is None and math.isfinite(here):
+            self._first = here
         once = self._trusted(here, loss_after)
         if once is None:
             return here
