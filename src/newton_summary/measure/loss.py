@@ -66,7 +66,7 @@ class Loss:
         """
         copies = [p.detach().clone() for p in partition.parameters]
         given = dict(zip(partition.parameter_names, copies, strict=True))
-        with self.undisturbed() as rewind, self._replaced(given):
+        with self.undisturbed(differentiable=False) as rewind, self._replaced(given):
 
             def loss() -> float:
                 rewind()
@@ -103,22 +103,26 @@ class Loss:
                 held.update(tensors)
 
     @contextlib.contextmanager
-    def undisturbed(self) -> Iterator[Callable[[], None]]:
-        """A block with gradients on, that leaves random states as they were and uses twice differentiable kernels.
+    def undisturbed(self, differentiable: bool = True) -> Iterator[Callable[[], None]]:
+        """A block with gradients on, that leaves random states as they were.
 
         It gives a function that rewinds the random states to where the block began.
 
-        What ``torch.compile`` made runs uncompiled: it has no second derivatives.
+        What ``torch.compile`` made runs uncompiled: it has no second derivatives, and would compile again for the
+        tensors that replace parameters.
+
+        Args:
+            differentiable: whether attention uses twice differentiable kernels, and graphs can be traced.
         """
         devices = {p.device for p in self.model.parameters() if p.device.type not in ("cpu", "meta")}
         with (
             preserved_randomness(devices) as rewind,
             torch.inference_mode(False),
             torch.enable_grad(),
-            sdpa_kernel(SDPBackend.MATH),
             _differentiable_recurrence(self.model),
             _uncompiled(),
             _plain_checkpoints(),
+            _differentiable_kernels() if differentiable else contextlib.nullcontext(),
         ):
             yield rewind
 
@@ -207,11 +211,21 @@ def _differentiable_recurrence(model: nn.Module) -> Iterator[None]:
 
 @contextlib.contextmanager
 def _uncompiled() -> Iterator[None]:
-    """Switches ``torch.compile`` off, where it was ever used; a graph is traced through what it made."""
+    """Switches ``torch.compile`` off, where it was ever used."""
     if "torch._dynamo" not in sys.modules:
         yield
         return
-    with torch.compiler.set_stance("force_eager"), torch._dynamo.config.patch(error_on_nested_fx_trace=False):
+    with torch.compiler.set_stance("force_eager"):
+        yield
+
+
+@contextlib.contextmanager
+def _differentiable_kernels() -> Iterator[None]:
+    """Chooses an attention that has second derivatives; graphs are traced through what ``torch.compile`` made."""
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(sdpa_kernel(SDPBackend.MATH))
+        if "torch._dynamo" in sys.modules:
+            stack.enter_context(torch._dynamo.config.patch(error_on_nested_fx_trace=False))
         yield
 
 
