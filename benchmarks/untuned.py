@@ -31,6 +31,7 @@ import newton_summary as ns
 from newton_summary.experiments.data import InMemory, as_it_is, shuffled
 from newton_summary.experiments.search import half_decade
 from newton_summary.experiments.suite import PROBLEMS, Problem
+from newton_summary.period import BEGINNING, period_at
 from newton_summary.rates import AveragedRates
 from newton_summary.solve import Status
 
@@ -305,7 +306,7 @@ SCHEDULED = ("steps",)  # what knows the length of the run
 
 FUSED = "adam, fused"  # torch's other implementation of Adam, which takes the same steps
 COMPARED = 3  # of so many looks of ours, one also compares
-SETTLED = 10  # steps, after which ours has the period of its looks
+WARM = 10  # steps, after which they are timed
 
 
 def fused_adam(model: nn.Module, rate: float, steps: int) -> torch.optim.Optimizer:
@@ -315,7 +316,8 @@ def fused_adam(model: nn.Module, rate: float, steps: int) -> torch.optim.Optimiz
 def step_times(problem: Problem, rounds: int = 9) -> dict[str, float]:
     """Seconds of a step of every optimizer, its batch included: medians of blocks of steps, which take turns.
 
-    A block of ours has as many looks as any other, one of which compares.
+    A block of ours has as many looks as any other, one of which compares; there are shorter blocks at the beginning of
+    a run, where looks are more frequent.  Both count by their share of the problem's steps.
     """
     makers = {**TUNED, **{name: make for name, (make, _) in UNTUNED.items()}, FUSED: fused_adam}
     trained = {}
@@ -333,12 +335,22 @@ def step_times(problem: Problem, rounds: int = 9) -> dict[str, float]:
             optimizer.step()
         return (time.perf_counter() - start) / steps
 
+    def medians(period: int, turns: int) -> dict[str, float]:
+        seconds = [
+            {name: timed(name, COMPARED * period) for name in trained}
+            for _ in tqdm(range(turns), desc=f"{problem.name}: times", leave=False)
+        ]
+        return {name: median(of_all[name] for of_all in seconds) for name in trained}
+
     for name in trained:
-        timed(name, SETTLED)
-    block = COMPARED * trained["ours"][1].look_every
-    turns = tqdm(range(rounds), desc=f"{problem.name}: times", leave=False)
-    seconds = [{name: timed(name, block) for name in trained} for _ in turns]
-    return {name: median(of_all[name] for of_all in seconds) for name in trained}
+        timed(name, WARM)
+    settled = trained["ours"][1].look_every
+    often = period_at(0, settled)
+    early = medians(often, (BEGINNING - WARM) // (COMPARED * often))
+    for name in trained:
+        timed(name, COMPARED * often)  # to the end of the beginning
+    late, share = medians(settled, rounds), BEGINNING / problem.steps
+    return {name: share * early[name] + (1 - share) * late[name] for name in trained}
 
 
 def overheads_of(problem: Problem, folder: Path) -> dict[str, float]:

@@ -17,6 +17,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 import newton_summary as ns
 from newton_summary.pace import Pace
+from newton_summary.period import period_at
 
 EVERY = 5
 GROWTH = 2 ** (EVERY / 20)
@@ -317,7 +318,7 @@ def test_one_group_is_measured_once_and_several_now_and_then() -> None:
     model, optimizer = make()
     train(model, optimizer, 100)
     assert optimizer.counts["measured"] == 1
-    assert optimizer.counts["looked"] == len(range(0, 100, optimizer.look_every))
+    assert optimizer.counts["looked"] == len(range(0, 100, period_at(0, optimizer.look_every)))
     model, optimizer = make(partition="canonical")
     train(model, optimizer, 100)
     assert optimizer.counts["measured"] > 1

@@ -13,7 +13,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 import newton_summary as ns
 import newton_summary.optimizer
-from newton_summary.period import LOOKS, MEASUREMENTS, Periods, Price, affordable_period
+from newton_summary.period import BEGINNING, LOOKS, MEASUREMENTS, Periods, Price, affordable_period, period_at
 
 
 def loss_fn(model, batch):
@@ -84,6 +84,30 @@ def test_a_run_settles_for_periods_and_keeps_them() -> None:
     train(model, optimizer, 2 * period)
     assert (optimizer.every, optimizer.look_every) == (period, looks)
     assert optimizer.counts["measured"] == 2 + (20 + 2 * period) // period - 20 // period
+
+
+def test_looks_are_four_times_as_frequent_at_first() -> None:
+    assert [period_at(step, 12) for step in (0, BEGINNING - 1, BEGINNING, 10**6)] == [3, 3, 12, 12]
+    assert [period_at(0, settled) for settled in (1, 5, 20)] == [1, 2, 5]
+    model, optimizer = make()
+    looks = []
+    for step in range(BEGINNING + 50):
+        before = optimizer.counts["looked"]
+        train(model, optimizer, 1)
+        if optimizer.counts["looked"] > before:
+            looks.append(step)
+    often, seldom = period_at(0, optimizer.look_every), optimizer.look_every
+    assert looks == [*range(0, BEGINNING, often), *(s for s in range(BEGINNING, BEGINNING + 50) if s % seldom == 0)]
+
+
+def test_a_period_that_was_asked_for_holds_from_the_first_step() -> None:
+    model, optimizer = make(look_every=8)
+    train(model, optimizer, 40)
+    assert optimizer.counts["looked"] == 5
+    twin, resumed = make()  # which would settle
+    resumed.load_state_dict(optimizer.state_dict())
+    train(twin, resumed, 40)
+    assert resumed.counts["looked"] == 10
 
 
 def test_wider_networks_of_the_same_depth_are_measured_more_often() -> None:

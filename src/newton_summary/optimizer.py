@@ -21,7 +21,7 @@ from newton_summary.measure import Engine, Loss, LossFunction, resolve_engine
 from newton_summary.measure.loss import batch_size
 from newton_summary.pace import Pace, share_of_average
 from newton_summary.partition import Partition, resolve_partition
-from newton_summary.period import LOOKS, MEASUREMENTS, Price, affordable_period
+from newton_summary.period import LOOKS, MEASUREMENTS, Price, affordable_period, period_at
 from newton_summary.rates import AveragedRates, PaperRates, RateRule
 from newton_summary.sampling import BatchStream
 from newton_summary.sharding import gathered, sharded_like, unsharded
@@ -66,8 +66,8 @@ class NewtonSummary(torch.optim.Optimizer):
         steps: the length of the training, if known: over its last quarter, λ_1 goes to 0.
         every: the number of steps between measurements.  Default: from 20 to 200, as many as keep the time that they
             take small (:mod:`~newton_summary.period`); with one group, only the first step measures.
-        look_every: the number of steps between looks.  Default: from 5 to 15, in the same way.  With 0 there are none:
-            rates are those that were measured, and λ_1 is ``lr``.
+        look_every: the number of steps between looks.  Default: from 5 to 20, in the same way, and a quarter of that in
+            the first hundred steps.  With 0 there are none: rates are those that were measured, and λ_1 is ``lr``.
         regularization: λ_int, the weight of the cubic term.
         shrinkage: ρ, how strongly rates are drawn to the target (:func:`~newton_summary.solve.shrink`).
         target: ``"shared"``, one rate for all groups; or ``"invariant"``, which keeps training the same when groups are
@@ -198,6 +198,7 @@ class NewtonSummary(torch.optim.Optimizer):
         self.every, self.look_every = periods
         if self.every is not None:
             check_count("every", self.every)
+        self._looks_settle = self.look_every is None
         if self.look_every:
             check_count("look_every", self.look_every)
         if steps is not None:
@@ -342,6 +343,7 @@ class NewtonSummary(torch.optim.Optimizer):
             "taken": self._taken,
             "every": self.every,
             "look_every": self.look_every,
+            "looks_settle": self._looks_settle,
             "averaged": self._averaged,
             "usual": [] if self._guard is None else [float(usual) for usual in self._guard.usual],
             "counts": dict(self.counts),
@@ -375,6 +377,7 @@ class NewtonSummary(torch.optim.Optimizer):
         super().load_state_dict({key: value for key, value in state_dict.items() if key != _KEY})
         self._taken = own["taken"]
         self.every, self.look_every, self._averaged = own["every"], own["look_every"], own["averaged"]
+        self._looks_settle = own["looks_settle"]
         if self._guard is not None:
             self._guard.usual = own["usual"]
         self.counts = Counter(own["counts"])
@@ -434,7 +437,14 @@ class NewtonSummary(torch.optim.Optimizer):
         """Whether the step to come is one that looks; there must be rates."""
         if self._pace is None or self._proportions is None:
             return False
-        return self._taken % (self.look_every or LOOKS.first) == 0
+        return self._taken % self._period_of_looks == 0
+
+    @property
+    def _period_of_looks(self) -> int:
+        """The number of steps between looks, at present."""
+        if self.look_every is None:
+            return LOOKS.first
+        return period_at(self._taken, self.look_every) if self._looks_settle else self.look_every
 
     def _measure(self, batch: Any, u: dict[Tensor, Tensor]) -> Summary:
         """Measures on all processes' batches together, in full precision whatever the training uses."""
@@ -482,7 +492,7 @@ class NewtonSummary(torch.optim.Optimizer):
         assert self._proportions is not None
         batch, rates = self._stream.next(self.partition.device), self._proportions.tolist()
         average, samples = self._averaged_weights(), batch_size(batch)
-        looked, period = self.counts["looked"], self.look_every or LOOKS.first
+        looked, period = self.counts["looked"], self._period_of_looks
         counting = self.look_every is None
         with self._exactly(u) as (partition, along), Price() if counting else contextlib.nullcontext() as price:
             steps = [v * f for v, f in zip(along, partition.spread(rates), strict=True)]

@@ -1,7 +1,8 @@
 """How often to look and to measure: as often as a fixed share of the training time allows, by a count of operations.
 
 Nothing is timed, so that runs repeat: the prices of a measurement, a look and a step follow from how many calls torch
-dispatches for them, and how many floating-point operations these take.
+dispatches for them, and how many floating-point operations these take.  At the beginning of a training, where rates
+change most, looks are more frequent.
 """
 
 from __future__ import annotations
@@ -31,8 +32,11 @@ class Periods:
     share: float
 
 
-LOOKS = Periods(first=5, shortest=5, longest=15, share=0.2)
+LOOKS = Periods(first=5, shortest=5, longest=20, share=0.14)
 MEASUREMENTS = Periods(first=20, shortest=20, longest=200, share=0.06)
+
+BEGINNING = 100  # steps, of a training
+_OFTEN = 4  # times as many looks there
 
 _CALL = 450_000  # floating-point operations that take as long as a call
 _AROUND = 40  # calls that take as long as the Python code around a look or a measurement
@@ -69,3 +73,8 @@ def affordable_period(price: Price, evaluation: Price, periods: Periods) -> int:
     step = evaluation.calls * _CALL + _GRADIENT * evaluation.operations
     period = math.ceil(((price.calls + _AROUND) * _CALL + price.operations) / (periods.share * step))
     return min(max(period, periods.shortest), periods.longest)
+
+
+def period_at(step: int, settled: int) -> int:
+    """The period of looks at a step, of which this is the one that they settle for: a quarter of it at first."""
+    return math.ceil(settled / _OFTEN) if step < BEGINNING else settled
