@@ -164,6 +164,37 @@ def test_the_state_goes_through_json() -> None:
 # The boldness ---------------------------------------------------------------------------------------------------------
 
 
+def steady(oscillating: bool = False) -> Pace:
+    pace = followed(valley(1.0), count=40)
+    for _ in range(10):
+        pace.compare(0.8 if oscillating else 1.0, 1.0, 3 * EVERY)
+    return pace
+
+
+def test_slopes_halve_the_scale_in_four_hundred_steps_at_most() -> None:
+    pace = steady()
+    for number in range(1, 400 // EVERY + 1):
+        pace.look(valley(-3.0), EVERY)
+        assert pace.scale == pytest.approx(0.5 ** (number * EVERY / 400), rel=1e-6)
+
+
+def test_where_the_weights_oscillate_slopes_count_in_full() -> None:
+    pace = steady(oscillating=True)
+    for _ in range(30):
+        pace.look(valley(-3.0), EVERY)
+    assert pace.scale == 0.0
+
+
+def test_a_growing_curvature_shortens_the_scale_as_ever() -> None:
+    pace, free = steady(), steady(oscillating=True)
+    for number in range(1, 200):
+        steep = valley(2.0**-number, 4.0 ** min(number, 5), floor=3.0)
+        pace.look(steep, EVERY)
+        free.look(steep, EVERY)
+        assert pace.scale >= free.scale * (1 - 1e-12)
+    assert pace.scale < 2.0**-8
+
+
 def test_the_boldness_falls_where_the_average_is_far_better_and_rises_where_it_is_not() -> None:
     pace = Pace()
     pace.compare(0.9, 1.0, 15)
@@ -434,7 +465,7 @@ def test_the_advantage_is_that_of_the_last_comparisons() -> None:
 def test_after_an_explosion_the_weights_go_back_to_their_average(factor) -> None:
     torch.manual_seed(1)
     model, batches = nn.Sequential(nn.Linear(5, 64), nn.Tanh(), nn.Linear(64, 3)).double(), list(make_loader())
-    optimizer = ns.NewtonSummary(model, loss_fn, curvature_data=batches, look_every=5)
+    optimizer = ns.NewtonSummary(model, loss_fn, curvature_data=make_loader(), look_every=5)
     losses = []
     for t in range(160):
         if t == 62:
@@ -449,6 +480,20 @@ def test_after_an_explosion_the_weights_go_back_to_their_average(factor) -> None
     assert not max(losses[62:66]) < 3 * losses[0]
     assert max(losses[66:]) < losses[0]
     assert min(losses[66:]) < min(losses[:62]), "it did not go on"
+
+
+def test_looks_in_step_with_the_batches_do_not_stop_a_run() -> None:
+    """A list as long as the period: every look sees a step of the same batches, here always one that goes uphill."""
+    torch.manual_seed(1)
+    model, batches = nn.Sequential(nn.Linear(5, 64), nn.Tanh(), nn.Linear(64, 3)).double(), list(make_loader())
+    optimizer = ns.NewtonSummary(model, loss_fn, curvature_data=batches, look_every=len(batches))
+    before = sum(loss_fn(model, batch).item() for batch in batches)
+    for t in range(160):
+        optimizer.zero_grad()
+        loss_fn(model, batches[t % len(batches)]).backward()
+        optimizer.step()
+    assert optimizer._pace._slope < 0
+    assert sum(loss_fn(model, batch).item() for batch in batches) < before / 3
 
 
 def test_a_loss_that_only_grows_is_no_explosion() -> None:

@@ -13,6 +13,7 @@ _LEAST, _MOST = 5 / 6, 19 / 15  # of the boldness: λ_1 between 1.25 and 1.9, fo
 _GAIN = 0.04  # of the boldness for each step, in units of the logarithm of a ratio of losses
 _SLOWEST = 45  # steps, for which a comparison may count
 _NOISE = 0.9  # the loss at averaged weights, against that at the weights, with which the boldness stays
+_LASTING = 400  # steps, in which slopes halve the scale at most, where the weights do not oscillate
 _NOTHING = 1e-100  # what a loss of 0 counts as
 _SMALL = 0.01  # of the usual loss: one that passes through 0 does no harm
 _HALVINGS = 40
@@ -40,7 +41,9 @@ class Pace:
 
     A look is greedy: where noise rules, it would shorten steps before their time.  The *boldness*, a factor on λ_1,
     corrects that.  It follows the loss at a moving average of the weights, relative to that at the weights: where the
-    average is far better, the weights oscillate, and steps become shorter; where it is not, they become longer.
+    average is far better, the weights oscillate, and steps become shorter; where it is not, they become longer.  And
+    where it is not, slopes that are small for one step need not be so for many: a growing curvature shortens the scale
+    as ever, but a falling slope halves it in 400 steps at most.
 
     Between two looks a loss can explode.  Where one is no number, or more than three times that of the first look and
     of the average of the weights, these should go back to their average.
@@ -71,6 +74,7 @@ class Pace:
         self._slope = self._curvature = self._usual = self._minimum = 0.0
         self._count = 0
         self._first: float | None = None
+        self._steady = False  # whether comparisons were made, and the weights do not oscillate
 
     def look(self, loss_after: Callable[[float], float], every: int) -> float:
         """Looks at the loss of a batch along the step, and follows it.
@@ -93,10 +97,12 @@ class Pace:
             self._trial, twice = self._trial / 2, once
             once = loss_after(self._trial)
             self.halvings += 1
+        least = 0.0
         if once not in (here, twice):  # else what is left of the loss is its rounding, which tells nothing
-            self._average(here, once, twice, every)
+            flatter = self._average(here, once, twice, every)
+            least = self._trial * flatter * 0.5 ** (every / _LASTING) if self._steady else 0.0
         growth = 2 ** min(every / _DOUBLING, 1.0)
-        size = min(self._minimum, growth * self._trial, _LONGEST)
+        size = min(max(self._minimum, least), growth * self._trial, _LONGEST)
         self._trial = min(max(size, self._trial / growth, _SHORTEST), _LONGEST)
         self.scale = size * min(_DOUBLING / every, 1.0)
         return here
@@ -107,6 +113,7 @@ class Pace:
             return
         ratio = min(max(math.log(average / here), -1.0), 1.0)
         self.advantage += _RECENT * (-ratio - self.advantage)
+        self._steady = self.advantage < -math.log(_NOISE)
         bolder = self.boldness + _GAIN * min(steps, _SLOWEST) * (ratio - math.log(_NOISE))
         self.boldness = min(max(bolder, _LEAST), _MOST)
 
@@ -137,19 +144,24 @@ class Pace:
                 return once
         return None
 
-    def _average(self, here: float, once: float, twice: float, every: int) -> None:
-        """Takes the parabola through three losses into the averages, and finds the minimum of their parabola."""
+    def _average(self, here: float, once: float, twice: float, every: int) -> float:
+        """Takes the parabola through three losses into the averages, and finds the minimum of their parabola.
+
+        It gives the curvature before in units of that now, at most 1; 0 where either is not positive.
+        """
         first, second = here - once, here - twice
         self._usual = max(abs(here), self._usual / 2, _NOTHING)
         unit = max(abs(here), _SMALL * self._usual)
         slope = (2 * first - second / 2) / (self._trial * unit)
         curvature = (2 * first - second) / (self._trial**2 * unit)
         self._count += 1
+        before = self._curvature
         share = max(3 / (self._count + 2), min(every / _MEMORY, _LATEST))
         self._slope += share * (slope - self._slope)
         self._curvature += share * (curvature - self._curvature)
         steepest = max(self._curvature, curvature / 2)
         self._minimum = 0.0 if self._slope <= 0 else math.inf if steepest <= 0 else self._slope / steepest
+        return min(before / steepest, 1.0) if before > 0 and steepest > 0 else 0.0
 
     def state_dict(self) -> dict[str, Any]:
         """Plain numbers."""
