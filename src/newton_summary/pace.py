@@ -18,8 +18,9 @@ _NOTHING = 1e-100  # what a loss of 0 counts as
 _SMALL = 0.01  # of the usual loss: one that passes through 0 does no harm
 _HALVINGS = 40
 _SHORTEST, _LONGEST = 1e-12, 1e3  # trial sizes: where the loss hardly changes, it must not lead them to 0 or infinity
-_EXPLODED = 3.0  # times the loss at the first look, and that at the average of the weights
-_RETREAT = 8.0  # times shorter is the trial size after an explosion
+_EXPLODED = 10.0  # times the loss that looks find as a rule, and that at the average of the weights
+_RETREAT = 4.0  # times shorter is the trial size after an explosion
+_RULE = 0.1  # of a look, in the loss that looks find as a rule
 _RECENT = 0.3  # of a comparison, in the advantage of the average
 
 
@@ -45,8 +46,8 @@ class Pace:
     where it is not, slopes that are small for one step need not be so for many: a growing curvature shortens the scale
     as ever, but a falling slope halves it in 400 steps at most.
 
-    Between two looks a loss can explode.  Where one is no number, or more than three times that of the first look and
-    of the average of the weights, these should go back to their average.
+    Between two looks a loss can explode.  Where one is no number, or more than ten times what looks find as a rule and
+    ten times that of the average of the weights, these should go back to their average.
 
     Attributes:
         scale: what the measured rates are multiplied by; not negative.
@@ -73,7 +74,7 @@ class Pace:
         self._trial = 1.0
         self._slope = self._curvature = self._usual = self._minimum = 0.0
         self._count = 0
-        self._first: float | None = None
+        self._level: float | None = None  # the logarithm of the loss that looks find as a rule
         self._steady = False  # whether comparisons were made, and the weights do not oscillate
 
     def look(self, loss_after: Callable[[float], float], every: int) -> float:
@@ -87,8 +88,6 @@ class Pace:
             The loss at the weights.
         """
         here = loss_after(0.0)
-        if self._first is None and math.isfinite(here):
-            self._first = here
         once = self._trusted(here, loss_after)
         if once is None:
             return here
@@ -118,8 +117,8 @@ class Pace:
         self.boldness = min(max(bolder, _LEAST), _MOST)
 
     def may_have_exploded(self, here: float) -> bool:
-        """Whether the loss is no number, or far above that of the first look."""
-        return self._first is not None and not here <= _EXPLODED * abs(self._first)
+        """Whether the loss of the last look is no number, or far above what looks find as a rule."""
+        return self._level is not None and not here <= _EXPLODED * math.exp(self._level)
 
     def retreats(self, average: float, here: float) -> bool:
         """Whether the weights should go back to their average, where the loss is this.
@@ -149,6 +148,8 @@ class Pace:
 
         It gives the curvature before in units of that now, at most 1; 0 where either is not positive.
         """
+        level = math.log(max(abs(here), _NOTHING))
+        self._level = level if self._level is None else self._level + _RULE * (level - self._level)
         first, second = here - once, here - twice
         self._usual = max(abs(here), self._usual / 2, _NOTHING)
         unit = max(abs(here), _SMALL * self._usual)
