@@ -319,9 +319,9 @@ def step_times(problem: Problem, rounds: int = 9) -> dict[str, float]:
     A block of ours has as many looks as any other, one of which compares; there are shorter blocks at the beginning of
     a run, where looks are more frequent.  Both count by their share of the problem's steps.
     """
-    makers = {**TUNED, **{name: make for name, (make, _) in UNTUNED.items()}, FUSED: fused_adam}
+    untuned = {name: make for name, (make, _) in UNTUNED.items()}
     trained = {}
-    for name, make in {**makers, "ours": ours(problem, 0)}.items():
+    for name, make in {**TUNED, **untuned, FUSED: fused_adam, "ours": ours(problem, 0)}.items():
         model = problem.make_model(0)
         trained[name] = (model, make(model, 1e-4, problem.steps), endless(problem, 0, problem.batch_size))
         _mode(trained[name][1], "train")

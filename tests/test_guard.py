@@ -67,17 +67,16 @@ def train(kind, training, measuring, steps=200, at=100, direction="nadam"):
 @pytest.mark.parametrize("direction", ["nadam", "momentum", "AdamW's"])
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_broken_training_batch_costs_a_few_steps(kind, direction) -> None:
-    losses, _ = train(kind, training=True, measuring=False, direction=direction)
-    unbroken, _ = train(kind, training=False, measuring=False, direction=direction)
-    assert max(losses[100:110]) < 2 * max(unbroken[99:110])
-    assert min(losses[101:]) < losses[99], "it did not go on"
+    losses, _ = train(kind, training=True, measuring=False, at=60, direction=direction)
+    assert max(losses[60:70]) < 2 * losses[59]
+    assert min(losses[61:]) < losses[59], "it did not go on"
     assert losses[-1] < losses[0] / 4
 
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_broken_measuring_batch_costs_a_measurement(kind) -> None:
     losses, optimizer = train(kind, training=False, measuring=True)
-    assert optimizer.counts["failed"] in (4, 5)  # of 40, one in nine
+    assert optimizer.counts["failed"] == 4  # of 40, one in nine
     assert losses[-1] < losses[0] / 20
     losses, _ = train(kind, training=True, measuring=True)
     assert losses[-1] < losses[0] / 20
