@@ -235,6 +235,12 @@ def make(**options):
     return model, ns.NewtonSummary(model, loss_fn, curvature_data=make_loader(), **options)
 
 
+def wide():
+    """A network that can fit all samples."""
+    torch.manual_seed(1)
+    return nn.Sequential(nn.Linear(5, 64), nn.Tanh(), nn.Linear(64, 3)).double()
+
+
 def backward(model, optimizer, number):
     batches = list(make_loader())
     torch.manual_seed(number)
@@ -463,8 +469,7 @@ def test_the_advantage_is_that_of_the_last_comparisons() -> None:
 
 @pytest.mark.parametrize("factor", [1e4, math.inf, math.nan])
 def test_after_an_explosion_the_weights_go_back_to_their_average(factor) -> None:
-    torch.manual_seed(1)
-    model, batches = nn.Sequential(nn.Linear(5, 64), nn.Tanh(), nn.Linear(64, 3)).double(), list(make_loader())
+    model, batches = wide(), list(make_loader())
     optimizer = ns.NewtonSummary(model, loss_fn, curvature_data=make_loader(), look_every=5)
     losses = []
     for t in range(160):
@@ -483,10 +488,10 @@ def test_after_an_explosion_the_weights_go_back_to_their_average(factor) -> None
 
 
 def test_looks_in_step_with_the_batches_do_not_stop_a_run() -> None:
-    """A list as long as the period: every look sees a step after the same batches, which goes uphill here."""
-    torch.manual_seed(1)
-    model, batches = nn.Sequential(nn.Linear(5, 64), nn.Tanh(), nn.Linear(64, 3)).double(), list(make_loader())
-    optimizer = ns.NewtonSummary(model, loss_fn, curvature_data=batches, look_every=len(batches))
+    """A period that is one longer than the list: every look is on the batch that comes next, for which steps of the
+    others go uphill."""
+    model, batches = wide(), list(make_loader())
+    optimizer = ns.NewtonSummary(model, loss_fn, curvature_data=batches, look_every=len(batches) + 1)
     before = sum(loss_fn(model, batch).item() for batch in batches)
     for t in range(160):
         optimizer.zero_grad()
@@ -514,8 +519,7 @@ def test_an_explosion_is_ten_times_what_is_the_rule_and_the_average() -> None:
 
 def test_a_spike_late_in_a_run_is_undone() -> None:
     """Weights that are thrown far away where the loss is small: still far below that of the beginning."""
-    torch.manual_seed(1)
-    model, batches = nn.Sequential(nn.Linear(5, 64), nn.Tanh(), nn.Linear(64, 3)).double(), list(make_loader())
+    model, batches = wide(), list(make_loader())
     optimizer = ns.NewtonSummary(model, loss_fn, curvature_data=make_loader(), look_every=5)
 
     def whole() -> float:
