@@ -50,7 +50,10 @@ def cubic_by_bisection(gradient, hessian, third, regularization: float) -> np.nd
         return np.linalg.solve(h + regularization / 2 * r * np.diag(d2), g)
 
     def excess(r: float) -> float:
-        return np.sqrt(np.sum(d2 * eta(r) ** 2)) - r
+        try:
+            return np.sqrt(np.sum(d2 * eta(r) ** 2)) - r
+        except np.linalg.LinAlgError:  # at the lowest r that there may be, where η is infinite
+            return np.inf
 
     high = max(low, 1e-12)
     while excess(high) > 0:
