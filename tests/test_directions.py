@@ -8,7 +8,7 @@ import torch
 from cases import make, unchanged
 from torch import nn
 
-from newton_summary.directions import Adam, Gradient, Momentum, NAdam, StepOf, next_step, resolve
+from newton_summary.directions import Adam, Gradient, Momentum, NAdam, StepOf, descends, next_step, resolve
 from newton_summary.testing import check_direction
 
 KEYS = ("gradient", "momentum", "adam")
@@ -130,6 +130,38 @@ def test_gradients_may_be_laid_out_otherwise_than_parameters(kind):
         both = direction.update(groups(direction, [*held, *twins]), state)
         for p, q in zip(held, twins, strict=True):
             torch.testing.assert_close(both[p], both[q])
+
+
+@pytest.mark.parametrize("kind", [Adam, NAdam])
+@pytest.mark.parametrize(("betas", "eps"), [((0.9, 0.99), 1e-8), ((0.0, 0.9), 1e-3), ((0.9, 0.99), 0.0)])
+def test_a_descent_is_a_subtraction_of_the_direction(kind, betas, eps):
+    """In one kernel: for tensors of any layout, sizes and age, with gradients laid out otherwise or missing."""
+    held = [*parameters(), nn.Parameter(torch.randn(5, 4).t()), nn.Parameter(torch.randn(4, 6)[:, ::2])]
+    twins = [nn.Parameter(p.detach().clone(memory_format=torch.contiguous_format)) for p in held]
+    sizes = [0.3, 0.3, 0.02, 0.0]
+    direction, states = kind(betas, eps), (defaultdict(dict), defaultdict(dict))
+    for t in range(9):
+        for i, (p, q) in enumerate(zip(held, twins, strict=True)):
+            p.grad = None if i == 1 and t in (0, 1, 4) else torch.randn_like(q)
+            q.grad = None if p.grad is None else p.grad.clone()
+        with torch.no_grad():
+            direction.descend(groups(direction, held), states[0], dict(zip(held, sizes, strict=True)))
+            u = direction.update(groups(direction, twins), states[1])
+            for q, size in zip(twins, sizes, strict=True):
+                if q in u:
+                    q -= size * u[q]
+        for p, q in zip(held, twins, strict=True):
+            torch.testing.assert_close(p, q)
+
+
+def test_a_direction_of_ones_own_is_not_taken_for_adams():
+    class Halved(Adam):
+        def update(self, groups, state):
+            return {p: u / 2 for p, u in super().update(groups, state).items()}
+
+    assert not descends(Halved())
+    assert descends(NAdam())
+    assert not descends(Momentum())
 
 
 def test_adam_without_eps_is_scale_free_and_does_not_move_what_has_no_gradient():

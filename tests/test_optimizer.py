@@ -18,7 +18,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 import newton_summary as ns
 import newton_summary.guard
-from newton_summary.directions import Adam, Gradient
+from newton_summary.directions import Adam, Gradient, NAdam
 from newton_summary.optimizer import default_partition
 from newton_summary.rates import AveragedRates
 from newton_summary.solve import Status
@@ -403,6 +403,29 @@ def test_other_optimizer_over_other_parameters_is_refused() -> None:
     inner = torch.optim.SGD(list(model.parameters())[:2], lr=0.1)
     with pytest.raises(ValueError, match=r"does not hold parameter '3.weight', of shape \(3, 8\)"):
         ns.NewtonSummary(model, loss_fn, curvature_data=make_batches(), direction=inner)
+
+
+@pytest.mark.parametrize("partition", ["trivial", "canonical", "discrete"])
+def test_steps_in_one_kernel_are_those_along_the_direction(partition):
+    """With a scheduler, looks and a tensor that is frozen for a while; split tensors are never moved by the kernel."""
+
+    class Longhand(NAdam):
+        def update(self, groups, state):
+            return super().update(groups, state)
+
+    models, batches = (make_model(), make_model()), make_batches()
+    for model, direction in zip(models, ("nadam", Longhand()), strict=True):
+        options = {"partition": partition, "direction": direction, "look_every": 7, "every": 20}
+        optimizer = ns.NewtonSummary(model, loss_fn, curvature_data=batches, **options)
+        scheduler = lr_scheduler.ExponentialLR(optimizer, 0.99)
+        run(model, optimizer, batches, 30, scheduler=scheduler)
+        model[0].bias.requires_grad_(False)
+        run(model, optimizer, batches, 10, scheduler=scheduler)
+        model[0].bias.requires_grad_(True)
+        run(model, optimizer, batches, 10, scheduler=scheduler)
+    for p, q in zip(*(m.parameters() for m in models), strict=True):
+        torch.testing.assert_close(p, q, rtol=1e-9, atol=1e-11)
+    assert total_loss(models[0]) < 0.5 * total_loss(make_model())
 
 
 # State ----------------------------------------------------------------------------------------------------------------

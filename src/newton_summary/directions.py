@@ -9,8 +9,8 @@ from __future__ import annotations
 import copy
 import inspect
 from collections import defaultdict
-from collections.abc import Iterable, Sequence
-from typing import Any, Protocol
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, NamedTuple, Protocol, TypeGuard
 
 import torch
 from torch import Tensor, nn
@@ -116,47 +116,58 @@ class Adam(_Stateless):
     def update(self, groups: Groups, state: State) -> dict[Tensor, Tensor]:
         """New tensors."""
         result: dict[Tensor, Tensor] = {}
-        for (betas, eps), parameters in _buckets(groups, "betas", "eps"):
-            of_step = defaultdict(list)
-            for p in parameters:
-                of_step[_adam_memory(p, state[p])["step"]].append(p)
-            for step, together in of_step.items():
-                directions = self._from_zero(together, [state[p] for p in together], step, betas, eps)
-                result |= dict(zip(together, directions, strict=True))
+        for alike, parameters in _for_one_kernel(groups, state):
+            result |= dict(zip(parameters, self._directions(parameters, state, alike), strict=True))
         return result
 
-    def _from_zero(
-        self, parameters: list[Tensor], memories: list[dict[str, Any]], step: int, betas: Sequence[float], eps: float
-    ) -> list[Tensor]:
-        """What torch's Adam makes of zeros, in one kernel where there is one."""
-        means, squares = ([m[key] for m in memories] for key in ("exp_avg", "exp_avg_sq"))
-        directions = [torch.zeros_like(mean) for mean in means]
-        gradients = [_laid_out_as(u, g) for u, g in zip(directions, _gradients(parameters), strict=True)]
-        # with β² for β, the mean becomes β² m + (1 − β²) g, which is Nesterov's step from m
-        beta = betas[0] ** 2 if self.looks_ahead else betas[0]
-        correction = (1 - beta**step) / (1 - betas[0] ** (step + 1)) if self.looks_ahead else 1.0
+    def descend(self, groups: Groups, state: State, sizes: Mapping[Tensor, float]) -> None:
+        """θ ← θ − size · u, as with the u of :meth:`update`, but in one kernel, and without tensors for u.
+
+        Args:
+            groups: the optimizer's.
+            state: the optimizer's.
+            sizes: of the step, for every parameter that has a gradient.
+        """
+        for alike, parameters in _for_one_kernel(groups, state, sizes):
+            if alike.eps > 0 and all(p.stride() == state[p]["exp_avg"].stride() for p in parameters):
+                self._move(parameters, parameters, state, alike, alike.size)
+            else:
+                torch._foreach_sub_(parameters, self._directions(parameters, state, alike), alpha=alike.size)
+
+    def _directions(self, parameters: list[Tensor], state: State, alike: _Alike) -> list[Tensor]:
+        """What a step leads to from zero, at a rate of −1."""
+        directions = [torch.zeros_like(state[p]["exp_avg"]) for p in parameters]
+        self._move(directions, parameters, state, alike, -1.0)
+        if alike.eps == 0:  # an entry that never had a gradient, or one too small to square, does not move
+            for p, direction in zip(parameters, directions, strict=True):
+                direction.masked_fill_(state[p]["exp_avg_sq"] == 0, 0.0)
+        return directions
+
+    def _move(self, places: list[Tensor], parameters: list[Tensor], state: State, alike: _Alike, rate: float) -> None:
+        """Moves these places by torch's Adam, in one kernel where there is one."""
+        means, squares = ([state[p][key] for p in parameters] for key in ("exp_avg", "exp_avg_sq"))
+        gradients = [_laid_out_as(place, g) for place, g in zip(places, _gradients(parameters), strict=True)]
+        beta = beta1 = alike.betas[0]
+        if self.looks_ahead:  # with β² for β, the mean becomes β² m + (1 − β²) g, which is Nesterov's step from m
+            beta, rate = beta1**2, rate * (1 - beta1 ** (2 * alike.step)) / (1 - beta1 ** (alike.step + 1))
         adam(
-            directions,
+            places,
             gradients,
             means,
             squares,
             [],
-            list(torch.full((len(means),), step - 1.0, device=means[0].device).unbind()),
+            list(torch.full((len(means),), alike.step - 1.0, device=means[0].device).unbind()),
             fused=all(p.device.type in _FUSED for p in parameters),
             amsgrad=False,
             beta1=beta,
-            beta2=betas[1],
-            lr=-correction,
+            beta2=alike.betas[1],
+            lr=rate,
             weight_decay=0.0,
-            eps=eps,
+            eps=alike.eps,
             maximize=False,
         )
-        if self.looks_ahead and beta > 0:  # on to β m + (1 − β) g
-            torch._foreach_lerp_(means, gradients, 1 - 1 / betas[0])
-        if eps == 0:  # an entry that never had a gradient, or one too small to square, does not move
-            for direction, square in zip(directions, squares, strict=True):
-                direction.masked_fill_(square == 0, 0.0)
-        return directions
+        if self.looks_ahead and beta1 > 0:  # on to β m + (1 − β) g
+            torch._foreach_lerp_(means, gradients, 1 - 1 / beta1)
 
 
 class NAdam(Adam):
@@ -249,6 +260,11 @@ def resolve(direction: str | torch.optim.Optimizer | Direction) -> Direction:
     return named[direction]()
 
 
+def descends(direction: Direction) -> TypeGuard[Adam]:
+    """Whether a direction can take its step by itself; a subclass that gives another one cannot."""
+    return isinstance(direction, Adam) and type(direction).update is Adam.update
+
+
 def next_step(optimizer: torch.optim.Optimizer, parameters: Sequence[nn.Parameter]) -> list[Tensor]:
     """The step that an optimizer would take now, u = θ − θ', without taking it.
 
@@ -294,6 +310,27 @@ def _gradients(parameters: list[Tensor]) -> list[Tensor]:
                 "own: pass a torch.optim.SparseAdam, or make the layer with sparse=False"
             )
     return gradients
+
+
+class _Alike(NamedTuple):
+    """What parameters have in common that Adam moves in one kernel."""
+
+    betas: tuple[float, float]
+    eps: float
+    step: int
+    size: float
+
+
+def _for_one_kernel(
+    groups: Groups, state: State, sizes: Mapping[Tensor, float] | None = None
+) -> Iterable[tuple[_Alike, list[Tensor]]]:
+    """The parameters that have gradients, their memories at the next step, together where one kernel can move them."""
+    kernels: defaultdict[_Alike, list[Tensor]] = defaultdict(list)
+    for (betas, eps), parameters in _buckets(groups, "betas", "eps"):
+        for p in parameters:
+            step = _adam_memory(p, state[p])["step"]
+            kernels[_Alike(betas, eps, step, 1.0 if sizes is None else sizes[p])].append(p)
+    return kernels.items()
 
 
 def _adam_memory(parameter: Tensor, state: dict[str, Any]) -> dict[str, Any]:

@@ -218,7 +218,8 @@ class NewtonSummary(torch.optim.Optimizer):
         self._taken = 0
         self._pending: dict[Tensor, Tensor] | None = None
         self._guard = GradientGuard() if rule.fidelity else None
-        self._factors: list[float | Tensor] | None = None
+        self._factors: list[float | Tensor] | None = None  # η for every parameter, where they are known
+        self._sizes: tuple[list[float], dict[Tensor, float]] = [], {}  # λ_1, and λ_1 η for every whole parameter
         self._proportions: Tensor | None = None
         self._pace = None if self._stream is None or self.look_every == 0 else Pace()
         self._averaged = False  # whether the model has the average, and the state its weights
@@ -249,6 +250,10 @@ class NewtonSummary(torch.optim.Optimizer):
             return self.rule.rates
         return None if self._proportions is None else self._proportions * self._pace.scale
 
+    @property
+    def _has_rates(self) -> bool:
+        return (self.rule.rates if self._pace is None else self._proportions) is not None
+
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """Takes a step, and measures first where it is time to.
@@ -271,16 +276,15 @@ class NewtonSummary(torch.optim.Optimizer):
                 value = closure()
         if all(p.grad is None for p in self.partition.parameters):
             return value
-        u = self._current_direction()
         if self._stream is not None and self._is_time_to_measure():
-            self._measure(self._stream.next(self.partition.device), u)
+            self._measure(self._stream.next(self.partition.device), self._current_direction())
         if self._is_time_to_look():
-            self._look(u)
+            self._look(self._current_direction())
         if self.status is None:
             raise RuntimeError(
                 "no rates yet: pass curvature_data, or call measure(batch) between backward() and the first step()"
             )
-        self._apply(u)
+        self._descend()
         self._pending = None
         self._taken += 1
         return value
@@ -419,16 +423,20 @@ class NewtonSummary(torch.optim.Optimizer):
     def _current_direction(self) -> dict[Tensor, Tensor]:
         """The direction of this step, computed once for a measurement and the step after it."""
         if self._pending is None:
-            if self._guard is not None:
-                self._guard.apply(self.partition.parameters, self._processes.total)
+            self._hold_gradients()
             self._pending = self.direction.update(self.param_groups, self.state)
         return self._pending
+
+    def _hold_gradients(self) -> None:
+        """Shortens the gradients of this step where they are too long."""
+        if self._guard is not None:
+            self._guard.apply(self.partition.parameters, self._processes.total)
 
     def _is_time_to_measure(self) -> bool:
         """Whether the step to come is one that measures; before there are rates, every fifth does."""
         if self.every is not None:
             return self._taken % self.every == 0
-        if self._rates is None:
+        if not self._has_rates:
             return self._taken % LOOKS.first == 0
         needed = self._pace is None or len(self.partition) > 1  # a single proportion stays what it is
         return needed and self._taken % MEASUREMENTS.first == 0
@@ -578,30 +586,59 @@ class NewtonSummary(torch.optim.Optimizer):
         """The loss on all processes' batches after a step of this length."""
         return self._of_all(self._loss.after_step(batch, partition, along, eta.tolist()), batch_size(batch))
 
-    def _apply(self, u: dict[Tensor, Tensor]) -> None:
-        """θ ← θ − λ_1 η_s u, for the parameters that have a direction."""
-        rates = self._rates
-        if rates is None:
+    def _descend(self) -> None:
+        """θ ← θ − λ_1 η_s u, for the parameters that have a direction.
+
+        Where nothing was measured along u, and the direction can take its step by itself, there is no tensor for u.
+        """
+        if not self._has_rates:
+            self._current_direction()  # which remembers this gradient
             return
-        if self._factors is None:
-            self._factors = self.partition.spread(rates.tolist())
-        scale = self._scale_of_parameter()
+        sizes = self._sizes_of_steps()
+        whole = len(sizes) == len(self.partition.parameters)
+        if self._pending is None and whole and directions.descends(self.direction):
+            self._hold_gradients()
+            self.direction.descend(self.param_groups, self.state, sizes)
+            return
+        u = self._current_direction()
         alike: defaultdict[float, list[Tensor]] = defaultdict(list)
-        for p, factor in zip(self.partition.parameters, self._factors, strict=True):
-            if p not in u:
-                continue
-            if isinstance(factor, Tensor):
-                p.addcmul_(u[p], sharded_like(factor, p), value=-scale[p])
-            else:
-                alike[factor * scale[p]].append(p)
+        for p in u:
+            if p in sizes:
+                alike[sizes[p]].append(p)
         for size, parameters in alike.items():
             torch._foreach_sub_(parameters, [u[p] for p in parameters], alpha=size)
+        if not whole:
+            self._descend_in_parts(u)
+
+    def _descend_in_parts(self, u: dict[Tensor, Tensor]) -> None:
+        """The step of the parameters that are split between groups."""
+        assert self._factors is not None
+        scale = self._scale_of_parameter()
+        for p, factor in zip(self.partition.parameters, self._factors, strict=True):
+            if p in u and isinstance(factor, Tensor):
+                p.addcmul_(u[p], sharded_like(factor, p), value=-scale[p])
+
+    def _sizes_of_steps(self) -> dict[Tensor, float]:
+        """λ_1 η for every parameter that is not split between groups; found again where λ_1 or η have changed."""
+        scales = self._scales_of_param_groups()
+        if self._factors is None or self._sizes[0] != scales:
+            if self._factors is None:
+                assert self._rates is not None
+                self._factors = self.partition.spread(self._rates.tolist())
+            scale, factors = self._scale_of_parameter(), zip(self.partition.parameters, self._factors, strict=True)
+            self._sizes = scales, {p: f * scale[p] for p, f in factors if not isinstance(f, Tensor)}
+        return self._sizes[1]
 
     def _scale_of_parameter(self) -> dict[Tensor, float]:
         """λ_1 for each parameter: its group's ``lr``, times the boldness, and the schedule where there is one."""
+        scales = self._scales_of_param_groups()
+        return {p: s for group, s in zip(self.param_groups, scales, strict=True) for p in group["params"]}
+
+    def _scales_of_param_groups(self) -> list[float]:
+        """λ_1 for each of torch's groups."""
         schedule = 1.0 if self.steps is None else min(1.0, max(0.0, 4 - 4 * self._taken / self.steps))
         factor = schedule if self._pace is None else schedule * self._pace.boldness
-        return {p: float(group["lr"]) * factor for group in self.param_groups for p in group["params"]}
+        return [float(group["lr"]) * factor for group in self.param_groups]
 
     def _scales_of_groups(self) -> Tensor:
         """λ_1 for each group of the partition, shape (S,); that of its first tensor."""

@@ -105,7 +105,7 @@ class InMemory(Dataset[Batch]):
 
     def __getitems__(self, indices: Sequence[int]) -> Batch:
         chosen = torch.as_tensor(indices)
-        return self.data[0][chosen], self.data[1][chosen]
+        return self.data[0].index_select(0, chosen), self.data[1].index_select(0, chosen)
 
 
 def as_it_is(batch: Any) -> Any:

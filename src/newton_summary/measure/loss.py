@@ -168,25 +168,33 @@ def preserved_randomness(devices: set[torch.device] | None = None) -> Iterator[C
 def _numpy_rewind() -> Callable[[], None]:
     """A function that restores the state of numpy's global generator, if it has moved.
 
-    To set it takes longer than a small network's loss, so the memory of the generator is compared first.  A normal
-    variate that is kept for the next call is not in that memory.
+    numpy's own way takes longer than a small network's loss, so the memory of the generator is compared, and written.
+    A normal variate that is kept for the next call is not in that memory: a new seed drops one that was kept meanwhile,
+    and where there was one before, only numpy's own way brings it back.
     """
     state: Any = np.random.get_state(legacy=False)  # noqa: NPY002  (the user's global generator)
-    has_spare, memory = bool(state["has_gauss"]), _numpy_memory()
+    address = _numpy_memory()
+    if address is None or state["has_gauss"]:
+        return lambda: np.random.set_state(state)  # noqa: NPY002
+    memory = ctypes.string_at(address, _NUMPY_BYTES)
 
     def rewind() -> None:
-        if has_spare or memory is None or _numpy_memory() != memory:
+        if _numpy_memory() != address:  # another generator has taken its place
             np.random.set_state(state)  # noqa: NPY002
+        elif ctypes.string_at(address, _NUMPY_BYTES) != memory:
+            np.random.seed(0)  # noqa: NPY002
+            ctypes.memmove(address, memory, _NUMPY_BYTES)
 
     return rewind
 
 
-def _numpy_memory() -> bytes | None:
-    """The raw state of numpy's global generator, if it is of the usual kind: 624 words and a position."""
+_NUMPY_BYTES = 625 * 4  # the Mersenne twister's 624 words and its position
+
+
+def _numpy_memory() -> int | None:
+    """Where the raw state of numpy's global generator is, if it is of the usual kind."""
     generator = np.random.get_bit_generator()  # type: ignore[attr-defined]
-    if type(generator) is not np.random.MT19937:
-        return None
-    return ctypes.string_at(generator.ctypes.state_address, 625 * 4)
+    return int(generator.ctypes.state_address) if type(generator) is np.random.MT19937 else None
 
 
 @contextlib.contextmanager
