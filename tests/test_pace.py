@@ -164,10 +164,18 @@ def test_the_state_goes_through_json() -> None:
 # The boldness ---------------------------------------------------------------------------------------------------------
 
 
+def falling(rate: float, count: int) -> Pace:
+    """A run whose loss falls by this in its logarithm at each step, and is the same all along the step."""
+    pace = Pace()
+    for number in range(count):
+        pace.look(lambda size, n=number: math.exp(-rate * n * EVERY), EVERY)
+    return pace
+
+
 def steady(oscillating: bool = False) -> Pace:
-    pace = followed(valley(1.0), count=40)
+    pace = followed([lambda size, n=n: 0.97**n * valley(1.0)(size) for n in range(40)], count=40)
     for _ in range(10):
-        pace.compare(0.8 if oscillating else 1.0, 1.0, 3 * EVERY)
+        pace.compare(0.6 if oscillating else 1.0, 1.0, 3 * EVERY)
     return pace
 
 
@@ -195,18 +203,45 @@ def test_a_growing_curvature_shortens_the_scale_as_ever() -> None:
     assert pace.scale < 2.0**-8
 
 
-def test_the_boldness_falls_where_the_average_is_far_better_and_rises_where_it_is_not() -> None:
-    pace = Pace()
-    pace.compare(0.9, 1.0, 15)
-    assert pace.boldness == pytest.approx(1.0)
-    pace.compare(0.81, 1.0, 15)
-    assert pace.boldness == pytest.approx(1 + 0.6 * math.log(0.9))
-    for _ in range(20):
+@pytest.mark.parametrize("rate", [1e-5, 1e-4, 5e-4])
+@pytest.mark.parametrize("count", [200, 1000])
+def test_the_boldness_weighs_the_advantage_of_the_average_against_what_an_eighth_of_the_run_gains(rate, count) -> None:
+    eighth = min(rate * count * EVERY / 8, 0.3)
+    for share in (0.0, 0.9, 1.1):
+        pace = falling(rate, count)
+        pace.compare(math.exp(-share * eighth), 1.0, 15)
+        assert pace.boldness == pytest.approx(1 + 0.06 * (1 - share) * eighth / max(eighth, 0.02), abs=0.003)
+        assert (pace.boldness > 1) == (share < 1)
+
+
+@pytest.mark.parametrize("rate", [0.0, -1e-3])
+def test_where_a_run_gains_nothing_a_slight_advantage_shortens_steps(rate) -> None:
+    pace = falling(rate, 100)
+    pace.compare(1.0, 1.0, 15)
+    assert pace.boldness == 1.0
+    pace.compare(0.99, 1.0, 15)
+    assert pace.boldness == pytest.approx(1 + 0.06 * math.log(0.99) / 0.02)
+
+
+def test_the_boldness_has_limits() -> None:
+    pace = falling(1e-3, 200)
+    for _ in range(50):
         pace.compare(0.5, 1.0, 15)
-    assert pace.boldness == 5 / 6
-    for _ in range(40):
+    assert pace.boldness == 2 / 3
+    for _ in range(50):
         pace.compare(1.0, 1.0, 15)
     assert pace.boldness == 19 / 15
+
+
+def test_a_fall_that_shorter_steps_have_brought_is_no_gain_of_the_run() -> None:
+    """What the weights gain on their average, while that stays where it is."""
+    pace = Pace()
+    for advantage, comparisons in ((0.5, 100), (0.05, 40)):
+        for _ in range(comparisons):
+            for _ in range(3):
+                pace.look(lambda size, a=advantage: math.exp(a), EVERY)
+            pace.compare(1.0, math.exp(advantage), 3 * EVERY)
+    assert pace.boldness == 2 / 3
 
 
 @pytest.mark.parametrize(("average", "here"), [(math.nan, 1.0), (1.0, math.nan), (0.0, 1.0), (1.0, 0.0), (-1.0, 1.0)])
@@ -529,7 +564,7 @@ def test_a_spike_late_in_a_run_is_undone() -> None:
     for t in range(300):
         if t == 202:
             with torch.no_grad():
-                model[0].weight.add_(0.5 * torch.randn_like(model[0].weight))
+                model[0].weight.add_(0.3 * torch.randn_like(model[0].weight))
         optimizer.zero_grad()
         loss_fn(model, batches[t % len(batches)]).backward()
         optimizer.step()

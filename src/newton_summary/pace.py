@@ -9,10 +9,12 @@ from typing import Any
 _MEMORY = 100  # steps, of the averages
 _LATEST = 0.15  # of a look in them, at most: rare looks must not each decide
 _DOUBLING = 20  # steps, that the trial size needs to double or to halve
-_LEAST, _MOST = 5 / 6, 19 / 15  # of the boldness: λ_1 between 1.25 and 1.9, for the default of 1.5
-_GAIN = 0.04  # of the boldness for each step, in units of the logarithm of a ratio of losses
+_LEAST, _MOST = 2 / 3, 19 / 15  # of the boldness: λ_1 between 1 and 1.9, for the default of 1.5
+_GAIN = 0.004  # of the boldness for each step
 _SLOWEST = 45  # steps, for which a comparison may count
-_NOISE = 0.9  # the loss at averaged weights, against that at the weights, with which the boldness stays
+_EIGHTH = 0.75  # of the fall between two averages over parts of the run: what an eighth of the run gains
+_FALL = 0.3  # that the fall in an eighth of the run counts as, at most, in the logarithm of a loss
+_SLIGHT = 0.02  # below which such a fall, or an advantage of the average, is noise
 _LASTING = 400  # steps, in which slopes halve the scale at most, where the weights do not oscillate
 _NOTHING = 1e-100  # what a loss of 0 counts as
 _SMALL = 0.01  # of the usual loss: one that passes through 0 does no harm
@@ -41,17 +43,18 @@ class Pace:
     4. While the loss changes by more than itself over one step of the trial size, that is halved.
 
     A look is greedy: where noise rules, it would shorten steps before their time.  The *boldness*, a factor on λ_1,
-    corrects that.  It follows the loss at a moving average of the weights, relative to that at the weights: where the
-    average is far better, the weights oscillate, and steps become shorter; where it is not, they become longer.  And
-    where it is not, slopes that are small for one step need not be so for many: a growing curvature shortens the scale
-    as ever, but a falling slope halves it in 400 steps at most.
+    corrects that.  It weighs two gains.  The loss at a moving average of the weights, which oscillates less, tells what
+    shorter steps would gain at once; the fall of that loss in the last eighth of the run tells what steps as long as
+    these gain in time.  Where the first is more, steps become shorter, else longer.  And where it is not, slopes that
+    are small for one step need not be so for many: a growing curvature shortens the scale as ever, but a falling slope
+    halves it in 400 steps at most.
 
     Between two looks a loss can explode.  Where one is no number, or more than ten times what looks find as a rule and
     ten times that of the average of the weights, these should go back to their average.
 
     Attributes:
         scale: what the measured rates are multiplied by; not negative.
-        boldness: what λ_1 is multiplied by, between 5/6 and 19/15.
+        boldness: what λ_1 is multiplied by, between 2/3 and 19/15.
         advantage: of the average of the weights: the logarithm of how many times lower the loss is there, over the
             last few comparisons.
         halvings: how often the loss did not follow, and the trial size was halved.
@@ -75,7 +78,10 @@ class Pace:
         self._slope = self._curvature = self._usual = self._minimum = 0.0
         self._count = 0
         self._level: float | None = None  # the logarithm of the loss that looks find as a rule
-        self._steady = False  # whether comparisons were made, and the weights do not oscillate
+        self._steady = False  # whether comparisons were made, and the average is not much better than the weights
+        self._steps = 0
+        self._late: float | None = None  # the logarithm of the loss at the average, over the last eighth of the run
+        self._longer = 0.0  # the same over the last three eighths
 
     def look(self, loss_after: Callable[[float], float], every: int) -> float:
         """Looks at the loss of a batch along the step, and follows it.
@@ -91,6 +97,7 @@ class Pace:
         once = self._trusted(here, loss_after)
         if once is None:
             return here
+        self._follow_the_run(here, every)
         twice = loss_after(2 * self._trial)
         if not math.isfinite(twice):  # the parabola of half the size, of which one point is known
             self._trial, twice = self._trial / 2, once
@@ -112,9 +119,10 @@ class Pace:
             return
         ratio = min(max(math.log(average / here), -1.0), 1.0)
         self.advantage += _RECENT * (-ratio - self.advantage)
-        self._steady = self.advantage < -math.log(_NOISE)
-        bolder = self.boldness + _GAIN * min(steps, _SLOWEST) * (ratio - math.log(_NOISE))
-        self.boldness = min(max(bolder, _LEAST), _MOST)
+        fallen = 0.0 if self._late is None else min(max(_EIGHTH * (self._longer - self._late), 0.0), _FALL)
+        self._steady = self.advantage < fallen
+        bolder = (fallen + ratio) / max(fallen, abs(self.advantage), _SLIGHT)
+        self.boldness = min(max(self.boldness + _GAIN * min(steps, _SLOWEST) * bolder, _LEAST), _MOST)
 
     def may_have_exploded(self, here: float) -> bool:
         """Whether the loss of the last look is no number, or far above what looks find as a rule."""
@@ -130,6 +138,17 @@ class Pace:
         self._trial = max(self._trial / _RETREAT, _SHORTEST)
         self.scale = 0.0
         return True
+
+    def _follow_the_run(self, here: float, every: int) -> None:
+        """Takes a loss at the weights, less the advantage of their average, into its averages over parts of the run."""
+        if not 0 < here < math.inf:
+            return
+        self._steps += every
+        level, eighth = math.log(here) - self.advantage, self._steps / 8
+        if self._late is None:
+            self._late = self._longer = level
+        self._late += min(every / eighth, 1.0) * (level - self._late)
+        self._longer += min(every / (3 * eighth), 1.0) * (level - self._longer)
 
     def _trusted(self, here: float, loss_after: Callable[[float], float]) -> float | None:
         """The loss after one step of a trial size at which it does not explode; ``None`` if there is no such size."""
