@@ -78,7 +78,7 @@ class Pace:
         self._slope = self._curvature = self._usual = self._minimum = 0.0
         self._count = 0
         self._level: float | None = None  # the logarithm of the loss that looks find as a rule
-        self._steady = False  # whether comparisons were made, and the average is not much better than the weights
+        self._steady = False  # whether comparisons were made, and the average is not better by more than the run gains
         self._steps = 0
         self._late: float | None = None  # the logarithm of the loss at the average, over the last eighth of the run
         self._longer = 0.0  # the same over the last three eighths
@@ -120,7 +120,7 @@ class Pace:
         ratio = min(max(math.log(average / here), -1.0), 1.0)
         self.advantage += _RECENT * (-ratio - self.advantage)
         fallen = 0.0 if self._late is None else min(max(_EIGHTH * (self._longer - self._late), 0.0), _FALL)
-        self._steady = self.advantage < fallen
+        self._steady = self.advantage < max(fallen, _SLIGHT)
         bolder = (fallen + ratio) / max(fallen, abs(self.advantage), _SLIGHT)
         self.boldness = min(max(self.boldness + _GAIN * min(steps, _SLOWEST) * bolder, _LEAST), _MOST)
 
