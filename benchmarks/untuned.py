@@ -31,7 +31,7 @@ import newton_summary as ns
 from newton_summary.experiments.data import InMemory, as_it_is, shuffled
 from newton_summary.experiments.search import half_decade
 from newton_summary.experiments.suite import PROBLEMS, Problem
-from newton_summary.period import BEGINNING, period_at
+from newton_summary.period import BEGINNING, COMPARED, period_at
 from newton_summary.rates import AveragedRates
 from newton_summary.solve import Status
 
@@ -305,7 +305,6 @@ SCHEDULED = ("steps",)  # what knows the length of the run
 
 
 FUSED = "adam, fused"  # torch's other implementation of Adam, which takes the same steps
-COMPARED = 3  # of so many looks of ours, one also compares
 WARM = 10  # steps, after which they are timed
 
 
@@ -426,7 +425,7 @@ def clipped(ratios: Sequence[float]) -> float:
 
 # Divergence -----------------------------------------------------------------------------------------------------------
 
-BATCHES, PERIODS, SCALES = (32, 100, 500), (5, 10, 50), (0.3, 1.0, 3.0)
+BATCHES, PERIODS, SCALES = (0.32, 1.0, 5.0), (5, 10, 50), (0.3, 1.0, 3.0)  # batches in units of the problem's own
 
 
 def failure(record: Record) -> str:
@@ -438,34 +437,64 @@ def failure(record: Record) -> str:
     return "above 3 × its best" if record.curve[-1] > 3 * min(record.curve) else ""
 
 
-def robust(problems: Sequence[Problem], baseline: Store, own: Store) -> str:
-    """Runs the grid, and the tuned Adam at each of its settings; the table of what failed."""
+@dataclass(frozen=True)
+class Setting:
+    """A problem with a batch size and a scale of its initial weights."""
+
+    problem: Problem
+    batch: int
+    scale: float
+
+    @property
+    def names(self) -> dict[str, int]:
+        """What is run at it, and the period of its looks: of the tuned Adam, 0."""
+        ours = {f"ours, {self.batch}, × {self.scale:g}, every {n}": n for n in PERIODS}
+        return {**ours, f"adam, {self.batch}, × {self.scale:g}": 0}
+
+
+def settings(problems: Sequence[Problem]) -> list[Setting]:
+    """Problem by problem, small batches first."""
+    return [Setting(p, round(b * p.batch_size), s) for p in problems for b in BATCHES for s in SCALES]
+
+
+def robust(problems: Sequence[Problem], baseline: Store, own: Store) -> None:
+    """Runs the grid, and the tuned Adam at each of its settings."""
+    for setting in tqdm(settings(problems), desc="settings"):
+        problem = setting.problem
+        options = {"scale": setting.scale, "batch_size": setting.batch}
+        for name, every in setting.names.items():
+            rate = 0.0 if every else baseline.best(problem.name, "adam")[0].rate
+            for seed in SEEDS:
+                looking = ours(problem, seed, look_every=every, batch_size=setting.batch)
+                own.get(problem, name, looking if every else TUNED["adam"], rate, seed, **options)
+
+
+def robust_table(own: Store) -> str:
+    """What failed, of all that was run."""
     lines = [
         "# Runs that must not diverge",
         "",
         "How many of three seeds failed. Failed: a loss that is not finite, or ends above half the initial one, or",
         "above three times the run's best (over eight points along the run). Beside ours the tuned Adam, at the same",
-        "batch size and initial weights. Written by `python benchmarks/untuned.py robust`.",
+        "batch size and initial weights. Batches are a third, one and five times the problem's own. Written by",
+        "`python benchmarks/untuned.py robust`, which goes on where it was stopped; “–” was not run.",
         "",
         "| problem | batch | weights × | " + " | ".join(f"looks every {n}" for n in PERIODS) + " | Adam |",
         "|" + "---|" * (len(PERIODS) + 4),
     ]
-    settings = [(p, b, s) for p in problems for b in BATCHES for s in SCALES]
-    for problem, batch, scale in tqdm(settings, desc="settings"):
-        rate = baseline.best(problem.name, "adam")[0].rate
-        forms = {f"ours, {batch}, × {scale:g}, every {n}": (n, 0.0) for n in PERIODS}
-        forms[f"adam, {batch}, × {scale:g}"] = (0, rate)
+    failures: dict[str, list[str]] = {"ours": [], "adam": []}
+    for setting in settings(list(PROBLEMS.values())):
         cells = []
-        for name, (every, own_rate) in forms.items():
-            failed = []
-            for seed in SEEDS:
-                make = ours(problem, seed, look_every=every, batch_size=batch) if every else TUNED["adam"]
-                record = own.get(problem, name, make, own_rate, seed, scale=scale, batch_size=batch)
-                failed.append(failure(record))
+        for name in setting.names:
+            failed = [failure(record) for record in own.find(setting.problem.name, name)]
             kinds = {kind: failed.count(kind) for kind in failed if kind}
-            cells.append(", ".join(f"{count} {kind}" for kind, count in kinds.items()) or "0")
-        lines.append(f"| {problem.name} | {batch} | {scale:g} | {' | '.join(cells)} |")
-    return "\n".join(lines) + "\n"
+            none = "0" if len(failed) == len(SEEDS) else "–"
+            cells.append(", ".join(f"{count} {kind}" for kind, count in kinds.items()) or none)
+            failures[name.split(",")[0]] += failed
+        if set(cells) != {"–"}:
+            lines.append(f"| {setting.problem.name} | {setting.batch} | {setting.scale:g} | {' | '.join(cells)} |")
+    totals = [f"of {len(failed)} runs of {who}, {sum(map(bool, failed))}" for who, failed in failures.items()]
+    return "\n".join([*lines, "", f"Failed: {'; '.join(totals)}."]) + "\n"
 
 
 # Tables and pictures --------------------------------------------------------------------------------------------------
@@ -548,7 +577,9 @@ def main() -> None:
         baselines(baseline, problems)
         return
     if arguments.command == "robust":
-        text = robust(problems, baseline, Store(FOLDER / "robust.jsonl"))
+        path = FOLDER / "robust.jsonl"
+        robust(problems, baseline, Store(path))
+        text = robust_table(Store(path))  # with what others have run meanwhile
         print(text)
         (FOLDER / "robust.md").write_text(text, encoding="utf-8")
         return

@@ -21,7 +21,7 @@ from newton_summary.measure import Engine, Loss, LossFunction, resolve_engine
 from newton_summary.measure.loss import batch_size
 from newton_summary.pace import Pace, share_of_average
 from newton_summary.partition import Partition, resolve_partition
-from newton_summary.period import LOOKS, MEASUREMENTS, Price, affordable_batches, affordable_period, period_at
+from newton_summary.period import COMPARED, LOOKS, MEASUREMENTS, Price, affordable_batches, affordable_period, period_at
 from newton_summary.rates import AveragedRates, PaperRates, RateRule
 from newton_summary.sampling import BatchStream
 from newton_summary.sharding import gathered, sharded_like, unsharded
@@ -33,7 +33,6 @@ logger = logging.getLogger(__name__)
 _KEY = "newton_summary"
 _MOST_GROUPS = 100
 _MOST_HALVINGS = 40
-_COMPARED = 3  # looks from one comparison of the weights with their average to the next
 
 
 class NewtonSummary(torch.optim.Optimizer):
@@ -522,12 +521,12 @@ class NewtonSummary(torch.optim.Optimizer):
 
                 now, returns = self._pace.look(loss_after, period), False
                 suspicious = self._pace.may_have_exploded(now)
-                if suspicious or looked % _COMPARED == _COMPARED - 1:
+                if suspicious or looked % COMPARED == COMPARED - 1:
                     torch._foreach_copy_(weights, [unsharded(a) for a in average])
                     there = self._of_all(loss(), samples)
                     returns = suspicious and self._pace.retreats(there, now)
                     if not suspicious:
-                        self._pace.compare(there, now, _COMPARED * period)
+                        self._pace.compare(there, now, COMPARED * period)
             if counting:
                 with Price() as evaluation:  # which counts with the look, for what comparisons take
                     self._loss.after_step(batch, partition, along, [0.0] * len(partition))

@@ -37,6 +37,7 @@ MEASUREMENTS = Periods(first=20, shortest=20, longest=200, share=0.06)
 
 BEGINNING = 100  # steps, of a training
 _OFTEN = 4  # times as many looks there
+COMPARED = 3  # looks from one comparison of the weights with their average to the next
 
 _ENOUGH = 64  # samples for a look, where more of them cost little
 _CALL = 450_000  # floating-point operations that take as long as a call
