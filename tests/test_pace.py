@@ -300,7 +300,7 @@ def test_a_look_sees_the_loss_along_the_step_and_at_averaged_weights(partition, 
     sizes = optimizer.partition.spread(optimizer._proportions.tolist())
     twin = copy.deepcopy(model)
     stream = copy.deepcopy(optimizer._stream)
-    batch, random = stream.next(torch.device("cpu"), optimizer._together), torch.get_rng_state()
+    batch, random = stream.next(torch.device("cpu")), torch.get_rng_state()
 
     def loss_at(weights) -> float:
         copied = copy.deepcopy(twin)

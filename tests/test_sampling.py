@@ -260,34 +260,6 @@ def test_a_pass_has_every_sample_once_in_batches_of_the_loaders_sizes(kind, size
     assert torch.equal(torch.cat([y for _, y in batches]), samples * 2.0)
 
 
-@pytest.mark.parametrize(
-    ("kind", "sizes"),
-    [
-        ("shuffled", [8, 2, 8, 2]),
-        ("batch sampler", [10, 10, 10, 10]),
-        ("bare list of indices", [3, 3, 3, 3]),
-        ("list", [2, 1, 2, 1]),
-        ("iterable", [4, 4, 2, 4]),
-    ],
-)
-def test_batches_of_a_map_style_set_come_together(kind, sizes):
-    """As the samples of the batches that follow, in this pass; a stream that is resumed between two goes on alike."""
-    stream, single = BatchStream(LOADERS[kind](), 3), BatchStream(LOADERS[kind](), 3)
-    for size in sizes:
-        resumed = BatchStream(LOADERS[kind](), 3)
-        resumed.load_state_dict(stream.state_dict())
-        assert single.state_dict() == stream.state_dict()
-        batch = stream.next(CPU, 2)
-        x = batch[0] if isinstance(batch, list | tuple) else batch
-        assert len(x) == size
-        assert flat([resumed.next(CPU, 2)]) == flat([batch])
-        alone = []
-        while sum(map(len, alone)) < size:
-            part = single.next(CPU)
-            alone.append(part[0] if isinstance(part, list | tuple) else part)
-        assert torch.equal(torch.cat(alone), x)
-
-
 def test_drop_last_drops_the_last():
     assert [len(x) for x, _ in one_pass(LOADERS["drop last"]())] == [4, 4]
 

@@ -21,7 +21,7 @@ from newton_summary.measure import Engine, Loss, LossFunction, resolve_engine
 from newton_summary.measure.loss import batch_size
 from newton_summary.pace import Pace, share_of_average
 from newton_summary.partition import Partition, resolve_partition
-from newton_summary.period import COMPARED, LOOKS, MEASUREMENTS, Price, affordable_batches, affordable_period, period_at
+from newton_summary.period import COMPARED, LOOKS, MEASUREMENTS, Price, affordable_period, period_at
 from newton_summary.rates import AveragedRates, PaperRates, RateRule
 from newton_summary.sampling import BatchStream
 from newton_summary.sharding import gathered, sharded_like, unsharded
@@ -198,7 +198,6 @@ class NewtonSummary(torch.optim.Optimizer):
         if self.every is not None:
             check_count("every", self.every)
         self._looks_settle = self.look_every is None
-        self._together: int | None = None  # batches of a look; unknown before the first
         if self.look_every:
             check_count("look_every", self.look_every)
         if steps is not None:
@@ -348,7 +347,6 @@ class NewtonSummary(torch.optim.Optimizer):
             "every": self.every,
             "look_every": self.look_every,
             "looks_settle": self._looks_settle,
-            "together": self._together,
             "averaged": self._averaged,
             "usual": [] if self._guard is None else [float(usual) for usual in self._guard.usual],
             "counts": dict(self.counts),
@@ -382,7 +380,7 @@ class NewtonSummary(torch.optim.Optimizer):
         super().load_state_dict({key: value for key, value in state_dict.items() if key != _KEY})
         self._taken = own["taken"]
         self.every, self.look_every, self._averaged = own["every"], own["look_every"], own["averaged"]
-        self._looks_settle, self._together = own["looks_settle"], own["together"]
+        self._looks_settle = own["looks_settle"]
         if self._guard is not None:
             self._guard.usual = own["usual"]
         self.counts = Counter(own["counts"])
@@ -495,15 +493,14 @@ class NewtonSummary(torch.optim.Optimizer):
             self._proportions = rates * math.sqrt(before / now)
 
     def _look(self, u: dict[Tensor, Tensor]) -> None:
-        """Looks at the loss along the step to come, on the next samples, and now and then at averaged weights."""
+        """Looks at the loss along the step to come, on the next batch, and now and then at averaged weights."""
         assert self._stream is not None
         assert self._pace is not None
         assert self._proportions is not None
-        batch = self._stream.next(self.partition.device, self._together or 1)
-        rates = self._proportions.tolist()
+        batch, rates = self._stream.next(self.partition.device), self._proportions.tolist()
         average, samples = self._averaged_weights(), batch_size(batch)
         looked, period = self.counts["looked"], self._period_of_looks
-        counting = self._together is None
+        counting = self.look_every is None
         with self._exactly(u) as (partition, along), Price() if counting else contextlib.nullcontext() as price:
             steps = [v * f for v, f in zip(along, partition.spread(rates), strict=True)]
             with self._loss.movable(batch, partition) as (weights, loss):
@@ -537,10 +534,7 @@ class NewtonSummary(torch.optim.Optimizer):
             torch._foreach_lerp_(average, list(self.partition.parameters), share_of_average(period))
         self.counts["looked"] += 1
         if price is not None:
-            self._together = round(self._of_all(affordable_batches(price, samples * self._processes.count)))
-            price.operations *= self._together
-            if self.look_every is None:
-                self.look_every = round(self._of_all(affordable_period(price, evaluation, LOOKS)))
+            self.look_every = round(self._of_all(affordable_period(price, evaluation, LOOKS)))
         self._publish_rates()
 
     def _averaged_weights(self) -> list[Tensor]:

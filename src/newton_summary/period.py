@@ -39,7 +39,6 @@ BEGINNING = 100  # steps, of a training
 _OFTEN = 4  # times as many looks there
 COMPARED = 3  # looks from one comparison of the weights with their average to the next
 
-_ENOUGH = 64  # samples for a look, where more of them cost little
 _CALL = 450_000  # floating-point operations that take as long as a call
 _AROUND = 40  # calls that take as long as the Python code around a look or a measurement
 _GRADIENT = 3  # its operations, in those of the loss; its calls, compiled ones, are as dear as the loss's own
@@ -75,18 +74,6 @@ def affordable_period(price: Price, evaluation: Price, periods: Periods) -> int:
     step = evaluation.calls * _CALL + _GRADIENT * evaluation.operations
     period = math.ceil(((price.calls + _AROUND) * _CALL + price.operations) / (periods.share * step))
     return min(max(period, periods.shortest), periods.longest)
-
-
-def affordable_batches(price: Price, samples: int) -> int:
-    """How many batches a look takes together: 64 samples, or as many as take no longer than its calls.
-
-    A look at a few samples says little.
-
-    Args:
-        price: what a look at one batch takes.
-        samples: in a batch.
-    """
-    return min(math.ceil(_ENOUGH / samples), max(price.calls * _CALL // max(price.operations, 1), 1))
 
 
 def period_at(step: int, settled: int) -> int:

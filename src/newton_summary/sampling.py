@@ -66,18 +66,14 @@ class BatchStream:
         if _is_sized(samples) and len(samples) == 0:
             raise ValueError("curvature_data is empty")
 
-    def next(self, device: torch.device, together: int = 1) -> Any:
+    def next(self, device: torch.device) -> Any:
         """The next batch, on this device.
-
-        Args:
-            device: where its tensors go.
-            together: of a map-style dataset, so many batches are collated into one; fewer at the end of a pass.
 
         Raises:
             ValueError: a whole pass over the data gives no batch.
         """
         with preserved_randomness():
-            batch = self._advance(together)
+            batch = self._advance()
         return pytree.tree_map(lambda leaf: leaf.to(device) if hasattr(leaf, "to") else leaf, batch)
 
     def state_dict(self) -> dict[str, int]:
@@ -95,28 +91,19 @@ class BatchStream:
         twin.load_state_dict(self.state_dict())
         return twin
 
-    def _advance(self, together: int) -> Any:
+    def _advance(self) -> Any:
         if self._batches is None:
             self._batches = self._open(self.position)
-        batch = self._draw()
+        self._reseed(self.position)
+        batch = next(self._batches, _END)
         if batch is _END:
             if self.position == 0:
                 again = " again: it can be read only once" if self.epoch else ""
                 raise ValueError(f"curvature_data is empty{again}: a pass over it gave no batch")
             self.epoch, self.position, self._batches = self.epoch + 1, 0, None
-            return self._advance(together)
+            return self._advance()
         self.position += 1
-        if not _is_map_style(self.data):
-            return batch
-        while together > 1 and isinstance(batch, list) and (further := self._draw()) is not _END:
-            self.position, together, batch = self.position + 1, together - 1, [*batch, *further]
-        return _fetch(self.data, self._own(self.data, batch))
-
-    def _draw(self) -> Any:
-        """What follows in this pass: a batch, or of a map-style set its indices."""
-        assert self._batches is not None
-        self._reseed(self.position)
-        return next(self._batches, _END)
+        return batch
 
     def _reseed(self, position: int) -> None:
         """Makes what a dataset draws (augmentations) a function of the position in the stream."""
@@ -129,13 +116,14 @@ class BatchStream:
         return int(np.random.SeedSequence((self.seed, self.epoch, position)).generate_state(1)[0])
 
     def _open(self, skip: int) -> Iterator[Any]:
-        """A new pass over the data, from its batch number ``skip``; of a map-style set, over its indices."""
+        """A new pass over the data, from its batch number ``skip``; of a map-style set, no skipped batch is loaded."""
+        loader = self.data if _is_map_style(self.data) else None
         self._reseed(0)
-        source = iter(self._indices(self.data) if _is_map_style(self.data) else _own_loader(self.data))
+        source = iter(_own_loader(self.data) if loader is None else self._indices(loader))
         for position in range(skip):
             self._reseed(position)
             next(source, None)
-        return source
+        return source if loader is None else (_fetch(loader, self._own(loader, index)) for index in source)
 
     def _own(self, loader: DataLoader[Any], batch: Any) -> Any:
         """This process's part of the indices of a batch; all, where there are fewer than processes."""
