@@ -53,7 +53,7 @@ def test_it_does_not_depend_on_the_unit_of_the_loss(factor) -> None:
 @pytest.mark.parametrize("every", [1, EVERY, 15, 50])
 def test_it_agrees_with_parabolas_fitted_in_another_way(every) -> None:
     generator, growth = np.random.default_rng(0), 2 ** min(every / 20, 1)
-    pace, slope, curvature, trial = Pace(), 0.0, 0.0, 1.0
+    pace, slope, curvatures, weights, trial = Pace(), 0.0, [], [], 1.0
     for number in range(1, 60):
         a, b, c = generator.normal(0.05, 0.1), generator.uniform(0.01, 0.3), generator.normal(0, 0.02)
 
@@ -65,8 +65,10 @@ def test_it_agrees_with_parabolas_fitted_in_another_way(every) -> None:
         quadratic, linear, constant = np.polyfit(points, [loss(x) for x in points], 2)
         share = max(3 / (number + 2), min(every / 100, 0.15))
         slope = (1 - share) * slope - share * linear / constant
-        curvature = (1 - share) * curvature + share * 2 * quadratic / constant
-        steepest = max(curvature, quadratic / constant)
+        weights = [*(w * (1 - share) for w in weights), share]
+        curvatures.append(2 * quadratic / constant)
+        mean, square = (np.average(np.power(curvatures, power), weights=weights) for power in (1, 2))
+        steepest = max((mean + math.sqrt(square)) / 2, quadratic / constant)
         best = 0.0 if slope <= 0 else math.inf if steepest <= 0 else slope / steepest
         size = min(best, growth * trial)
         trial = max(size, trial / growth)
@@ -89,7 +91,10 @@ def test_the_scale_doubles_in_twenty_steps_at_most_and_falls_at_once() -> None:
     pace.look(valley(0.3, 1.0, floor=0.16), EVERY)
     assert pace.scale < 0.4, "a steep curvature counts at once"
     pace.look(valley(1.0), EVERY)
-    assert pace.scale > 0.7, "and is forgotten at once"
+    assert 0.5 < pace.scale < 0.7, "and is remembered in part"
+    for _ in range(100):
+        pace.look(valley(1.0), EVERY)
+    assert pace.scale > 0.9, "for as long as the averages last"
 
 
 def test_uphill_it_stands_still_and_goes_on_afterwards() -> None:
@@ -130,7 +135,7 @@ def test_a_loss_that_is_no_number_changes_nothing(value) -> None:
 
 def test_a_loss_that_passes_through_zero_does_no_harm() -> None:
     pace = followed([lambda size, c=c: c + 0.01 * (size - 2.0) ** 2 for c in (1.0, 0.0, -1.0, 1e-9, 0.5)], count=200)
-    assert pace.scale == pytest.approx(2.0, rel=1e-6)
+    assert 1.5 < pace.scale <= 2.0, "where the loss is nearly 0 the parabolas are steep, in units of it"
 
 
 @pytest.mark.parametrize("slope", [0.0, 1e-30, -1e-30])
@@ -230,7 +235,7 @@ def test_the_boldness_has_limits() -> None:
     assert pace.boldness == 2 / 3
     for _ in range(50):
         pace.compare(1.0, 1.0, 15)
-    assert pace.boldness == 19 / 15
+    assert pace.boldness == 1.4
 
 
 def test_a_fall_that_shorter_steps_have_brought_is_no_gain_of_the_run() -> None:

@@ -9,7 +9,7 @@ from typing import Any
 _MEMORY = 100  # steps, of the averages
 _LATEST = 0.15  # of a look in them, at most: rare looks must not each decide
 _DOUBLING = 20  # steps, that the trial size needs to double or to halve
-_LEAST, _MOST = 2 / 3, 19 / 15  # of the boldness: λ_1 between 1 and 1.9, for the default of 1.5
+_LEAST, _MOST = 2 / 3, 1.4  # of the boldness: λ_1 between 1 and 2.1, for the default of 1.5
 _GAIN = 0.004  # of the boldness for each step
 _SLOWEST = 45  # steps, for which a comparison may count
 _EIGHTH = 0.75  # of the fall between two averages over parts of the run: what an eighth of the run gains
@@ -19,6 +19,7 @@ _LASTING = 400  # steps, in which slopes halve the scale at most, where the weig
 _NOTHING = 1e-100  # what a loss of 0 counts as
 _SMALL = 0.01  # of the usual loss: one that passes through 0 does no harm
 _HALVINGS = 40
+_STEEPEST = 1e150  # curvature, whose square is a number
 _SHORTEST, _LONGEST = 1e-12, 1e3  # trial sizes: where the loss hardly changes, it must not lead them to 0 or infinity
 _EXPLODED = 10.0  # times the loss that looks find as a rule, and that at the average of the weights
 _RETREAT = 4.0  # times shorter is the trial size after an explosion
@@ -34,8 +35,9 @@ class Pace:
     weights and after one and two steps of a trial size, along the step that is about to be taken.
 
     1. The parabola through the three losses has a slope and a curvature.  They are divided by the loss, so that every
-       batch counts the same whatever it holds, and averaged over about the last hundred steps.  A curvature that has
-       more than doubled counts at once: that of the averages is at least half of the last one.
+       batch counts the same whatever it holds, and averaged over about the last hundred steps.  The average curvature
+       is half the mean and half the root mean square, in which a few steep batches weigh more; and one that has more
+       than doubled counts at once: that of the averages is at least half of the last one.
     2. The scale is where the parabola of the averages has its minimum; 0 where it goes uphill.
     3. The trial size follows the scale, but neither doubles nor halves in less than 20 steps, nor in less than a look.
        The scale may be less than that at once, never more, and never beyond a thousand.  Where it has to serve for
@@ -54,7 +56,7 @@ class Pace:
 
     Attributes:
         scale: what the measured rates are multiplied by; not negative.
-        boldness: what λ_1 is multiplied by, between 2/3 and 19/15.
+        boldness: what λ_1 is multiplied by, between 2/3 and 1.4.
         advantage: of the average of the weights: the logarithm of how many times lower the loss is there, over the
             last few comparisons.
         halvings: how often the loss did not follow, and the trial size was halved.
@@ -76,6 +78,7 @@ class Pace:
         self.advantage = 0.0
         self._trial = 1.0
         self._slope = self._curvature = self._usual = self._minimum = 0.0
+        self._mean = self._square = 0.0  # of the curvatures
         self._count = 0
         self._level: float | None = None  # the logarithm of the loss that looks find as a rule
         self._steady = False  # whether comparisons were made, and the average is not better by more than the run gains
@@ -178,7 +181,9 @@ class Pace:
         before = self._curvature
         share = max(3 / (self._count + 2), min(every / _MEMORY, _LATEST))
         self._slope += share * (slope - self._slope)
-        self._curvature += share * (curvature - self._curvature)
+        self._mean += share * (curvature - self._mean)
+        self._square += share * (min(abs(curvature), _STEEPEST) ** 2 - self._square)
+        self._curvature = (self._mean + math.sqrt(self._square)) / 2
         steepest = max(self._curvature, curvature / 2)
         self._minimum = 0.0 if self._slope <= 0 else math.inf if steepest <= 0 else self._slope / steepest
         return min(before / steepest, 1.0) if before > 0 and steepest > 0 else 0.0
