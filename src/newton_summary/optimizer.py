@@ -60,8 +60,8 @@ class NewtonSummary(torch.optim.Optimizer):
         direction: ``"nadam"``, ``"adam"``, ``"momentum"``, ``"gradient"``, a ``torch.optim.Optimizer`` over the same
             parameters whose own step it is, or a :class:`~newton_summary.directions.Direction`.
         lr: λ_1, dimensionless: a scale on all rates, for every ``lr_scheduler`` to work on.  At 2 a step is as long as
-            the quadratic model lets it be without going uphill, at 1 it is the best step of that model.  Between 5/6
-            and 19/15 of it are used, by what the looks tell.
+            the quadratic model lets it be without going uphill, at 1 it is the best step of that model.  Between 2/3
+            and 1.4 of it are used, by what the looks tell.
         steps: the length of the training, if known: over its last quarter, λ_1 goes to 0.
         every: the number of steps between measurements.  Default: from 20 to 200, as many as keep the time that they
             take small (:mod:`~newton_summary.period`); with one group, only the first step measures.
