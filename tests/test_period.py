@@ -4,16 +4,30 @@ from __future__ import annotations
 
 import contextlib
 import copy
+from itertools import pairwise
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from torch import nn
 from torch.nn import functional
 from torch.utils.data import DataLoader, TensorDataset
 
 import newton_summary as ns
+import newton_summary.guard
 import newton_summary.optimizer
-from newton_summary.period import BEGINNING, LOOKS, MEASUREMENTS, Periods, Price, affordable_period, period_at
+from newton_summary.period import (
+    BEGINNING,
+    LOOKS,
+    MEASUREMENTS,
+    Periods,
+    Price,
+    affordable_period,
+    gap_at,
+    is_time_to_look,
+    period_at,
+)
 
 
 def loss_fn(model, batch):
@@ -32,12 +46,34 @@ def make(width=16, **options):
     return model, ns.NewtonSummary(model, loss_fn, curvature_data=make_loader(), **options)
 
 
-def train(model, optimizer, steps):
+def backward(model, optimizer, number):
     batches = list(make_loader())
-    for number in range(steps):
-        optimizer.zero_grad()
-        loss_fn(model, batches[number % len(batches)]).backward()
+    optimizer.zero_grad()
+    loss_fn(model, batches[number % len(batches)]).backward()
+
+
+def train(model, optimizer, steps, start=0):
+    for number in range(start, start + steps):
+        backward(model, optimizer, number)
         optimizer.step()
+
+
+def explode(model, optimizer, number):
+    """A step whose gradient is a hundred times as long as usual."""
+    backward(model, optimizer, number)
+    for parameter in model.parameters():
+        parameter.grad *= 100
+    optimizer.step()
+
+
+def steps_that_look(model, optimizer, start, count):
+    seen = []
+    for number in range(start, start + count):
+        before = optimizer.counts["looked"]
+        train(model, optimizer, 1, start=number)
+        if optimizer.counts["looked"] > before:
+            seen.append(number)
+    return seen
 
 
 def price(calls, operations):
@@ -86,28 +122,58 @@ def test_a_run_settles_for_periods_and_keeps_them() -> None:
     assert optimizer.counts["measured"] == 2 + (20 + 2 * period) // period - 20 // period
 
 
-def test_looks_are_four_times_as_frequent_at_first() -> None:
+def test_looks_are_four_times_as_frequent_at_first(monkeypatch) -> None:
+    monkeypatch.setattr(newton_summary.guard.GradientGuard, "take_alarm", lambda guard: False)
     assert [period_at(step, 12) for step in (0, BEGINNING - 1, BEGINNING, 10**6)] == [3, 3, 12, 12]
     assert [period_at(0, settled) for settled in (1, 5, 20)] == [1, 2, 5]
     model, optimizer = make()
-    looks = []
-    for step in range(BEGINNING + 50):
-        before = optimizer.counts["looked"]
-        train(model, optimizer, 1)
-        if optimizer.counts["looked"] > before:
-            looks.append(step)
+    looks = steps_that_look(model, optimizer, 0, BEGINNING + 50)
     often, seldom = period_at(0, optimizer.look_every), optimizer.look_every
-    assert looks == [*range(0, BEGINNING, often), *(s for s in range(BEGINNING, BEGINNING + 50) if s % seldom == 0)]
+    first = [s for s in (1, 2, 4, 8, 16) if s < often]
+    settled = [s for s in range(BEGINNING, BEGINNING + 50) if s % seldom == 0]
+    assert looks == sorted({*first, *range(0, BEGINNING, often), *settled})
 
 
-def test_a_period_that_was_asked_for_holds_from_the_first_step() -> None:
+def test_a_period_that_was_asked_for_holds_once_looks_have_begun() -> None:
     model, optimizer = make(look_every=8)
     train(model, optimizer, 40)
-    assert optimizer.counts["looked"] == 5
+    assert optimizer.counts["looked"] == 8  # after 0, 1, 2, 4, 8, 16, 24 and 32 steps
     twin, resumed = make()  # which would settle
     resumed.load_state_dict(optimizer.state_dict())
     train(twin, resumed, 40)
-    assert resumed.counts["looked"] == 10
+    assert resumed.counts["looked"] == 13
+
+
+@given(st.integers(1, 60))
+def test_looks_grow_apart_until_the_period_is_reached(period) -> None:
+    looks = [since for since in range(400) if is_time_to_look(since, period)]
+    for since, following in pairwise(looks):
+        assert following - since <= gap_at(since, period) <= period
+        assert following - since <= max(since, 1), "no longer blind than it has looked already"
+    assert all(following - since == period for since, following in pairwise(looks) if since >= period)
+
+
+def test_after_a_gradient_that_is_far_too_long_looks_are_frequent_again() -> None:
+    model, optimizer = make(look_every=16)
+    train(model, optimizer, 40)
+    before = optimizer.counts["looked"]
+    explode(model, optimizer, 40)
+    assert optimizer.counts["looked"] == before + 1
+    assert steps_that_look(model, optimizer, 41, 40) == [41, 42, 44, 48, 56, 72]
+    explode(model, optimizer, 81)
+    train(model, optimizer, 2, start=82)
+    explode(model, optimizer, 84)
+    assert steps_that_look(model, optimizer, 85, 10) == [85, 89], "it was heard already"
+
+
+def test_on_an_accelerator_an_alarm_is_heard_within_five_steps(monkeypatch) -> None:
+    monkeypatch.setattr(newton_summary.guard, "_HOST", "no device")
+    model, optimizer = make(look_every=16)
+    train(model, optimizer, 41)
+    before = optimizer.counts["looked"]
+    explode(model, optimizer, 41)
+    assert optimizer.counts["looked"] == before
+    assert steps_that_look(model, optimizer, 42, 10) == [45, 46, 47, 49]
 
 
 def test_wider_networks_of_the_same_depth_are_measured_more_often() -> None:

@@ -21,7 +21,17 @@ from newton_summary.measure import Engine, Loss, LossFunction, resolve_engine
 from newton_summary.measure.loss import batch_size
 from newton_summary.pace import Pace, share_of_average
 from newton_summary.partition import Partition, resolve_partition
-from newton_summary.period import COMPARED, LOOKS, MEASUREMENTS, Price, affordable_period, period_at
+from newton_summary.period import (
+    COMPARED,
+    DEAF,
+    LOOKS,
+    MEASUREMENTS,
+    Price,
+    affordable_period,
+    gap_at,
+    is_time_to_look,
+    period_at,
+)
 from newton_summary.rates import AveragedRates, PaperRates, RateRule
 from newton_summary.sampling import BatchStream
 from newton_summary.sharding import gathered, sharded_like, unsharded
@@ -66,7 +76,8 @@ class NewtonSummary(torch.optim.Optimizer):
         every: the number of steps between measurements.  Default: from 20 to 200, as many as keep the time that they
             take small (:mod:`~newton_summary.period`); with one group, only the first step measures.
         look_every: the number of steps between looks.  Default: from 5 to 20, in the same way, and a quarter of that in
-            the first hundred steps.  With 0 there are none: rates are those that were measured, and λ_1 is ``lr``.
+            the first hundred steps.  The first ones, and those after a gradient that is far too long, are closer.
+            With 0 there are none: rates are those that were measured, and λ_1 is ``lr``.
         regularization: λ_int, the weight of the cubic term.
         shrinkage: ρ, how strongly rates are drawn to the target (:func:`~newton_summary.solve.shrink`).
         target: ``"shared"``, one rate for all groups; or ``"invariant"``, which keeps training the same when groups are
@@ -215,8 +226,10 @@ class NewtonSummary(torch.optim.Optimizer):
         among = self._processes
         self._stream = None if curvature_data is None else BatchStream(curvature_data, seed, among.rank, among.count)
         self._taken = 0
+        self._began: int | None = None  # the step from which on looks are frequent again
         self._pending: dict[Tensor, Tensor] | None = None
         self._guard = GradientGuard() if rule.fidelity else None
+        self._held = False  # whether the guard has seen the gradients of the step to come
         self._factors: list[float | Tensor] | None = None  # η for every parameter, where they are known
         self._sizes: tuple[list[float], dict[Tensor, float]] = [], {}  # λ_1, and λ_1 η for every whole parameter
         self._proportions: Tensor | None = None
@@ -275,6 +288,7 @@ class NewtonSummary(torch.optim.Optimizer):
                 value = closure()
         if all(p.grad is None for p in self.partition.parameters):
             return value
+        self._hold_gradients()
         if self._stream is not None and self._is_time_to_measure():
             self._measure(self._stream.next(self.partition.device), self._current_direction())
         if self._is_time_to_look():
@@ -284,7 +298,7 @@ class NewtonSummary(torch.optim.Optimizer):
                 "no rates yet: pass curvature_data, or call measure(batch) between backward() and the first step()"
             )
         self._descend()
-        self._pending = None
+        self._pending, self._held = None, False
         self._taken += 1
         return value
 
@@ -313,7 +327,7 @@ class NewtonSummary(torch.optim.Optimizer):
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Clears the gradients, and the direction that was computed of them if no step was taken."""
-        self._pending = None
+        self._pending, self._held = None, False
         super().zero_grad(set_to_none)
 
     @torch.no_grad()
@@ -344,11 +358,12 @@ class NewtonSummary(torch.optim.Optimizer):
         own = {
             "kinds": self._kinds(),
             "taken": self._taken,
+            "began": self._began,
             "every": self.every,
             "look_every": self.look_every,
             "looks_settle": self._looks_settle,
             "averaged": self._averaged,
-            "usual": [] if self._guard is None else [float(usual) for usual in self._guard.usual],
+            "guard": None if self._guard is None else self._guard.state_dict(),
             "counts": dict(self.counts),
             "status": None if self.status is None else self.status.name,
             "summary": None if self.summary is None else self.summary.to_dict(),
@@ -378,11 +393,11 @@ class NewtonSummary(torch.optim.Optimizer):
                 f"{', '.join(self._kinds())}: make it as it was made"
             )
         super().load_state_dict({key: value for key, value in state_dict.items() if key != _KEY})
-        self._taken = own["taken"]
+        self._taken, self._began = own["taken"], own["began"]
         self.every, self.look_every, self._averaged = own["every"], own["look_every"], own["averaged"]
         self._looks_settle = own["looks_settle"]
         if self._guard is not None:
-            self._guard.usual = own["usual"]
+            self._guard.load_state_dict(own["guard"])
         self.counts = Counter(own["counts"])
         self.status = None if own["status"] is None else Status[own["status"]]
         self.summary = None if own["summary"] is None else Summary.from_dict(own["summary"])
@@ -395,7 +410,7 @@ class NewtonSummary(torch.optim.Optimizer):
         self.direction.load_state_dict(own["direction"])
         if self._stream is not None and own["stream"] is not None:
             self._stream.load_state_dict(own["stream"])
-        self._pending = None
+        self._pending, self._held = None, False
         self._publish_rates()
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
@@ -427,9 +442,19 @@ class NewtonSummary(torch.optim.Optimizer):
         return self._pending
 
     def _hold_gradients(self) -> None:
-        """Shortens the gradients of this step where they are too long."""
-        if self._guard is not None:
+        """Shortens the gradients of this step where they are too long, once."""
+        if self._guard is not None and not self._held:
             self._guard.apply(self.partition.parameters, self._processes.total)
+        self._held = True
+
+    def _is_alarmed(self) -> bool:
+        """Whether a gradient was too long, as far as it was asked: at once where that costs nothing."""
+        assert self._guard is not None
+        alone = self._processes.count == 1
+        if not (alone and self._guard.is_on_host) and self._taken % LOOKS.first != 0:
+            return False
+        alarm = self._guard.take_alarm()
+        return alarm if alone else self._of_all(float(alarm)) > 0
 
     def _is_time_to_measure(self) -> bool:
         """Whether the step to come is one that measures; before there are rates, every fifth does."""
@@ -444,7 +469,10 @@ class NewtonSummary(torch.optim.Optimizer):
         """Whether the step to come is one that looks; there must be rates."""
         if self._pace is None or self._proportions is None:
             return False
-        return self._taken % self._period_of_looks == 0
+        alarmed, period = self._is_alarmed(), self._period_of_looks
+        if self._began is None or (alarmed and self._taken - self._began >= min(period, DEAF)):
+            self._began = self._taken
+        return is_time_to_look(self._taken - self._began, period)
 
     @property
     def _period_of_looks(self) -> int:
@@ -455,7 +483,7 @@ class NewtonSummary(torch.optim.Optimizer):
 
     def _measure(self, batch: Any, u: dict[Tensor, Tensor]) -> Summary:
         """Measures on all processes' batches together, in full precision whatever the training uses."""
-        counting = self.every is None and self._stream is not None and self.counts["measured"] == 1
+        counting = self.every is None and self._stream is not None and self._has_rates
         with self._exactly(u) as (partition, along):
             with Price() if counting else contextlib.nullcontext() as price:
                 part = self.engine.measure(self._loss, batch, partition, along, 3, "diagonal")
@@ -499,7 +527,8 @@ class NewtonSummary(torch.optim.Optimizer):
         assert self._proportions is not None
         batch, rates = self._stream.next(self.partition.device), self._proportions.tolist()
         average, samples = self._averaged_weights(), batch_size(batch)
-        looked, period = self.counts["looked"], self._period_of_looks
+        assert self._began is not None
+        looked, period = self.counts["looked"], gap_at(self._taken - self._began, self._period_of_looks)
         counting = self.look_every is None
         with self._exactly(u) as (partition, along), Price() if counting else contextlib.nullcontext() as price:
             steps = [v * f for v, f in zip(along, partition.spread(rates), strict=True)]
@@ -530,6 +559,7 @@ class NewtonSummary(torch.optim.Optimizer):
         if returns:
             logger.info("the loss has exploded to %g at step %d: back to averaged weights", now, self._taken)
             torch._foreach_copy_([p.detach() for p in self.partition.parameters], average)
+            self._began = self._taken
         elif math.isfinite(now):
             torch._foreach_lerp_(average, list(self.partition.parameters), share_of_average(period))
         self.counts["looked"] += 1
@@ -596,7 +626,6 @@ class NewtonSummary(torch.optim.Optimizer):
         sizes = self._sizes_of_steps()
         whole = len(sizes) == len(self.partition.parameters)
         if self._pending is None and whole and directions.descends(self.direction):
-            self._hold_gradients()
             self.direction.descend(self.param_groups, self.state, sizes)
             return
         u = self._current_direction()

@@ -21,7 +21,8 @@ _SMALL = 0.01  # of the usual loss: one that passes through 0 does no harm
 _HALVINGS = 40
 _STEEPEST = 1e150  # curvature, whose square is a number
 _SHORTEST, _LONGEST = 1e-12, 1e3  # trial sizes: where the loss hardly changes, it must not lead them to 0 or infinity
-_EXPLODED = 10.0  # times the loss that looks find as a rule, and that at the average of the weights
+_EXPLODED = 10.0  # times the loss that looks find as a rule
+_WORSE = 3.0  # times the loss that the first look has found, and that at the average of the weights
 _RETREAT = 4.0  # times shorter is the trial size after an explosion
 _RULE = 0.1  # of a look, in the loss that looks find as a rule
 _RECENT = 0.3  # of a comparison, in the advantage of the average
@@ -51,8 +52,9 @@ class Pace:
     are small for one step need not be so for many: a growing curvature shortens the scale as ever, but a falling slope
     halves it in 400 steps at most.
 
-    Between two looks a loss can explode.  Where one is no number, or more than ten times what looks find as a rule and
-    ten times that of the average of the weights, these should go back to their average.
+    Between two looks a loss can explode.  Where one is no number, more than ten times what looks find as a rule, or
+    three times what the first has found, and three times that of the average of the weights, these should go back to
+    their average.
 
     Attributes:
         scale: what the measured rates are multiplied by; not negative.
@@ -80,7 +82,8 @@ class Pace:
         self._slope = self._curvature = self._usual = self._minimum = 0.0
         self._mean = self._square = 0.0  # of the curvatures
         self._count = 0
-        self._level: float | None = None  # the logarithm of the loss that looks find as a rule
+        self._first: float | None = None  # the logarithm of the loss that the first look has found
+        self._level = 0.0  # the same of what looks find as a rule
         self._steady = False  # whether comparisons were made, and the average is not better by more than the run gains
         self._steps = 0
         self._late: float | None = None  # the logarithm of the loss at the average, over the last eighth of the run
@@ -128,15 +131,17 @@ class Pace:
         self.boldness = min(max(self.boldness + _GAIN * min(steps, _SLOWEST) * bolder, _LEAST), _MOST)
 
     def may_have_exploded(self, here: float) -> bool:
-        """Whether the loss of the last look is no number, or far above what looks find as a rule."""
-        return self._level is not None and not here <= _EXPLODED * math.exp(self._level)
+        """Whether the loss of the last look is no number, or far above what looks find as a rule, or found first."""
+        if self._first is None:
+            return False
+        return not here <= min(_EXPLODED * math.exp(self._level), _WORSE * math.exp(self._first))
 
     def retreats(self, average: float, here: float) -> bool:
         """Whether the weights should go back to their average, where the loss is this.
 
         If so, there is no step until the next look, and after it a shorter one.
         """
-        if not math.isfinite(average) or here <= _EXPLODED * abs(average):
+        if not math.isfinite(average) or here <= _WORSE * abs(average):
             return False
         self._trial = max(self._trial / _RETREAT, _SHORTEST)
         self.scale = 0.0
@@ -171,7 +176,9 @@ class Pace:
         It gives the curvature before in units of that now, at most 1; 0 where either is not positive.
         """
         level = math.log(max(abs(here), _NOTHING))
-        self._level = level if self._level is None else self._level + _RULE * (level - self._level)
+        if self._first is None:
+            self._first = self._level = level
+        self._level += _RULE * (level - self._level)
         first, second = here - once, here - twice
         self._usual = max(abs(here), self._usual / 2, _NOTHING)
         unit = max(abs(here), _SMALL * self._usual)

@@ -2,7 +2,7 @@
 
 Nothing is timed, so that runs repeat: the prices of a measurement, a look and a step follow from how many calls torch
 dispatches for them, and how many floating-point operations these take.  At the beginning of a training, where rates
-change most, looks are more frequent.
+change most, and after an alarm, looks are more frequent.
 """
 
 from __future__ import annotations
@@ -38,6 +38,7 @@ MEASUREMENTS = Periods(first=20, shortest=20, longest=200, share=0.06)
 BEGINNING = 100  # steps, of a training
 _OFTEN = 4  # times as many looks there
 COMPARED = 3  # looks from one comparison of the weights with their average to the next
+DEAF = 8  # steps after an alarm, a retreat or the first look, in which alarms are not heard: looks are frequent then
 
 _CALL = 450_000  # floating-point operations that take as long as a call
 _AROUND = 40  # calls that take as long as the Python code around a look or a measurement
@@ -79,3 +80,17 @@ def affordable_period(price: Price, evaluation: Price, periods: Periods) -> int:
 def period_at(step: int, settled: int) -> int:
     """The period of looks at a step, of which this is the one that they settle for: a quarter of it at first."""
     return math.ceil(settled / _OFTEN) if step < BEGINNING else settled
+
+
+def is_time_to_look(since: int, period: int) -> bool:
+    """Whether to look, so many steps after the first look, the last alarm or retreat.
+
+    It is time after 0, 1, 2, 4, 8 … steps, and then with each period: a rate can be wrong by any factor, and a whole
+    period of its steps would go where no loss was ever seen.
+    """
+    return since % period == 0 or (since < period and since & (since - 1) == 0)
+
+
+def gap_at(since: int, period: int) -> int:
+    """The number of steps to the next look, where this is the time for one; at most."""
+    return min(max(since, 1), period)
