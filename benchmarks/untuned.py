@@ -488,19 +488,25 @@ def robust_table(own: Store) -> str:
         "| problem | batch | weights × | " + " | ".join(f"looks every {n}" for n in PERIODS) + " | Adam |",
         "|" + "---|" * (len(PERIODS) + 4),
     ]
-    failures: dict[str, list[str]] = {"ours": [], "adam": []}
+    runs = failed = alone = 0
     for setting in settings(list(PROBLEMS.values())):
-        cells = []
-        for name in setting.names:
-            failed = [failure(record) for record in own.find(setting.problem.name, name)]
-            kinds = {kind: failed.count(kind) for kind in failed if kind}
-            counts = ", ".join(f"{count} {kind}" for kind, count in kinds.items()) or "0"
-            cells.append(f"{counts} of {len(failed)}" if failed else "–")
-            failures[name.split(",")[0]] += failed
-        if set(cells) != {"–"}:
-            lines.append(f"| {setting.problem.name} | {setting.batch} | {setting.scale:g} | {' | '.join(cells)} |")
-    totals = [f"of {len(failed)} runs of {who}, {sum(map(bool, failed))}" for who, failed in failures.items()]
-    return "\n".join([*lines, "", f"Failed: {'; '.join(totals)}."]) + "\n"
+        found = {name: [failure(r) for r in own.find(setting.problem.name, name)] for name in setting.names}
+        *ours_of, adam = found.values()
+        if not any(ours_of):
+            continue
+        kinds = [kind for kinds in ours_of for kind in kinds]
+        runs, failed = runs + len(kinds), failed + sum(map(bool, kinds))
+        alone += 0 if any(adam) else sum(map(bool, kinds))
+        cells = " | ".join(map(_failures, found.values()))
+        lines.append(f"| {setting.problem.name} | {setting.batch} | {setting.scale:g} | {cells} |")
+    total = f"Of {runs} runs of ours {failed} failed, {alone} of them where no run of the tuned Adam does."
+    return "\n".join([*lines, "", total]) + "\n"
+
+
+def _failures(kinds: Sequence[str]) -> str:
+    """How many runs failed, and how, of those that there are."""
+    counts = {kind: kinds.count(kind) for kind in kinds if kind}
+    return f"{', '.join(f'{n} {kind}' for kind, n in counts.items()) or 0} of {len(kinds)}" if kinds else "–"
 
 
 # Tables and pictures --------------------------------------------------------------------------------------------------

@@ -18,7 +18,7 @@ from newton_summary.directions import Direction
 from newton_summary.distributed import Processes
 from newton_summary.guard import GradientGuard
 from newton_summary.measure import Engine, Loss, LossFunction, resolve_engine
-from newton_summary.measure.loss import batch_size
+from newton_summary.measure.loss import batch_size, preserved_randomness
 from newton_summary.pace import Pace, share_of_average
 from newton_summary.partition import Partition, resolve_partition
 from newton_summary.period import (
@@ -481,6 +481,12 @@ class NewtonSummary(torch.optim.Optimizer):
             return LOOKS.first
         return period_at(self._taken, self.look_every) if self._looks_settle else self.look_every
 
+    @property
+    def _gap(self) -> int:
+        """The number of steps from a look now to the next one."""
+        assert self._began is not None
+        return gap_at(self._taken - self._began, self._period_of_looks)
+
     def _measure(self, batch: Any, u: dict[Tensor, Tensor]) -> Summary:
         """Measures on all processes' batches together, in full precision whatever the training uses."""
         counting = self.every is None and self._stream is not None and self._has_rates
@@ -521,41 +527,17 @@ class NewtonSummary(torch.optim.Optimizer):
             self._proportions = rates * math.sqrt(before / now)
 
     def _look(self, u: dict[Tensor, Tensor]) -> None:
-        """Looks at the loss along the step to come, on the next batch, and now and then at averaged weights."""
+        """Looks at the loss along the step to come, and sends the weights back to their average if it has exploded."""
         assert self._stream is not None
-        assert self._pace is not None
-        assert self._proportions is not None
-        batch, rates = self._stream.next(self.partition.device), self._proportions.tolist()
-        average, samples = self._averaged_weights(), batch_size(batch)
-        assert self._began is not None
-        looked, period = self.counts["looked"], gap_at(self._taken - self._began, self._period_of_looks)
+        average, period = self._averaged_weights(), self._gap
         counting = self.look_every is None
-        with self._exactly(u) as (partition, along), Price() if counting else contextlib.nullcontext() as price:
-            steps = [v * f for v, f in zip(along, partition.spread(rates), strict=True)]
-            with self._loss.movable(batch, partition) as (weights, loss):
-                reached = 0.0
-
-                def loss_after(size: float) -> float:
-                    nonlocal reached
-                    if size < reached:  # back to the start: a step that was far too long would leave its rounding
-                        torch._foreach_copy_(weights, list(partition.parameters))
-                        reached = 0.0
-                    if size > reached:
-                        torch._foreach_sub_(weights, steps, alpha=size - reached)
-                    reached = size
-                    return self._of_all(loss(), samples)
-
-                now, returns = self._pace.look(loss_after, period), False
-                suspicious = self._pace.may_have_exploded(now)
-                if suspicious or looked % COMPARED == COMPARED - 1:
-                    torch._foreach_copy_(weights, [unsharded(a) for a in average])
-                    there = self._of_all(loss(), samples)
-                    returns = suspicious and self._pace.retreats(there, now)
-                    if not suspicious:
-                        self._pace.compare(there, now, COMPARED * period)
-            if counting:
-                with Price() as evaluation:  # which counts with the look, for what comparisons take
-                    self._loss.after_step(batch, partition, along, [0.0] * len(partition))
+        with preserved_randomness(self._loss.devices) as rewind:
+            batch = self._stream.next(self.partition.device, rewind)
+            with self._exactly(u) as (partition, along), Price() if counting else contextlib.nullcontext() as price:
+                now, returns = self._look_along(batch, partition, along, rewind)
+                if counting:
+                    with Price() as evaluation:  # which counts with the look, for what comparisons take
+                        self._loss.after_step(batch, partition, along, [0.0] * len(partition))
         if returns:
             logger.info("the loss has exploded to %g at step %d: back to averaged weights", now, self._taken)
             torch._foreach_copy_([p.detach() for p in self.partition.parameters], average)
@@ -566,6 +548,41 @@ class NewtonSummary(torch.optim.Optimizer):
         if price is not None:
             self.look_every = round(self._of_all(affordable_period(price, evaluation, LOOKS)))
         self._publish_rates()
+
+    def _look_along(
+        self, batch: Any, partition: Partition, along: Sequence[Tensor], rewind: Callable[[], None]
+    ) -> tuple[float, bool]:
+        """Shows the pace the loss along the step, and now and then at averaged weights.
+
+        It gives the loss at the weights, and whether these should go back to their average.
+        """
+        assert self._pace is not None
+        assert self._proportions is not None
+        samples, period = batch_size(batch), self._gap
+        steps = [v * f for v, f in zip(along, partition.spread(self._proportions.tolist()), strict=True)]
+        with self._loss.movable(batch, partition, rewind) as (weights, loss):
+            reached = 0.0
+
+            def loss_after(size: float) -> float:
+                nonlocal reached
+                if size < reached:  # back to the start: a step that was far too long would leave its rounding
+                    torch._foreach_copy_(weights, list(partition.parameters))
+                    reached = 0.0
+                if size > reached:
+                    torch._foreach_sub_(weights, steps, alpha=size - reached)
+                reached = size
+                return self._of_all(loss(), samples)
+
+            now = self._pace.look(loss_after, period)
+            suspicious = self._pace.may_have_exploded(now)
+            if not suspicious and self.counts["looked"] % COMPARED != COMPARED - 1:
+                return now, False
+            torch._foreach_copy_(weights, [unsharded(a) for a in self._averaged_weights()])
+            there = self._of_all(loss(), samples)
+        if suspicious:
+            return now, self._pace.retreats(there, now)
+        self._pace.compare(there, now, COMPARED * period)
+        return now, False
 
     def _averaged_weights(self) -> list[Tensor]:
         """A moving average of the weights, in the optimizer's state."""

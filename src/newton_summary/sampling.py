@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import random
-from collections.abc import Iterable, Iterator, Sized
+from collections.abc import Callable, Iterable, Iterator, Sized
 from typing import Any, TypeGuard, cast
 
 import numpy as np
@@ -66,14 +67,19 @@ class BatchStream:
         if _is_sized(samples) and len(samples) == 0:
             raise ValueError("curvature_data is empty")
 
-    def next(self, device: torch.device) -> Any:
+    def next(self, device: torch.device, rewind: Callable[[], None] | None = None) -> Any:
         """The next batch, on this device.
+
+        Args:
+            device: where tensors in the batch should be.
+            rewind: restores the random states, where a block around this call has saved them; else they are saved here.
 
         Raises:
             ValueError: a whole pass over the data gives no batch.
         """
-        with preserved_randomness():
+        with preserved_randomness() if rewind is None else contextlib.nullcontext(rewind) as rewind:
             batch = self._advance()
+            rewind()
         return pytree.tree_map(lambda leaf: leaf.to(device) if hasattr(leaf, "to") else leaf, batch)
 
     def state_dict(self) -> dict[str, int]:

@@ -36,6 +36,11 @@ class Loss:
         self.model = unwrap(model)
         self._holders = [self.model, *([loss_fn] if isinstance(loss_fn, nn.Module) else [])]
 
+    @property
+    def devices(self) -> set[torch.device]:
+        """The accelerators that parameters of the model are on."""
+        return {p.device for p in self.model.parameters() if p.device.type not in ("cpu", "meta")}
+
     def __call__(self, batch: Any, parameters: Mapping[str, Tensor] | None = None) -> Tensor:
         """The loss on a batch, with some tensors of the model replaced, and every other buffer replaced by a copy.
 
@@ -58,15 +63,22 @@ class Loss:
             return loss()
 
     @contextlib.contextmanager
-    def movable(self, batch: Any, partition: Partition) -> Iterator[tuple[list[Tensor], Callable[[], float]]]:
+    def movable(
+        self, batch: Any, partition: Partition, rewind: Callable[[], None] | None = None
+    ) -> Iterator[tuple[list[Tensor], Callable[[], float]]]:
         """A block in which copies stand for the parameters of a partition, to be moved in place.
 
         It gives the copies, and a function that computes the loss where they are, with the same random numbers each
         time.  Gradients are on, because a loss may differentiate by itself.
+
+        Args:
+            batch: whatever the loss function takes.
+            partition: of the parameters that move.
+            rewind: restores the random states, where a block around this one does; else they are saved here.
         """
         copies = [p.detach().clone() for p in partition.parameters]
         given = dict(zip(partition.parameter_names, copies, strict=True))
-        with self.undisturbed(differentiable=False) as rewind, self._replaced(given):
+        with self.undisturbed(differentiable=False, rewind=rewind) as rewind, self._replaced(given):
 
             def loss() -> float:
                 rewind()
@@ -103,7 +115,9 @@ class Loss:
                 held.update(tensors)
 
     @contextlib.contextmanager
-    def undisturbed(self, differentiable: bool = True) -> Iterator[Callable[[], None]]:
+    def undisturbed(
+        self, differentiable: bool = True, rewind: Callable[[], None] | None = None
+    ) -> Iterator[Callable[[], None]]:
         """A block with gradients on, that leaves random states as they were.
 
         It gives a function that rewinds the random states to where the block began.
@@ -113,10 +127,10 @@ class Loss:
 
         Args:
             differentiable: whether attention uses twice differentiable kernels, and graphs can be traced.
+            rewind: restores the random states, where a block around this one does; else they are saved here.
         """
-        devices = {p.device for p in self.model.parameters() if p.device.type not in ("cpu", "meta")}
         with (
-            preserved_randomness(devices) as rewind,
+            preserved_randomness(self.devices) if rewind is None else contextlib.nullcontext(rewind) as rewind,
             torch.inference_mode(False),
             torch.enable_grad(),
             _differentiable_recurrence(self.model),
