@@ -302,6 +302,29 @@ def test_accumulated_gradients(two) -> None:
             torch.testing.assert_close(p, q, rtol=1e-10, atol=1e-10)
 
 
+def looks_after_an_alarm_of(who: int) -> list[int]:
+    """The steps that look, where the guard of one process alone has shortened a gradient at step 41."""
+    model, looks = make_model(), []
+    parallel = DistributedDataParallel(model)
+    optimizer = ns.NewtonSummary(parallel, loss_fn, curvature_data=plain_loader(), look_every=16)
+    x, y = make_data()
+    for t in range(50):
+        before = optimizer.counts["looked"]
+        optimizer.zero_grad()
+        loss_fn(parallel, part((x.split(BATCH)[t % 5], y.split(BATCH)[t % 5]))).backward()
+        if t == 41 and here()[0] == who:
+            optimizer._guard._shortened = True
+        optimizer.step()
+        looks += [t] * (optimizer.counts["looked"] - before)
+    return looks
+
+
+def test_an_alarm_is_heard_by_all_within_five_steps(two) -> None:
+    for who in (0, 1):
+        first, second = two.run(looks_after_an_alarm_of, who)
+        assert first == second == [0, 1, 2, 4, 8, 16, 32, 45, 46, 47, 49]
+
+
 def compiled(order: str):
     model = make_model()
     parallel = {

@@ -21,11 +21,10 @@ from newton_summary.period import (
     BEGINNING,
     LOOKS,
     MEASUREMENTS,
+    LookTimes,
     Periods,
     Price,
     affordable_period,
-    gap_at,
-    is_time_to_look,
     period_at,
 )
 
@@ -146,9 +145,10 @@ def test_a_period_that_was_asked_for_holds_once_looks_have_begun() -> None:
 
 @given(st.integers(1, 60))
 def test_looks_grow_apart_until_the_period_is_reached(period) -> None:
-    looks = [since for since in range(400) if is_time_to_look(since, period)]
+    times = LookTimes(period, settles=False)
+    looks = [since for since in range(400) if times.is_due(1000 + since, alarmed=False)]
     for since, following in pairwise(looks):
-        assert following - since <= gap_at(since, period) <= period
+        assert following - since <= times.gap(1000 + since) <= period
         assert following - since <= max(since, 1), "no longer blind than it has looked already"
     assert all(following - since == period for since, following in pairwise(looks) if since >= period)
 

@@ -7,6 +7,7 @@ import logging
 import math
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import asdict
 from typing import Any
 
 import torch
@@ -21,17 +22,7 @@ from newton_summary.measure import Engine, Loss, LossFunction, resolve_engine
 from newton_summary.measure.loss import batch_size, preserved_randomness
 from newton_summary.pace import Pace, share_of_average
 from newton_summary.partition import Partition, resolve_partition
-from newton_summary.period import (
-    COMPARED,
-    DEAF,
-    LOOKS,
-    MEASUREMENTS,
-    Price,
-    affordable_period,
-    gap_at,
-    is_time_to_look,
-    period_at,
-)
+from newton_summary.period import COMPARED, LOOKS, MEASUREMENTS, LookTimes, Price, affordable_period
 from newton_summary.rates import AveragedRates, PaperRates, RateRule
 from newton_summary.sampling import BatchStream
 from newton_summary.sharding import gathered, sharded_like, unsharded
@@ -205,12 +196,11 @@ class NewtonSummary(torch.optim.Optimizer):
         seed: int,
     ) -> None:
         check_not_negative("lr", lr)
-        self.every, self.look_every = periods
+        self.every, look_every = periods
         if self.every is not None:
             check_count("every", self.every)
-        self._looks_settle = self.look_every is None
-        if self.look_every:
-            check_count("look_every", self.look_every)
+        if look_every:
+            check_count("look_every", look_every)
         if steps is not None:
             check_count("steps", steps)
         self.partition = partition
@@ -226,14 +216,14 @@ class NewtonSummary(torch.optim.Optimizer):
         among = self._processes
         self._stream = None if curvature_data is None else BatchStream(curvature_data, seed, among.rank, among.count)
         self._taken = 0
-        self._began: int | None = None  # the step from which on looks are frequent again
         self._pending: dict[Tensor, Tensor] | None = None
         self._guard = GradientGuard() if rule.fidelity else None
         self._held = False  # whether the guard has seen the gradients of the step to come
         self._factors: list[float | Tensor] | None = None  # η for every parameter, where they are known
         self._sizes: tuple[list[float], dict[Tensor, float]] = [], {}  # λ_1, and λ_1 η for every whole parameter
         self._proportions: Tensor | None = None
-        self._pace = None if self._stream is None or self.look_every == 0 else Pace()
+        self._looks = LookTimes(look_every, settles=look_every is None)
+        self._pace = None if self._stream is None or look_every == 0 else Pace()
         self._averaged = False  # whether the model has the average, and the state its weights
         _check_same_parameters(self.direction, self.partition)
         super().__init__(self.partition.param_groups(), {"lr": lr, "rate": None, **self.direction.defaults})
@@ -254,6 +244,11 @@ class NewtonSummary(torch.optim.Optimizer):
             for group in groups:
                 units[group] = units[group] or self.direction.unit(parameter)
         return {n: r * u for n, r, u in zip(self.partition.names, rates.tolist(), units, strict=True)}
+
+    @property
+    def look_every(self) -> int | None:
+        """The number of steps between looks; ``None`` before their price was counted."""
+        return self._looks.every
 
     @property
     def _rates(self) -> Tensor | None:
@@ -358,10 +353,8 @@ class NewtonSummary(torch.optim.Optimizer):
         own = {
             "kinds": self._kinds(),
             "taken": self._taken,
-            "began": self._began,
             "every": self.every,
-            "look_every": self.look_every,
-            "looks_settle": self._looks_settle,
+            "looks": asdict(self._looks),
             "averaged": self._averaged,
             "guard": None if self._guard is None else self._guard.state_dict(),
             "counts": dict(self.counts),
@@ -393,9 +386,8 @@ class NewtonSummary(torch.optim.Optimizer):
                 f"{', '.join(self._kinds())}: make it as it was made"
             )
         super().load_state_dict({key: value for key, value in state_dict.items() if key != _KEY})
-        self._taken, self._began = own["taken"], own["began"]
-        self.every, self.look_every, self._averaged = own["every"], own["look_every"], own["averaged"]
-        self._looks_settle = own["looks_settle"]
+        self._taken, self.every, self._averaged = own["taken"], own["every"], own["averaged"]
+        self._looks = LookTimes(**own["looks"])
         if self._guard is not None:
             self._guard.load_state_dict(own["guard"])
         self.counts = Counter(own["counts"])
@@ -469,23 +461,7 @@ class NewtonSummary(torch.optim.Optimizer):
         """Whether the step to come is one that looks; there must be rates."""
         if self._pace is None or self._proportions is None:
             return False
-        alarmed, period = self._is_alarmed(), self._period_of_looks
-        if self._began is None or (alarmed and self._taken - self._began >= min(period, DEAF)):
-            self._began = self._taken
-        return is_time_to_look(self._taken - self._began, period)
-
-    @property
-    def _period_of_looks(self) -> int:
-        """The number of steps between looks, at present."""
-        if self.look_every is None:
-            return LOOKS.first
-        return period_at(self._taken, self.look_every) if self._looks_settle else self.look_every
-
-    @property
-    def _gap(self) -> int:
-        """The number of steps from a look now to the next one."""
-        assert self._began is not None
-        return gap_at(self._taken - self._began, self._period_of_looks)
+        return self._looks.is_due(self._taken, self._is_alarmed())
 
     def _measure(self, batch: Any, u: dict[Tensor, Tensor]) -> Summary:
         """Measures on all processes' batches together, in full precision whatever the training uses."""
@@ -529,7 +505,7 @@ class NewtonSummary(torch.optim.Optimizer):
     def _look(self, u: dict[Tensor, Tensor]) -> None:
         """Looks at the loss along the step to come, and sends the weights back to their average if it has exploded."""
         assert self._stream is not None
-        average, period = self._averaged_weights(), self._gap
+        average, gap = self._averaged_weights(), self._looks.gap(self._taken)
         counting = self.look_every is None
         with preserved_randomness(self._loss.devices) as rewind:
             batch = self._stream.next(self.partition.device, rewind)
@@ -541,12 +517,12 @@ class NewtonSummary(torch.optim.Optimizer):
         if returns:
             logger.info("the loss has exploded to %g at step %d: back to averaged weights", now, self._taken)
             torch._foreach_copy_([p.detach() for p in self.partition.parameters], average)
-            self._began = self._taken
+            self._looks.began = self._taken
         elif math.isfinite(now):
-            torch._foreach_lerp_(average, list(self.partition.parameters), share_of_average(period))
+            torch._foreach_lerp_(average, list(self.partition.parameters), share_of_average(gap))
         self.counts["looked"] += 1
         if price is not None:
-            self.look_every = round(self._of_all(affordable_period(price, evaluation, LOOKS)))
+            self._looks.every = round(self._of_all(affordable_period(price, evaluation, LOOKS)))
         self._publish_rates()
 
     def _look_along(
@@ -558,7 +534,7 @@ class NewtonSummary(torch.optim.Optimizer):
         """
         assert self._pace is not None
         assert self._proportions is not None
-        samples, period = batch_size(batch), self._gap
+        samples, gap = batch_size(batch), self._looks.gap(self._taken)
         steps = [v * f for v, f in zip(along, partition.spread(self._proportions.tolist()), strict=True)]
         with self._loss.movable(batch, partition, rewind) as (weights, loss):
             reached = 0.0
@@ -573,7 +549,7 @@ class NewtonSummary(torch.optim.Optimizer):
                 reached = size
                 return self._of_all(loss(), samples)
 
-            now = self._pace.look(loss_after, period)
+            now = self._pace.look(loss_after, gap)
             suspicious = self._pace.may_have_exploded(now)
             if not suspicious and self.counts["looked"] % COMPARED != COMPARED - 1:
                 return now, False
@@ -581,7 +557,7 @@ class NewtonSummary(torch.optim.Optimizer):
             there = self._of_all(loss(), samples)
         if suspicious:
             return now, self._pace.retreats(there, now)
-        self._pace.compare(there, now, COMPARED * period)
+        self._pace.compare(there, now, COMPARED * gap)
         return now, False
 
     def _averaged_weights(self) -> list[Tensor]:

@@ -38,7 +38,7 @@ MEASUREMENTS = Periods(first=20, shortest=20, longest=200, share=0.06)
 BEGINNING = 100  # steps, of a training
 _OFTEN = 4  # times as many looks there
 COMPARED = 3  # looks from one comparison of the weights with their average to the next
-DEAF = 8  # steps after an alarm, a retreat or the first look, in which alarms are not heard: looks are frequent then
+_DEAF = 8  # steps after an alarm, a retreat or the first look, in which alarms are not heard: looks are frequent then
 
 _CALL = 450_000  # floating-point operations that take as long as a call
 _AROUND = 40  # calls that take as long as the Python code around a look or a measurement
@@ -91,6 +91,33 @@ def is_time_to_look(since: int, period: int) -> bool:
     return since % period == 0 or (since < period and since & (since - 1) == 0)
 
 
-def gap_at(since: int, period: int) -> int:
-    """The number of steps to the next look, where this is the time for one; at most."""
-    return min(max(since, 1), period)
+@dataclass
+class LookTimes:
+    """When to look, in steps.
+
+    Args:
+        every: the period, once looks have grown apart; ``None`` until their price was counted.
+        settles: whether it is a quarter of that at first.
+        began: the step from which on they grow apart: that of the first look, the last alarm or retreat.
+    """
+
+    every: int | None
+    settles: bool
+    began: int | None = None
+
+    def period(self, step: int) -> int:
+        """The number of steps between looks at this step, once they have grown apart."""
+        if self.every is None:
+            return LOOKS.first
+        return period_at(step, self.every) if self.settles else self.every
+
+    def is_due(self, step: int, alarmed: bool) -> bool:
+        """Whether to look before this step, and whether a gradient is reason to."""
+        if self.began is None or (alarmed and step - self.began >= min(self.period(step), _DEAF)):
+            self.began = step
+        return is_time_to_look(step - self.began, self.period(step))
+
+    def gap(self, step: int) -> int:
+        """The number of steps from a look before this one to the next, at most."""
+        assert self.began is not None
+        return min(max(step - self.began, 1), self.period(step))
