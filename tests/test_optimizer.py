@@ -772,6 +772,19 @@ def test_a_first_measurement_that_fails_takes_no_step() -> None:
     assert not same(model, make_model())
 
 
+@pytest.mark.parametrize(("every", "waits"), [(None, 5), (100, 5), (7, 5), (2, 2)])
+def test_while_there_are_no_rates_measurements_are_soon_repeated(every, waits) -> None:
+    model, batches = make_model(), make_batches()
+    poisoned = (torch.full_like(batches[0][0], torch.nan), batches[0][1])
+    optimizer = ns.NewtonSummary(model, loss_fn, curvature_data=[poisoned, *batches], every=every)
+    run(model, optimizer, batches, waits)
+    assert same(model, make_model())
+    assert optimizer.counts["measured"] == 1
+    run(model, optimizer, batches, 1, start=waits)
+    assert not same(model, make_model())
+    assert optimizer.counts["measured"] == 2
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [

@@ -449,11 +449,11 @@ class NewtonSummary(torch.optim.Optimizer):
         return alarm if alone else self._of_all(float(alarm)) > 0
 
     def _is_time_to_measure(self) -> bool:
-        """Whether the step to come is one that measures; before there are rates, every fifth does."""
+        """Whether the step to come is one that measures; before there are rates, every fifth does, at least."""
+        if not self._has_rates and self.rule.fidelity:
+            return self._taken % min(self.every or LOOKS.first, LOOKS.first) == 0
         if self.every is not None:
             return self._taken % self.every == 0
-        if not self._has_rates:
-            return self._taken % LOOKS.first == 0
         needed = self._pace is None or len(self.partition) > 1  # a single proportion stays what it is
         return needed and self._taken % MEASUREMENTS.first == 0
 
