@@ -306,13 +306,14 @@ SCHEDULED = ("steps",)  # what knows the length of the run
 
 FUSED = "adam, fused"  # torch's other implementation of Adam, which takes the same steps
 WARM = 10  # steps, after which they are timed
+ROUNDS, PATIENCE = (9, 60), 20  # turns of each, and the seconds that they should fill: small steps need many
 
 
 def fused_adam(model: nn.Module, rate: float, steps: int) -> torch.optim.Optimizer:
     return torch.optim.Adam(model.parameters(), rate, fused=True)
 
 
-def step_times(problem: Problem, rounds: int = 9) -> dict[str, float]:
+def step_times(problem: Problem) -> dict[str, float]:
     """Seconds of a step of every optimizer, its batch included: medians of blocks of steps, which take turns.
 
     A block of ours has as many looks as any other, one of which compares; there are shorter blocks at the beginning of
@@ -348,7 +349,8 @@ def step_times(problem: Problem, rounds: int = 9) -> dict[str, float]:
     early = medians(often, (BEGINNING - WARM) // (COMPARED * often))
     for name in trained:
         timed(name, COMPARED * often)  # to the end of the beginning
-    late, share = medians(settled, rounds), BEGINNING / problem.steps
+    rounds = round(PATIENCE / (COMPARED * settled * sum(early.values())))
+    late, share = medians(settled, min(max(rounds, ROUNDS[0]), ROUNDS[1])), BEGINNING / problem.steps
     return {name: share * early[name] + (1 - share) * late[name] for name in trained}
 
 
