@@ -508,7 +508,9 @@ def robust_table(own: Store) -> str:
 def _failures(kinds: Sequence[str]) -> str:
     """How many runs failed, and how, of those that there are."""
     counts = {kind: kinds.count(kind) for kind in kinds if kind}
-    return f"{', '.join(f'{n} {kind}' for kind, n in counts.items()) or 0} of {len(kinds)}" if kinds else "–"
+    return ", ".join(f"{n} of {len(kinds)} {kind}" for kind, n in counts.items()) or (
+        f"0 of {len(kinds)}" if kinds else "–"
+    )
 
 
 # Tables and pictures --------------------------------------------------------------------------------------------------
