@@ -77,8 +77,9 @@ class BatchStream:
         Raises:
             ValueError: a whole pass over the data gives no batch.
         """
-        with preserved_randomness() if rewind is None else contextlib.nullcontext(rewind) as rewind:
+        with preserved_randomness() if rewind is None else contextlib.nullcontext():
             batch = self._advance()
+        if rewind is not None:
             rewind()
         return pytree.tree_map(lambda leaf: leaf.to(device) if hasattr(leaf, "to") else leaf, batch)
 
