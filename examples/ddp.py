@@ -85,7 +85,13 @@ def main() -> None:
             print(f"epoch {epoch + 1}: the loss is {loss.item():.4f}", flush=True)
             if arguments.checkpoint is not None:
                 save(arguments.checkpoint, model, optimizer, epoch + 1)
+    leave()
+
+
+def leave() -> None:
+    """Leaves the other processes when all are done."""
     if dist.is_initialized():
+        dist.barrier()  # until gloo's threads have let go of the last tensors: else they may abort a process as it ends
         dist.destroy_process_group()
 
 

@@ -81,6 +81,28 @@ def test_adam_is_the_step_of_torchs_at_a_rate_of_one(betas, eps):
                 torch.testing.assert_close(u[p], b - q.detach(), rtol=1e-12, atol=1e-12)
 
 
+@pytest.mark.parametrize("kind", [Adam, NAdam])
+@pytest.mark.parametrize("fused", [True, False])
+def test_parameters_of_several_dtypes_move_as_each_by_itself(kind, fused, monkeypatch):
+    """On devices where torch's Adam is one kernel and where it is not, up to rounding."""
+    if not fused:
+        monkeypatch.setattr("newton_summary.directions._FUSED", ())
+    held = [*parameters(torch.float32), *parameters(torch.float64)]
+    twins = [nn.Parameter(p.detach().double()) for p in held]
+    together, apart = kind(), [kind() for _ in held]
+    state, states = defaultdict(dict), [defaultdict(dict) for _ in held]
+    for _ in range(10):
+        new_gradients(held)
+        u = together.update(groups(together, held), state)
+        for p, q, direction, own in zip(held, twins, apart, states, strict=True):
+            q.grad = p.grad.double()
+            with monkeypatch.context() as patch:
+                patch.setattr("newton_summary.directions._FUSED", ("cpu",))
+                expected = direction.update(groups(direction, [q]), own)[q]
+            assert u[p].dtype == p.dtype
+            torch.testing.assert_close(u[p].double(), expected, rtol=1e3 * torch.finfo(p.dtype).eps, atol=1e-12)
+
+
 def test_adams_memory_is_of_the_parameters_type_and_layout():
     p = nn.Parameter(torch.randn(2, 3, 4, 4).to(memory_format=torch.channels_last))
     p.grad = torch.randn_like(p)

@@ -150,22 +150,8 @@ class Adam(_Stateless):
         beta = beta1 = alike.betas[0]
         if self.looks_ahead:  # with β² for β, the mean becomes β² m + (1 − β²) g, which is Nesterov's step from m
             beta, rate = beta1**2, rate * (1 - beta1 ** (2 * alike.step)) / (1 - beta1 ** (alike.step + 1))
-        adam(
-            places,
-            gradients,
-            means,
-            squares,
-            [],
-            list(torch.full((len(means),), alike.step - 1.0, device=means[0].device).unbind()),
-            fused=all(p.device.type in _FUSED for p in parameters),
-            amsgrad=False,
-            beta1=beta,
-            beta2=alike.betas[1],
-            lr=rate,
-            weight_decay=0.0,
-            eps=alike.eps,
-            maximize=False,
-        )
+        options = {"lr": rate, "beta1": beta, "beta2": alike.betas[1], "eps": alike.eps, "weight_decay": 0.0}
+        _by_torch((places, gradients, means, squares), alike.step, {**options, "amsgrad": False, "maximize": False})
         if self.looks_ahead and beta1 > 0:  # on to β m + (1 − β) g
             torch._foreach_lerp_(means, gradients, 1 - 1 / beta1)
 
@@ -315,6 +301,7 @@ def _gradients(parameters: list[Tensor]) -> list[Tensor]:
 class _Alike(NamedTuple):
     """What parameters have in common that Adam moves in one kernel."""
 
+    dtype: torch.dtype
     betas: tuple[float, float]
     eps: float
     step: int
@@ -329,8 +316,23 @@ def _for_one_kernel(
     for (betas, eps), parameters in _buckets(groups, "betas", "eps"):
         for p in parameters:
             step = _adam_memory(p, state[p])["step"]
-            kernels[_Alike(betas, eps, step, 1.0 if sizes is None else sizes[p])].append(p)
+            kernels[_Alike(p.dtype, betas, eps, step, 1.0 if sizes is None else sizes[p])].append(p)
     return kernels.items()
+
+
+def _by_torch(tensors: tuple[list[Tensor], ...], step: int, options: dict[str, Any]) -> None:
+    """A step of torch's Adam on places, gradients, means and squares, of one dtype.
+
+    Its kernel is called by itself, because torch's function around it takes longer than the step of a small network.
+    """
+    places, gradients, means, squares = tensors
+    device = places[0].device
+    if device.type in _FUSED:
+        steps = [torch.full((), float(step), device=device)] * len(places)
+        torch._fused_adam_(places, gradients, means, squares, [], steps, **options)
+    else:
+        steps = [torch.full((), step - 1.0, device=device) for _ in places]  # which it counts on
+        adam(places, gradients, means, squares, [], steps, **options)
 
 
 def _adam_memory(parameter: Tensor, state: dict[str, Any]) -> dict[str, Any]:
