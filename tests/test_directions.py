@@ -100,7 +100,7 @@ def test_parameters_of_several_dtypes_move_as_each_by_itself(kind, fused, monkey
                 patch.setattr("newton_summary.directions._FUSED", ("cpu",))
                 expected = direction.update(groups(direction, [q]), own)[q]
             assert u[p].dtype == p.dtype
-            torch.testing.assert_close(u[p].double(), expected, rtol=1e3 * torch.finfo(p.dtype).eps, atol=1e-12)
+            torch.testing.assert_close(u[p].double(), expected, rtol=1e-4, atol=100 * torch.finfo(p.dtype).eps)
 
 
 def test_adams_memory_is_of_the_parameters_type_and_layout():
