@@ -9,6 +9,7 @@ a single process, which may go on with what two have begun.
 import argparse
 import datetime
 import os
+import time
 from pathlib import Path
 
 import torch
@@ -89,9 +90,9 @@ def main() -> None:
 
 
 def leave() -> None:
-    """Leaves the other processes when all are done."""
+    """Leaves the other processes."""
     if dist.is_initialized():
-        dist.barrier()  # until gloo's threads have let go of the last tensors: else they may abort a process as it ends
+        time.sleep(0.1)  # gloo's threads need the interpreter to let go of the last exchange, and abort if it has ended
         dist.destroy_process_group()
 
 

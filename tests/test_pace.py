@@ -72,7 +72,7 @@ def test_it_agrees_with_parabolas_fitted_in_another_way(every) -> None:
         best = 0.0 if slope <= 0 else math.inf if steepest <= 0 else slope / steepest
         size = min(best, growth * trial)
         trial = max(size, trial / growth)
-        assert pace.scale == pytest.approx(size * min(20 / every, 1), rel=1e-9, abs=1e-12)
+        assert pace.scale == pytest.approx(size * min(20 / every, 1) ** 0.5, rel=1e-9, abs=1e-12)
 
 
 def test_a_batch_counts_the_same_whatever_it_holds() -> None:

@@ -42,7 +42,7 @@ class Pace:
     2. The scale is where the parabola of the averages has its minimum; 0 where it goes uphill.
     3. The trial size follows the scale, but neither doubles nor halves in less than 20 steps, nor in less than a look.
        The scale may be less than that at once, never more, and never beyond a thousand.  Where it has to serve for
-       more than 20 steps, it is shortened in proportion.
+       n > 20 steps, it is shortened to √(20/n) of it.
     4. While the loss changes by more than itself over one step of the trial size, that is halved.
 
     A look is greedy: where noise rules, it would shorten steps before their time.  The *boldness*, a factor on λ_1,
@@ -116,7 +116,7 @@ class Pace:
         growth = 2 ** min(every / _DOUBLING, 1.0)
         size = min(max(self._minimum, least), growth * self._trial, _LONGEST)
         self._trial = min(max(size, self._trial / growth, _SHORTEST), _LONGEST)
-        self.scale = size * min(_DOUBLING / every, 1.0)
+        self.scale = size * math.sqrt(min(_DOUBLING / every, 1.0))
         return here
 
     def compare(self, average: float, here: float, steps: int) -> None:
