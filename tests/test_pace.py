@@ -435,7 +435,7 @@ def test_at_the_end_of_a_run_of_known_length_steps_shrink_to_nothing() -> None:
     lengths = []
     for number in range(40):
         backward(model, optimizer, number)
-        (scale,) = set(optimizer._scale_of_parameter().values())
+        (scale,) = set(optimizer._scales_of_param_groups())
         lengths.append(scale / optimizer._pace.boldness / 1.5)
         optimizer.step()
     assert lengths[:31] == pytest.approx([1.0] * 31)
@@ -453,7 +453,7 @@ def test_without_looks_rates_are_those_measured() -> None:
     assert optimizer.counts["looked"] == 0
     assert optimizer.counts["measured"] > 1
     assert list(optimizer.rates.values()) == optimizer.rule.rates.tolist()
-    assert set(optimizer._scale_of_parameter().values()) == {1.5}
+    assert set(optimizer._scales_of_param_groups()) == {1.5}
 
 
 # The average ----------------------------------------------------------------------------------------------------------

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import math
-from collections import Counter, defaultdict
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict
 from typing import Any
@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from newton_summary import directions
 from newton_summary._checks import check_count, check_not_negative
+from newton_summary.descent import Descent, by_parameter
 from newton_summary.directions import Direction
 from newton_summary.distributed import Processes
 from newton_summary.guard import GradientGuard
@@ -25,7 +26,7 @@ from newton_summary.partition import Partition, resolve_partition
 from newton_summary.period import COMPARED, LOOKS, MEASUREMENTS, LookTimes, Price, affordable_period
 from newton_summary.rates import AveragedRates, PaperRates, RateRule
 from newton_summary.sampling import BatchStream
-from newton_summary.sharding import gathered, sharded_like, unsharded
+from newton_summary.sharding import gathered, unsharded
 from newton_summary.solve import Status
 from newton_summary.summary import Summary
 
@@ -219,8 +220,7 @@ class NewtonSummary(torch.optim.Optimizer):
         self._pending: dict[Tensor, Tensor] | None = None
         self._guard = GradientGuard() if rule.fidelity else None
         self._held = False  # whether the guard has seen the gradients of the step to come
-        self._factors: list[float | Tensor] | None = None  # η for every parameter, where they are known
-        self._sizes: tuple[list[float], dict[Tensor, float]] = [], {}  # λ_1, and λ_1 η for every whole parameter
+        self._descent = Descent(self.partition, self.direction)
         self._proportions: Tensor | None = None
         self._looks = LookTimes(look_every, settles=look_every is None)
         self._pace = None if self._stream is None or look_every == 0 else Pace()
@@ -609,70 +609,34 @@ class NewtonSummary(torch.optim.Optimizer):
         return self._of_all(self._loss.after_step(batch, partition, along, eta.tolist()), batch_size(batch))
 
     def _descend(self) -> None:
-        """θ ← θ − λ_1 η_s u, for the parameters that have a direction.
-
-        Where nothing was measured along u, and the direction can take its step by itself, there is no tensor for u.
-        """
+        """Steps; where nothing was measured along u, without a tensor for it."""
         if not self._has_rates:
             self._current_direction()  # which remembers this gradient
             return
-        sizes = self._sizes_of_steps()
-        whole = len(sizes) == len(self.partition.parameters)
-        if self._pending is None and whole and directions.descends(self.direction):
-            self.direction.descend(self.param_groups, self.state, sizes)
-            return
-        u = self._current_direction()
-        alike: defaultdict[float, list[Tensor]] = defaultdict(list)
-        for p in u:
-            if p in sizes:
-                alike[sizes[p]].append(p)
-        for size, parameters in alike.items():
-            torch._foreach_sub_(parameters, [u[p] for p in parameters], alpha=size)
-        if not whole:
-            self._descend_in_parts(u)
-
-    def _descend_in_parts(self, u: dict[Tensor, Tensor]) -> None:
-        """The step of the parameters that are split between groups."""
-        assert self._factors is not None
-        scale = self._scale_of_parameter()
-        for p, factor in zip(self.partition.parameters, self._factors, strict=True):
-            if p in u and isinstance(factor, Tensor):
-                p.addcmul_(u[p], sharded_like(factor, p), value=-scale[p])
-
-    def _sizes_of_steps(self) -> dict[Tensor, float]:
-        """λ_1 η for every parameter that is not split between groups; found again where λ_1 or η have changed."""
         scales = self._scales_of_param_groups()
-        if self._factors is None or self._sizes[0] != scales:
-            if self._factors is None:
-                assert self._rates is not None
-                self._factors = self.partition.spread(self._rates.tolist())
-            scale, factors = self._scale_of_parameter(), zip(self.partition.parameters, self._factors, strict=True)
-            self._sizes = scales, {p: f * scale[p] for p, f in factors if not isinstance(f, Tensor)}
-        return self._sizes[1]
-
-    def _scale_of_parameter(self) -> dict[Tensor, float]:
-        """λ_1 for each parameter: its group's ``lr``, times the boldness, and the schedule where there is one."""
-        scales = self._scales_of_param_groups()
-        return {p: s for group, s in zip(self.param_groups, scales, strict=True) for p in group["params"]}
+        if self._pending is None and self._descent.is_direct:
+            self._descent.directly(self.param_groups, self.state, scales)
+        else:
+            self._descent.along(self._current_direction(), self.param_groups, scales)
 
     def _scales_of_param_groups(self) -> list[float]:
-        """λ_1 for each of torch's groups."""
+        """λ_1 for each of torch's groups: its ``lr``, times the boldness, and the schedule where there is one."""
         schedule = 1.0 if self.steps is None else min(1.0, max(0.0, 4 - 4 * self._taken / self.steps))
         factor = schedule if self._pace is None else schedule * self._pace.boldness
         return [float(group["lr"]) * factor for group in self.param_groups]
 
     def _scales_of_groups(self) -> Tensor:
         """λ_1 for each group of the partition, shape (S,); that of its first tensor."""
-        by_parameter = self._scale_of_parameter()
-        scales = [by_parameter[self.partition.parameters[tensors[0]]] for tensors in self.partition.tensors_of]
+        scale = by_parameter(self.param_groups, self._scales_of_param_groups())
+        scales = [scale[self.partition.parameters[tensors[0]]] for tensors in self.partition.tensors_of]
         return torch.tensor(scales, dtype=torch.float64)
 
     def _publish_rates(self) -> None:
         """Shows the rates in ``param_groups``, where loggers look."""
-        self._factors = None
         rates = self._rates
         if rates is None:
             return
+        self._descent.set_rates(rates)
         by_name = dict(zip(self.partition.names, rates.tolist(), strict=True))
         for group in self.param_groups:
             group["rate"] = by_name.get(group["name"])
