@@ -2,28 +2,20 @@
 
 from __future__ import annotations
 
-import importlib.util
 import math
-import sys
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
 import torch
+from studies import benchmark
 
 from newton_summary.experiments.suite import PROBLEMS
-
-PATH = Path(__file__).parents[1] / "benchmarks" / "untuned.py"
 
 
 @pytest.fixture(scope="module")
 def untuned():
-    spec = importlib.util.spec_from_file_location("untuned", PATH)
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module  # dataclasses look their module up
-    spec.loader.exec_module(module)
-    yield module
-    del sys.modules[spec.name]
+    with benchmark("untuned") as module:
+        yield module
 
 
 def record(untuned, curve, **changes):
