@@ -25,18 +25,21 @@ class Descent:
     def __init__(self, partition: Partition, direction: Direction) -> None:
         self.partition = partition
         self.direction = direction
-        self._factors: list[float | Tensor] = []  # η for every parameter
+        self._whole: dict[Tensor, float] = {}  # η for every parameter of one group
+        self._split: dict[Tensor, Tensor] = {}  # and entry by entry for those that are split between groups
         self._sizes: tuple[list[float], dict[Tensor, float]] = [], {}  # λ_1, and λ_1 η for every whole parameter
 
     def set_rates(self, rates: Tensor) -> None:
         """Sets η, shape (S,)."""
-        self._factors = self.partition.spread(rates.tolist())
+        factors = dict(zip(self.partition.parameters, self.partition.spread(rates.tolist()), strict=True))
+        self._whole = {p: f for p, f in factors.items() if not isinstance(f, Tensor)}
+        self._split = {p: f for p, f in factors.items() if isinstance(f, Tensor)}
         self._sizes = [], {}
 
     @property
     def is_direct(self) -> bool:
         """Whether the direction can take the step by itself, without a tensor for u."""
-        return directions.descends(self.direction) and not any(isinstance(f, Tensor) for f in self._factors)
+        return not self._split and directions.descends(self.direction)
 
     def directly(self, groups: Groups, state: State, scales: list[float]) -> None:
         """Takes the step where :attr:`is_direct`, and the direction on with it.
@@ -58,16 +61,16 @@ class Descent:
                 alike[sizes[p]].append(p)
         for size, parameters in alike.items():
             torch._foreach_sub_(parameters, [u[p] for p in parameters], alpha=size)
-        scale = by_parameter(groups, scales)
-        for p, factor in zip(self.partition.parameters, self._factors, strict=True):
-            if p in u and isinstance(factor, Tensor):  # it is split between groups
+        scale = by_parameter(groups, scales) if self._split else {}
+        for p, factor in self._split.items():
+            if p in u:
                 p.addcmul_(u[p], sharded_like(factor, p), value=-scale[p])
 
     def _sizes_of_steps(self, groups: Groups, scales: list[float]) -> dict[Tensor, float]:
         """λ_1 η for every parameter that is not split between groups; found again where λ_1 or η have changed."""
         if self._sizes[0] != scales:
-            scale, factors = by_parameter(groups, scales), zip(self.partition.parameters, self._factors, strict=True)
-            self._sizes = scales, {p: f * scale[p] for p, f in factors if not isinstance(f, Tensor)}
+            scale = by_parameter(groups, scales)
+            self._sizes = scales, {p: f * scale[p] for p, f in self._whole.items()}
         return self._sizes[1]
 
 
