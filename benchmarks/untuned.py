@@ -1,12 +1,13 @@
-"""NewtonSummary with nothing tuned, against optimizers whose learning rate was searched, on nine problems.
+"""NewtonSummary with nothing tuned, against optimizers whose learning rate was searched, on small problems.
 
     python benchmarks/untuned.py baselines     searches the baselines' rates (hours; resumable; committed)
     python benchmarks/untuned.py judge         runs ours, times a step of everyone, writes results/untuned/
-    python benchmarks/untuned.py judge --quick     one seed of the five cheapest problems
+    python benchmarks/untuned.py judge --quick     one seed of five cheap problems
     python benchmarks/untuned.py robust        batch sizes, periods of looks, initial weights (hours; resumable)
 
-``--problems`` and ``--forms`` choose.  A run is a Record; what was run stays in results/untuned/*.jsonl.  Needs
-``pip install 'newton-summary[benchmarks]'``.
+The nine problems are those on which the defaults were chosen; ``--suite held-out`` takes eleven others, and
+results/held-out/.  ``--problems`` and ``--forms`` choose.  A run is a Record; what was run stays in *.jsonl there.
+Needs ``pip install 'newton-summary[benchmarks]'``.
 """
 
 from __future__ import annotations
@@ -29,17 +30,22 @@ from tqdm import tqdm
 
 import newton_summary as ns
 from newton_summary.experiments.data import InMemory, as_it_is, shuffled
+from newton_summary.experiments.held_out import HELD_OUT
 from newton_summary.experiments.search import half_decade
 from newton_summary.experiments.suite import PROBLEMS, Problem
 from newton_summary.period import BEGINNING, COMPARED, period_at
 from newton_summary.rates import AveragedRates
 from newton_summary.solve import Status
 
-FOLDER = Path(__file__).parents[1] / "results" / "untuned"
+RESULTS = Path(__file__).parents[1] / "results"
+SUITES = {"untuned": PROBLEMS, "held-out": HELD_OUT}
 SEEDS = (0, 1, 2)
 POINTS = 8
 CURVE_SAMPLES = 2000
-QUICK = ("digits", "mlp", "lenet", "logistic", "autoencoder")
+QUICK = {
+    "untuned": ("digits", "mlp", "lenet", "logistic", "autoencoder"),
+    "held-out": ("hinge", "factors", "friedman1", "friedman2", "cancer"),
+}
 
 Maker = Callable[[nn.Module, float, int], torch.optim.Optimizer]  # from a model, a rate and the number of steps
 
@@ -480,7 +486,7 @@ def robust(problems: Sequence[Problem], baseline: Store, own: Store) -> None:
                 own.get(problem, adam, TUNED["adam"], rate, other, **options)
 
 
-def robust_table(own: Store) -> str:
+def robust_table(own: Store, problems: Sequence[Problem]) -> str:
     """What failed, of all that was run."""
     lines = [
         "# Runs that must not diverge",
@@ -495,7 +501,7 @@ def robust_table(own: Store) -> str:
         "|" + "---|" * (len(PERIODS) + 4),
     ]
     runs = failed = alone = 0
-    for setting in settings(list(PROBLEMS.values())):
+    for setting in settings(problems):
         found = {name: [failure(r) for r in own.find(setting.problem.name, name)] for name in setting.names}
         *ours_of, adam = found.values()
         if not any(ours_of):
@@ -520,10 +526,16 @@ def _failures(kinds: Sequence[str]) -> str:
 # Tables and pictures --------------------------------------------------------------------------------------------------
 
 
-def table(verdicts: Sequence[Verdict], forms: Sequence[str]) -> str:
+TITLES = {
+    "untuned": "Nothing tuned, against tuned",
+    "held-out": "Nothing tuned, against tuned, on problems on which nothing was chosen",
+}
+
+
+def table(verdicts: Sequence[Verdict], forms: Sequence[str], suite: str) -> str:
     names = [*TUNED, *UNTUNED, *forms]
     lines = [
-        "# Nothing tuned, against tuned",
+        f"# {TITLES[suite]}",
         "",
         "Final training loss over the whole training set in eval mode, medians of seeds. The rates of Adam, AdamW",
         "with a cosine schedule, SGD with momentum and NAdam (β = 0.9, 0.99: the direction of the default, at a",
@@ -531,7 +543,7 @@ def table(verdicts: Sequence[Verdict], forms: Sequence[str]) -> str:
         "and D-Adapt Adam run at their default rates. Ours (from “default” on) has nothing set, and stops at the",
         "wall-clock of Adam's run: after 1/overhead of the steps. “steps” knows the length of the run, as the cosine",
         "schedule does. The overhead is against torch's Adam as it comes, and in brackets with `fused=True`. Written",
-        "by `python benchmarks/untuned.py judge`.",
+        f"by `python benchmarks/untuned.py judge --suite {suite}`.",
         "",
         "| problem | overhead | " + " | ".join(names) + " |",
         "|" + "---|" * (len(names) + 2),
@@ -555,9 +567,11 @@ def table(verdicts: Sequence[Verdict], forms: Sequence[str]) -> str:
                 ratios = [ratio(v, form, rivals, timed) for v in verdicts]
                 cells.append(f"{clipped(ratios):.2f} ({max(ratios):.2f})")
             lines.append(f"| {form} | {' | '.join(cells)} |")
-    lines += ["", "## Validation", "", "Accuracy, or loss for the autoencoder and the transformer.", ""]
+    lines += ["", "## Validation", "", "Accuracy; of problems in italics the loss.", ""]
     lines += ["| problem | " + " | ".join(names) + " |", "|" + "---|" * (len(names) + 1)]
-    lines += [f"| {v.problem} | {' | '.join(f'{v.scores[n]:.3f}' for n in names)} |" for v in verdicts]
+    for v in verdicts:
+        name = v.problem if v.score == "accuracy" else f"*{v.problem}*"
+        lines.append(f"| {name} | {' | '.join(f'{v.scores[n]:.4g}' for n in names)} |")
     lines += ["", "## Steps to the tuned Adam's final loss", ""]
     lines += ["| problem | share of the run (in eighths) |", "|---|---|"]
     lines += [f"| {v.problem} | {'not reached' if v.reached is None else f'{v.reached:.2f}'} |" for v in verdicts]
@@ -585,38 +599,43 @@ def profile(verdicts: Sequence[Verdict], names: Sequence[str], path: Path) -> No
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("command", choices=["baselines", "judge", "robust"])
-    parser.add_argument("--problems", nargs="+", choices=list(PROBLEMS), default=list(PROBLEMS))
+    parser.add_argument("--suite", choices=list(SUITES), default="untuned", help="where the problems are from")
+    parser.add_argument("--problems", nargs="+", metavar="NAME", help="of the suite; default: all")
     parser.add_argument("--forms", nargs="+", choices=list(FORMS), default=list(FORMS))
-    parser.add_argument("--quick", action="store_true", help="one seed of the five cheapest problems")
+    parser.add_argument("--quick", action="store_true", help="one seed of five cheap problems")
     parser.add_argument("--resume", action="store_true", help="keep the runs of ours that are there")
     arguments = parser.parse_args()
     torch.set_num_threads(1)
-    baseline = Store(FOLDER / "baselines.jsonl")
-    problems = [PROBLEMS[name] for name in arguments.problems if not arguments.quick or name in QUICK]
+    suite, results = SUITES[arguments.suite], RESULTS / arguments.suite
+    names = list(suite) if arguments.problems is None else arguments.problems
+    if unknown := set(names) - set(suite):
+        parser.error(f"{', '.join(sorted(unknown))}: not in the suite {arguments.suite}, which has {', '.join(suite)}")
+    baseline = Store(results / "baselines.jsonl")
+    problems = [suite[name] for name in names if not arguments.quick or name in QUICK[arguments.suite]]
     if arguments.command == "baselines":
         baselines(baseline, problems)
         return
     if arguments.command == "robust":
-        path = FOLDER / "robust.jsonl"
+        path = results / "robust.jsonl"
         robust(problems, baseline, Store(path))
-        text = robust_table(Store(path))  # with what others have run meanwhile
+        text = robust_table(Store(path), list(suite.values()))  # with what others have run meanwhile
         print(text)
-        (FOLDER / "robust.md").write_text(text, encoding="utf-8")
+        (results / "robust.md").write_text(text, encoding="utf-8")
         return
-    folder = Path(tempfile.mkdtemp()) if arguments.quick else FOLDER
+    folder = Path(tempfile.mkdtemp()) if arguments.quick else results
     path = folder / "ours.jsonl"
     if not arguments.resume:
         path.unlink(missing_ok=True)
         (folder / "overheads.json").unlink(missing_ok=True)
     own, seeds = Store(path), SEEDS[:1] if arguments.quick else SEEDS
     verdicts = [judge(p, baseline, own, arguments.forms, seeds) for p in tqdm(problems, desc="problems")]
-    text = table(verdicts, arguments.forms)
+    text = table(verdicts, arguments.forms, arguments.suite)
     print(text)
     if not arguments.quick:
-        (FOLDER / "untuned.md").write_text(text, encoding="utf-8")
-        (FOLDER / "verdicts.json").write_text(json.dumps([asdict(v) for v in verdicts], indent=1), encoding="utf-8")
+        (results / f"{arguments.suite}.md").write_text(text, encoding="utf-8")
+        (results / "verdicts.json").write_text(json.dumps([asdict(v) for v in verdicts], indent=1), encoding="utf-8")
         shown = [*TUNED, *UNTUNED, *(f for f in arguments.forms if f in ("default", "steps"))]
-        profile(verdicts, shown, FOLDER / "profile.png")
+        profile(verdicts, shown, results / "profile.png")
 
 
 if __name__ == "__main__":

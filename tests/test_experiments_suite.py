@@ -1,4 +1,4 @@
-"""The nine problems of the comparison with tuned optimizers: their models and losses, on made-up data."""
+"""The problems of the comparison with tuned optimizers: their models and losses, on made-up data."""
 
 from __future__ import annotations
 
@@ -8,8 +8,10 @@ import torch
 import newton_summary as ns
 from newton_summary.experiments import data
 from newton_summary.experiments.errors import UsageError
+from newton_summary.experiments.held_out import HELD_OUT
 from newton_summary.experiments.suite import PROBLEMS
 
+TABLES = ("friedman1", "friedman2", "diabetes", "cancer")
 IMAGES = {"lenet": (3, 32, 32), "resnet": (3, 32, 32), "digits": (1, 8, 8)}
 
 
@@ -35,9 +37,43 @@ def test_the_forward_engine_measures_it_and_the_loss_starts_where_guessing_does(
     assert problem.steps >= 1000
 
 
-@pytest.mark.parametrize("name", PROBLEMS)
+def made_up_further(name: str):
+    if name in TABLES:
+        x, y = HELD_OUT[name].read().train
+        return x[:20], y[:20]
+    if name == "factors":
+        return torch.randint(200, (20, 2)), torch.randn(20)
+    if name == "vae":
+        return made_up("autoencoder")
+    if name == "lstm":
+        return tuple(codes[:, :6] for codes in made_up("transformer"))
+    return made_up({"convnet": "lenet"}.get(name, "mlp"))
+
+
+def hinge_by_hand(model, batch):
+    logits, classes = model(batch[0]), batch[1][:, None]
+    above = (1 + logits - logits.gather(1, classes)).clamp(min=0).scatter(1, classes, 0.0)
+    return above.mean()
+
+
+@pytest.mark.parametrize("name", HELD_OUT)
+def test_both_engines_measure_the_same_of_what_was_held_out(name) -> None:
+    problem = HELD_OUT[name]
+    model, batch = problem.make_model(0).double().eval(), made_up_further(name)
+    batch = tuple(t.double() if t.is_floating_point() else t for t in batch)
+    ours = ns.summarize(problem.loss_fn, model, [batch], engine="forward")
+    loss_fn = hinge_by_hand if name == "hinge" else problem.loss_fn  # torch's has no second derivative
+    reference = ns.summarize(loss_fn, model, [batch], engine="nested")
+    assert ours.loss.item() == pytest.approx(problem.loss_fn(model, batch).item(), rel=1e-12)
+    for quantity in ("gradient", "hessian", "third"):
+        one, other = getattr(ours, quantity), getattr(reference, quantity)
+        torch.testing.assert_close(one, other, rtol=1e-8, atol=1e-10 * float(other.abs().max()))
+    assert problem.steps >= 1000
+
+
+@pytest.mark.parametrize("name", [*PROBLEMS, *HELD_OUT])
 def test_a_seed_decides_the_weights_and_leaves_the_random_state_alone(name) -> None:
-    problem = PROBLEMS[name]
+    problem = {**PROBLEMS, **HELD_OUT}[name]
     torch.manual_seed(7)
     before = torch.get_rng_state()
     one, twin, other = (list(problem.make_model(seed).parameters()) for seed in (3, 3, 4))
@@ -55,9 +91,19 @@ def test_digits_need_no_file() -> None:
     assert samples is PROBLEMS["digits"].read()
 
 
+def test_tables_keep_their_units_and_ratings_are_not_those_of_a_model_before_training() -> None:
+    assert HELD_OUT["cancer"].read().train[0].amax() > 1000
+    assert HELD_OUT["friedman2"].read().train[1].amax() > 1000
+    assert len(HELD_OUT["diabetes"].read()) == 398
+    ratings = HELD_OUT["factors"]
+    samples = ratings.read()
+    for seed in range(3):
+        assert ratings.loss_fn(ratings.make_model(seed), samples.train) > samples.train[1].var()
+
+
 def test_a_text_that_is_missing_is_looked_for_and_named(tmp_path, monkeypatch) -> None:
     monkeypatch.setattr(data, "folders", lambda: [tmp_path])
     from newton_summary.experiments import suite
 
     with pytest.raises(UsageError, match=r"tinyshakespeare\.txt is not there\. Looked for"):
-        suite._text.__wrapped__()
+        suite.text.__wrapped__()

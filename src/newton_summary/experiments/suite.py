@@ -23,7 +23,7 @@ from newton_summary.experiments.models import initialised, lenet, mlp
 from newton_summary.experiments.tasks import cross_entropy
 from newton_summary.measure import LossFunction, preserved_randomness
 
-_CHARACTERS = 65
+CHARACTERS = 65
 _LENGTH = 64
 
 
@@ -148,9 +148,9 @@ class Transformer(nn.Module):
 
     def __init__(self, width: int = 64, layers: int = 2, heads: int = 4) -> None:
         super().__init__()
-        self.token, self.position = nn.Embedding(_CHARACTERS, width), nn.Embedding(_LENGTH, width)
+        self.token, self.position = nn.Embedding(CHARACTERS, width), nn.Embedding(_LENGTH, width)
         self.blocks = nn.Sequential(*(Block(width, heads) for _ in range(layers)))
-        self.norm, self.head = nn.LayerNorm(width), nn.Linear(width, _CHARACTERS)
+        self.norm, self.head = nn.LayerNorm(width), nn.Linear(width, CHARACTERS)
         for name, parameter in self.named_parameters():
             if name in ("token.weight", "position.weight"):
                 nn.init.normal_(parameter, 0.0, 0.02)
@@ -163,7 +163,7 @@ class Transformer(nn.Module):
         return logits
 
 
-def _seeded(build: Callable[[], nn.Module]) -> Callable[[int], nn.Module]:
+def seeded(build: Callable[[], nn.Module]) -> Callable[[int], nn.Module]:
     """A model with its own initial weights, from a seed."""
 
     def make(seed: int) -> nn.Module:
@@ -202,13 +202,14 @@ def _digits() -> Samples:
 
 
 @cache
-def _images(source: data.Source, most: int | None = None) -> Samples:
+def images(source: data.Source, most: int | None = None) -> Samples:
+    """Images and their classes, at most so many to train on."""
     found = data.read(source)
     return Samples((found.train[0][:most], found.train[1][:most]), found.validation)
 
 
 @cache
-def _pixels(most: int) -> Samples:
+def pixels(most: int) -> Samples:
     """Images of MNIST as inputs, and their pixels between 0 and 1 as targets."""
 
     def paired(images: Tensor) -> Batch:
@@ -220,7 +221,7 @@ def _pixels(most: int) -> Samples:
 
 
 @cache
-def _text() -> Samples:
+def text() -> Samples:
     """The plays of Shakespeare, as a million characters."""
     places = [folder / "tinyshakespeare.txt" for folder in data.folders()]
     path = next((p for p in places if p.is_file()), None)
@@ -244,15 +245,13 @@ PROBLEMS = {
     problem.name: problem
     for problem in (
         Problem("digits", _drawn(partial(mlp, [64, 128, 64, 32, 10])), _digits, 1200),
-        Problem("mlp", _drawn(_paper_mlp), partial(_images, data.MNIST, 5000), 1000),
-        Problem("mlp-all", _drawn(_paper_mlp), partial(_images, data.MNIST), 1080),
-        Problem("deep", _drawn(_deep), partial(_images, data.MNIST, 5000), 1000),
-        Problem("lenet", _drawn(lenet), partial(_images, data.CIFAR10), 1296),
-        Problem("resnet", _seeded(resnet), partial(_images, data.CIFAR10), 1080),
-        Problem("logistic", _drawn(partial(mlp, [784, 10])), partial(_images, data.MNIST, 5000), 1000),
-        Problem(
-            "autoencoder", _seeded(Autoencoder), partial(_pixels, 5000), 1000, loss_fn=reconstruction, score="loss"
-        ),
-        Problem("transformer", _seeded(Transformer), _text, 1000, 16, next_character, "loss"),
+        Problem("mlp", _drawn(_paper_mlp), partial(images, data.MNIST, 5000), 1000),
+        Problem("mlp-all", _drawn(_paper_mlp), partial(images, data.MNIST), 1080),
+        Problem("deep", _drawn(_deep), partial(images, data.MNIST, 5000), 1000),
+        Problem("lenet", _drawn(lenet), partial(images, data.CIFAR10), 1296),
+        Problem("resnet", seeded(resnet), partial(images, data.CIFAR10), 1080),
+        Problem("logistic", _drawn(partial(mlp, [784, 10])), partial(images, data.MNIST, 5000), 1000),
+        Problem("autoencoder", seeded(Autoencoder), partial(pixels, 5000), 1000, loss_fn=reconstruction, score="loss"),
+        Problem("transformer", seeded(Transformer), text, 1000, 16, next_character, "loss"),
     )
 }
