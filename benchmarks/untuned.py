@@ -247,7 +247,7 @@ def search(store: Store, problem: Problem, name: str) -> None:
     for seeds in ((SEEDS[0],), SEEDS):
         tried: dict[int, float] = {}
         while True:
-            best = min(tried, key=lambda number: tried[number]) if tried else around
+            best = min(tried, key=lambda number: (tried[number], number)) if tried else around  # all infinite: go down
             missing = [number for number in (best, best - 1, best + 1) if number not in tried]
             if not missing:
                 around = best

@@ -97,3 +97,18 @@ def test_a_run_has_eight_points_and_does_not_go_on_after_one_that_is_not_finite(
     )
     assert untuned.failure(exploding) == "not finite"
     assert len(exploding.curve) == 1
+
+
+@pytest.mark.parametrize(("diverges_from", "best"), [(-20, -21), (-8, -9), (9, -5)])  # numbers of half decades
+def test_a_search_goes_down_until_runs_do_not_diverge_and_ends_between_worse_rates(untuned, diverges_from, best):
+    tried: dict[float, list[int]] = {}
+
+    class Made:
+        def get(self, problem, name, make, rate, seed):
+            tried.setdefault(rate, []).append(seed)
+            number = round(2 * math.log10(rate))
+            return record(untuned, [math.inf if number >= diverges_from else abs(number + 5.0)])
+
+    untuned.search(Made(), PROBLEMS["digits"], "adam")
+    of_all = [rate for rate, seeds in tried.items() if set(seeds) == set(untuned.SEEDS)]
+    assert sorted(of_all) == pytest.approx([untuned.half_decade(best + i) for i in (-1, 0, 1)])
