@@ -197,6 +197,8 @@ UNTUNED: dict[str, tuple[Maker, float]] = {
     "schedule-free": (schedule_free, 0.0025),
     "d-adapt": (d_adapt, 1.0),
 }
+USUAL, USUAL_RATE = "adam, 1e-3", 1e-3  # Adam as it comes: runs of its own on the grid of the search
+RIVALS = (*TUNED, USUAL, *UNTUNED)
 
 
 # Baselines ------------------------------------------------------------------------------------------------------------
@@ -232,7 +234,9 @@ class Store:
         return {rate: median(losses) for rate, losses in sorted(found.items()) if len(losses) >= seeds}
 
     def best(self, problem: str, optimizer: str) -> list[Record]:
-        """The records of the best rate."""
+        """The records of the best rate; of one that is not searched, of that."""
+        if optimizer == USUAL:
+            return self.find(problem, "adam", USUAL_RATE)
         medians = self.rates(problem, optimizer, len(SEEDS))
         return self.find(problem, optimizer, min(medians, key=lambda rate: medians[rate]))
 
@@ -261,7 +265,7 @@ def baselines(store: Store, problems: Sequence[Problem]) -> None:
     for problem in tqdm(problems, desc="problems"):
         for name in TUNED:
             search(store, problem, name)
-        for name, (make, rate) in UNTUNED.items():
+        for name, (make, rate) in {"adam": (TUNED["adam"], USUAL_RATE), **UNTUNED}.items():
             for seed in SEEDS:
                 store.get(problem, name, make, rate, seed)
 
@@ -393,9 +397,10 @@ def judge(problem: Problem, baseline: Store, own: Store, forms: Sequence[str], s
     """Runs ours and compares."""
     overheads = overheads_of(problem, own.path.parent)
     mark_of = {name: min(round(problem.steps / overheads[name]), problem.steps) for name in (*TUNED, *UNTUNED)}
+    mark_of[USUAL] = mark_of["adam"]
     marks = sorted(set(mark_of.values()))
     loss, at_time_of, epochs, scores, rates = {}, {}, {}, {}, {}
-    for name in (*TUNED, *UNTUNED):
+    for name in RIVALS:
         records = baseline.best(problem.name, name)
         rates[name] = records[0].rate
         loss[name] = epochs[name] = median(r.loss for r in records)
@@ -533,14 +538,14 @@ TITLES = {
 
 
 def table(verdicts: Sequence[Verdict], forms: Sequence[str], suite: str) -> str:
-    names = [*TUNED, *UNTUNED, *forms]
+    names = [*RIVALS, *forms]
     lines = [
         f"# {TITLES[suite]}",
         "",
-        "Final training loss over the whole training set in eval mode, medians of seeds. The rates of Adam, AdamW",
-        "with a cosine schedule, SGD with momentum and NAdam (β = 0.9, 0.99: the direction of the default, at a",
-        "constant rate) were searched for every problem over half decades (in brackets); Prodigy, Schedule-Free AdamW",
-        "and D-Adapt Adam run at their default rates. Ours (from “default” on) has nothing set, and stops at the",
+        "Final training loss over the whole training set in eval mode, medians of seeds. The rates of Adam, AdamW with",
+        "a cosine schedule, SGD with momentum and NAdam (β = 0.9, 0.99: the direction of the default, at a constant",
+        "rate) were searched for every problem over half decades (in brackets); Adam at 1e-3, Prodigy, Schedule-Free",
+        "AdamW and D-Adapt Adam run at their default rates. Ours (from “default” on) has nothing set, and stops at the",
         "wall-clock of Adam's run: after 1/overhead of the steps. “steps” knows the length of the run, as the cosine",
         "schedule does. The overhead is against torch's Adam as it comes, and in brackets with `fused=True`. Written",
         f"by `python benchmarks/untuned.py judge --suite {suite}`.",
@@ -559,11 +564,11 @@ def table(verdicts: Sequence[Verdict], forms: Sequence[str], suite: str) -> str:
             *(["The wall-clock is that of each rival's own run; ours never takes more steps than the rival."] * timed),
             "",
         ]
-        lines += ["| ours | " + " | ".join([*TUNED, *UNTUNED, BEST]) + " |"]
-        lines += ["|" + "---|" * (len(TUNED) + len(UNTUNED) + 2)]
+        lines += ["| ours | " + " | ".join([*RIVALS, BEST]) + " |"]
+        lines += ["|" + "---|" * (len(RIVALS) + 2)]
         for form in forms:
             cells = []
-            for rivals in [[n] for n in (*TUNED, *UNTUNED)] + [THREE]:
+            for rivals in [[n] for n in RIVALS] + [THREE]:
                 ratios = [ratio(v, form, rivals, timed) for v in verdicts]
                 cells.append(f"{clipped(ratios):.2f} ({max(ratios):.2f})")
             lines.append(f"| {form} | {' | '.join(cells)} |")
@@ -587,8 +592,9 @@ def profile(verdicts: Sequence[Verdict], names: Sequence[str], path: Path) -> No
     for name in names:
         ratios = sorted(v.loss[name] / min(v.loss[n] for n in names) for v in verdicts)
         shares = [(i + 1) / len(ratios) for i in range(len(ratios))]
-        ours_too = name in FORMS
-        axes.step([1, *ratios], [0, *shares], where="post", label=name, linewidth=2.5 if ours_too else 1.2)
+        style = {"color": "black", "linewidth": 2.5} if name in FORMS else {"linewidth": 1.2}
+        dashes = "--" if name in SCHEDULED else "-"
+        axes.step([1, *ratios], [0, *shares], where="post", label=name, linestyle=dashes, **style)
     axes.set(
         xscale="log", xlim=(1, 30), ylim=(0, 1.02), xlabel="training loss / the best one", ylabel="share of problems"
     )
@@ -634,7 +640,7 @@ def main() -> None:
     if not arguments.quick:
         (results / f"{arguments.suite}.md").write_text(text, encoding="utf-8")
         (results / "verdicts.json").write_text(json.dumps([asdict(v) for v in verdicts], indent=1), encoding="utf-8")
-        shown = [*TUNED, *UNTUNED, *(f for f in arguments.forms if f in ("default", "steps"))]
+        shown = [*RIVALS, *(f for f in arguments.forms if f in ("default", "steps"))]
         profile(verdicts, shown, results / "profile.png")
 
 
