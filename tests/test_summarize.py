@@ -414,6 +414,10 @@ def changed(**changes):
         ([torch.ones(4, 3)], "direction has 1 tensors, the partition 4 parameters"),
         ([], "direction has 0 tensors"),
         ({}, "the partition needs a direction for '0.weight'"),
+        (
+            {nn.Parameter(torch.ones(4)): torch.ones(4)},
+            "keys must be names of parameters, such as '0.weight'; one is a Pa",
+        ),
         (torch.ones(26), "direction has 1 tensors, the partition 4 parameters"),
     ],
 )

@@ -151,6 +151,10 @@ def resolve_direction(direction: Direction, partition: Partition) -> list[Tensor
     if isinstance(direction, torch.optim.Optimizer):
         direction = next_step(direction, partition.parameters)
     if isinstance(direction, Mapping):
+        kinds = [type(key).__name__ for key in direction if not isinstance(key, str)]
+        if kinds:
+            names = f"names of parameters, such as {partition.parameter_names[0]!r}"
+            raise ValueError(f"direction: its keys must be {names}; one is a {kinds[0]}")
         unknown = [name for name in direction if name not in partition.parameter_names]
         missing = [name for name in partition.parameter_names if name not in direction]
         if unknown or missing:
