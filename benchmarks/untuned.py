@@ -293,7 +293,7 @@ def ours(problem: Problem, seed: int, form: str = "default", batch_size: int | N
             rule = optimizer.rule
             optimizer.rule = DiagonalRates(rule.regularization, rule.shrinkage, rule.target, rule.average.momentum)
         if form == "constant λ":
-            optimizer._pace.compare = lambda *losses: None
+            optimizer._pace.boldness.compare = lambda *losses: None
         return optimizer
 
     return make

@@ -16,6 +16,7 @@ from torch.nn import functional
 from torch.utils.data import DataLoader, TensorDataset
 
 import newton_summary as ns
+from newton_summary.boldness import Boldness
 from newton_summary.pace import Pace
 from newton_summary.period import is_time_to_look, period_at
 
@@ -159,7 +160,7 @@ def test_what_is_left_of_a_loss_when_it_is_rounded_away_tells_nothing() -> None:
 
 def test_the_state_goes_through_json() -> None:
     pace, twin = followed(valley(3.0), count=5), Pace()
-    pace.compare(0.5, 1.0, 15)
+    pace.boldness.compare(0.5, 1.0, 15)
     twin.load_state_dict(json.loads(json.dumps(pace.state_dict())))
     for each in (pace, twin):
         each.look(valley(2.5), EVERY)
@@ -180,7 +181,7 @@ def falling(rate: float, count: int) -> Pace:
 def steady(oscillating: bool = False) -> Pace:
     pace = followed([lambda size, n=n: 0.97**n * valley(1.0)(size) for n in range(40)], count=40)
     for _ in range(10):
-        pace.compare(0.6 if oscillating else 1.0, 1.0, 3 * EVERY)
+        pace.boldness.compare(0.6 if oscillating else 1.0, 1.0, 3 * EVERY)
     return pace
 
 
@@ -214,28 +215,28 @@ def test_the_boldness_weighs_the_advantage_of_the_average_against_what_an_eighth
     eighth = min(rate * count * EVERY / 8, 0.3)
     for share in (0.0, 0.9, 1.1):
         pace = falling(rate, count)
-        pace.compare(math.exp(-share * eighth), 1.0, 15)
-        assert pace.boldness == pytest.approx(1 + 0.06 * (1 - share) * eighth / max(eighth, 0.02), abs=0.003)
-        assert (pace.boldness > 1) == (share < 1)
+        pace.boldness.compare(math.exp(-share * eighth), 1.0, 15)
+        assert pace.boldness.value == pytest.approx(1 + 0.06 * (1 - share) * eighth / max(eighth, 0.02), abs=0.003)
+        assert (pace.boldness.value > 1) == (share < 1)
 
 
 @pytest.mark.parametrize("rate", [0.0, -1e-3])
 def test_where_a_run_gains_nothing_a_slight_advantage_shortens_steps(rate) -> None:
     pace = falling(rate, 100)
-    pace.compare(1.0, 1.0, 15)
-    assert pace.boldness == 1.0
-    pace.compare(0.99, 1.0, 15)
-    assert pace.boldness == pytest.approx(1 + 0.06 * math.log(0.99) / 0.02)
+    pace.boldness.compare(1.0, 1.0, 15)
+    assert pace.boldness.value == 1.0
+    pace.boldness.compare(0.99, 1.0, 15)
+    assert pace.boldness.value == pytest.approx(1 + 0.06 * math.log(0.99) / 0.02)
 
 
 def test_the_boldness_has_limits() -> None:
     pace = falling(1e-3, 200)
     for _ in range(50):
-        pace.compare(0.5, 1.0, 15)
-    assert pace.boldness == 2 / 3
+        pace.boldness.compare(0.5, 1.0, 15)
+    assert pace.boldness.value == 2 / 3
     for _ in range(50):
-        pace.compare(1.0, 1.0, 15)
-    assert pace.boldness == 1.4
+        pace.boldness.compare(1.0, 1.0, 15)
+    assert pace.boldness.value == 1.4
 
 
 def test_a_fall_that_shorter_steps_have_brought_is_no_gain_of_the_run() -> None:
@@ -245,15 +246,15 @@ def test_a_fall_that_shorter_steps_have_brought_is_no_gain_of_the_run() -> None:
         for _ in range(comparisons):
             for _ in range(3):
                 pace.look(lambda size, a=advantage: math.exp(a), EVERY)
-            pace.compare(1.0, math.exp(advantage), 3 * EVERY)
-    assert pace.boldness == 2 / 3
+            pace.boldness.compare(1.0, math.exp(advantage), 3 * EVERY)
+    assert pace.boldness.value == 2 / 3
 
 
 @pytest.mark.parametrize(("average", "here"), [(math.nan, 1.0), (1.0, math.nan), (0.0, 1.0), (1.0, 0.0), (-1.0, 1.0)])
 def test_losses_without_a_ratio_do_not_change_the_boldness(average, here) -> None:
     pace = Pace()
-    pace.compare(average, here, 15)
-    assert pace.boldness == 1.0
+    pace.boldness.compare(average, here, 15)
+    assert pace.boldness.value == 1.0
 
 
 # In the optimizer -----------------------------------------------------------------------------------------------------
@@ -324,7 +325,7 @@ def test_a_look_sees_the_loss_along_the_step_and_at_averaged_weights(partition, 
 
     seen = []
     monkeypatch.setattr(Pace, "look", look)
-    monkeypatch.setattr(Pace, "compare", lambda self, *values: seen.append(values))
+    monkeypatch.setattr(Boldness, "compare", lambda self, *values: seen.append(values))
     optimizer._look(u)
     ((there, here, steps),) = seen  # every third look compares
     assert torch.equal(torch.get_rng_state(), random)
@@ -346,8 +347,8 @@ def test_rates_are_proportions_times_the_scale_and_steps_have_the_boldness() -> 
     rates = optimizer._proportions * optimizer._pace.scale
     assert list(optimizer.rates.values()) == pytest.approx(rates.tolist())
     assert [g["rate"] for g in optimizer.param_groups] == pytest.approx(rates.tolist())
-    assert optimizer._pace.boldness != 1.0
-    factors = optimizer.partition.spread((1.2 * optimizer._pace.boldness * rates).tolist())
+    assert optimizer._pace.boldness.value != 1.0
+    factors = optimizer.partition.spread((1.2 * optimizer._pace.boldness.value * rates).tolist())
     for p, old, factor in zip(model.parameters(), before, factors, strict=True):
         assert torch.allclose(p, old - factor * u[p], rtol=1e-12)
 
@@ -436,7 +437,7 @@ def test_at_the_end_of_a_run_of_known_length_steps_shrink_to_nothing() -> None:
     for number in range(40):
         backward(model, optimizer, number)
         (scale,) = set(optimizer._scales_of_param_groups())
-        lengths.append(scale / optimizer._pace.boldness / 1.5)
+        lengths.append(scale / optimizer._pace.boldness.value / 1.5)
         optimizer.step()
     assert lengths[:31] == pytest.approx([1.0] * 31)
     assert lengths[31:] == pytest.approx([0.1 * n for n in range(9, 0, -1)])
@@ -468,7 +469,7 @@ def test_the_average_takes_the_place_of_the_weights_where_it_is_better() -> None
     train(model, optimizer, 20)
     before, average = weights_of(model), [optimizer.state[p]["average"].clone() for p in model.parameters()]
     for advantage, expected in ((-0.1, before), (0.1, average)):
-        optimizer._pace.advantage = advantage
+        optimizer._pace.boldness.advantage = advantage
         optimizer.eval()
         optimizer.eval()
         for p, w in zip(model.parameters(), expected, strict=True):
@@ -486,7 +487,7 @@ def test_a_run_does_not_depend_on_being_evaluated_or_saved_there() -> None:
     other, evaluated = make(look_every=4)
     train(model, optimizer, 20)
     train(other, evaluated, 20)
-    evaluated._pace.advantage = optimizer._pace.advantage = 0.1
+    evaluated._pace.boldness.advantage = optimizer._pace.boldness.advantage = 0.1
     evaluated.eval()
     twin, resumed = make(look_every=4)
     twin.load_state_dict(other.state_dict())
@@ -501,10 +502,10 @@ def test_a_run_does_not_depend_on_being_evaluated_or_saved_there() -> None:
 def test_the_advantage_is_that_of_the_last_comparisons() -> None:
     pace = Pace()
     for _ in range(20):
-        pace.compare(0.8, 1.0, 15)
-    assert pace.advantage == pytest.approx(-math.log(0.8), rel=1e-2)
-    pace.compare(2.0, 1.0, 15)
-    assert pace.advantage < 0.0
+        pace.boldness.compare(0.8, 1.0, 15)
+    assert pace.boldness.advantage == pytest.approx(-math.log(0.8), rel=1e-2)
+    pace.boldness.compare(2.0, 1.0, 15)
+    assert pace.boldness.advantage < 0.0
 
 
 @pytest.mark.parametrize("factor", [1e4, math.inf, math.nan])

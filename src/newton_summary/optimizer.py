@@ -332,7 +332,7 @@ class NewtonSummary(torch.optim.Optimizer):
         For validation, and for a model that is kept; call :meth:`train` before the next step.  Training is the same
         whether this is ever called.  Buffers, such as the statistics of a batch norm, stay as they are.
         """
-        if not self._averaged and self._pace is not None and self._pace.advantage > 0:
+        if not self._averaged and self._pace is not None and self._pace.boldness.advantage > 0:
             self._exchange()
 
     @torch.no_grad()
@@ -557,7 +557,7 @@ class NewtonSummary(torch.optim.Optimizer):
             there = self._of_all(loss(), samples)
         if suspicious:
             return now, self._pace.retreats(there, now)
-        self._pace.compare(there, now, COMPARED * gap)
+        self._pace.boldness.compare(there, now, COMPARED * gap)
         return now, False
 
     def _averaged_weights(self) -> list[Tensor]:
@@ -622,7 +622,7 @@ class NewtonSummary(torch.optim.Optimizer):
     def _scales_of_param_groups(self) -> list[float]:
         """λ_1 for each of torch's groups: its ``lr``, times the boldness, and the schedule where there is one."""
         schedule = 1.0 if self.steps is None else min(1.0, max(0.0, 4 - 4 * self._taken / self.steps))
-        factor = schedule if self._pace is None else schedule * self._pace.boldness
+        factor = schedule if self._pace is None else schedule * self._pace.boldness.value
         return [float(group["lr"]) * factor for group in self.param_groups]
 
     def _scales_of_groups(self) -> Tensor:
