@@ -38,16 +38,55 @@ from newton_summary.rates import AveragedRates
 from newton_summary.solve import Status
 
 RESULTS = Path(__file__).parents[1] / "results"
-SUITES = {"untuned": PROBLEMS, "held-out": HELD_OUT}
 SEEDS = (0, 1, 2)
 POINTS = 8
 CURVE_SAMPLES = 2000
-QUICK = {
-    "untuned": ("digits", "mlp", "lenet", "logistic", "autoencoder"),
-    "held-out": ("hinge", "factors", "friedman1", "friedman2", "cancer"),
-}
 
 Maker = Callable[[nn.Module, float, int], torch.optim.Optimizer]  # from a model, a rate and the number of steps
+
+
+# Suites ---------------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Suite:
+    """Problems that are judged together.
+
+    Args:
+        name: what the command line and the folder of its results call it.
+        title: of its table.
+        problems: by name.
+        quick: which of them are cheap.
+    """
+
+    name: str
+    title: str
+    problems: dict[str, Problem]
+    quick: tuple[str, ...]
+
+    @property
+    def folder(self) -> Path:
+        """Where its results are."""
+        return RESULTS / self.name
+
+
+SUITES = {
+    suite.name: suite
+    for suite in (
+        Suite(
+            "untuned",
+            "Nothing tuned, against tuned",
+            PROBLEMS,
+            quick=("digits", "mlp", "lenet", "logistic", "autoencoder"),
+        ),
+        Suite(
+            "held-out",
+            "Nothing tuned, against tuned, on problems on which nothing was chosen",
+            HELD_OUT,
+            quick=("hinge", "factors", "friedman1", "friedman2", "cancer"),
+        ),
+    )
+}
 
 
 # Runs -----------------------------------------------------------------------------------------------------------------
@@ -234,9 +273,7 @@ class Store:
         return {rate: median(losses) for rate, losses in sorted(found.items()) if len(losses) >= seeds}
 
     def best(self, problem: str, optimizer: str) -> list[Record]:
-        """The records of the best rate; of one that is not searched, of that."""
-        if optimizer == USUAL:
-            return self.find(problem, "adam", USUAL_RATE)
+        """The records of the best rate."""
         medians = self.rates(problem, optimizer, len(SEEDS))
         return self.find(problem, optimizer, min(medians, key=lambda rate: medians[rate]))
 
@@ -396,12 +433,13 @@ class Verdict:
 def judge(problem: Problem, baseline: Store, own: Store, forms: Sequence[str], seeds: Sequence[int]) -> Verdict:
     """Runs ours and compares."""
     overheads = overheads_of(problem, own.path.parent)
-    mark_of = {name: min(round(problem.steps / overheads[name]), problem.steps) for name in (*TUNED, *UNTUNED)}
-    mark_of[USUAL] = mark_of["adam"]
+    price = {**overheads, USUAL: overheads["adam"]}
+    mark_of = {name: min(round(problem.steps / price[name]), problem.steps) for name in RIVALS}
     marks = sorted(set(mark_of.values()))
     loss, at_time_of, epochs, scores, rates = {}, {}, {}, {}, {}
     for name in RIVALS:
-        records = baseline.best(problem.name, name)
+        usual = name == USUAL
+        records = baseline.find(problem.name, "adam", USUAL_RATE) if usual else baseline.best(problem.name, name)
         rates[name] = records[0].rate
         loss[name] = epochs[name] = median(r.loss for r in records)
         scores[name] = median(r.validation for r in records)
@@ -531,16 +569,10 @@ def _failures(kinds: Sequence[str]) -> str:
 # Tables and pictures --------------------------------------------------------------------------------------------------
 
 
-TITLES = {
-    "untuned": "Nothing tuned, against tuned",
-    "held-out": "Nothing tuned, against tuned, on problems on which nothing was chosen",
-}
-
-
-def table(verdicts: Sequence[Verdict], forms: Sequence[str], suite: str) -> str:
+def table(verdicts: Sequence[Verdict], forms: Sequence[str], suite: Suite) -> str:
     names = [*RIVALS, *forms]
     lines = [
-        f"# {TITLES[suite]}",
+        f"# {suite.title}",
         "",
         "Final training loss over the whole training set in eval mode, medians of seeds. The rates of Adam, AdamW with",
         "a cosine schedule, SGD with momentum and NAdam (β = 0.9, 0.99: the direction of the default, at a constant",
@@ -548,7 +580,7 @@ def table(verdicts: Sequence[Verdict], forms: Sequence[str], suite: str) -> str:
         "AdamW and D-Adapt Adam run at their default rates. Ours (from “default” on) has nothing set, and stops at the",
         "wall-clock of Adam's run: after 1/overhead of the steps. “steps” knows the length of the run, as the cosine",
         "schedule does. The overhead is against torch's Adam as it comes, and in brackets with `fused=True`. Written",
-        f"by `python benchmarks/untuned.py judge --suite {suite}`.",
+        f"by `python benchmarks/untuned.py judge --suite {suite.name}`.",
         "",
         "| problem | overhead | " + " | ".join(names) + " |",
         "|" + "---|" * (len(names) + 2),
@@ -612,36 +644,38 @@ def main() -> None:
     parser.add_argument("--resume", action="store_true", help="keep the runs of ours that are there")
     arguments = parser.parse_args()
     torch.set_num_threads(1)
-    suite, results = SUITES[arguments.suite], RESULTS / arguments.suite
-    names = list(suite) if arguments.problems is None else arguments.problems
-    if unknown := set(names) - set(suite):
-        parser.error(f"{', '.join(sorted(unknown))}: not in the suite {arguments.suite}, which has {', '.join(suite)}")
-    baseline = Store(results / "baselines.jsonl")
-    problems = [suite[name] for name in names if not arguments.quick or name in QUICK[arguments.suite]]
+    suite = SUITES[arguments.suite]
+    names = arguments.problems or list(suite.problems)
+    if unknown := sorted(set(names) - set(suite.problems)):
+        parser.error(f"{', '.join(unknown)}: not in the suite {suite.name}, which has {', '.join(suite.problems)}")
+    baseline = Store(suite.folder / "baselines.jsonl")
+    problems = [suite.problems[name] for name in names if not arguments.quick or name in suite.quick]
     if arguments.command == "baselines":
         baselines(baseline, problems)
         return
     if arguments.command == "robust":
-        path = results / "robust.jsonl"
+        path = suite.folder / "robust.jsonl"
         robust(problems, baseline, Store(path))
-        text = robust_table(Store(path), list(suite.values()))  # with what others have run meanwhile
+        text = robust_table(Store(path), list(suite.problems.values()))  # with what others have run meanwhile
         print(text)
-        (results / "robust.md").write_text(text, encoding="utf-8")
+        (suite.folder / "robust.md").write_text(text, encoding="utf-8")
         return
-    folder = Path(tempfile.mkdtemp()) if arguments.quick else results
+    folder = Path(tempfile.mkdtemp()) if arguments.quick else suite.folder
     path = folder / "ours.jsonl"
     if not arguments.resume:
         path.unlink(missing_ok=True)
         (folder / "overheads.json").unlink(missing_ok=True)
     own, seeds = Store(path), SEEDS[:1] if arguments.quick else SEEDS
     verdicts = [judge(p, baseline, own, arguments.forms, seeds) for p in tqdm(problems, desc="problems")]
-    text = table(verdicts, arguments.forms, arguments.suite)
+    text = table(verdicts, arguments.forms, suite)
     print(text)
     if not arguments.quick:
-        (results / f"{arguments.suite}.md").write_text(text, encoding="utf-8")
-        (results / "verdicts.json").write_text(json.dumps([asdict(v) for v in verdicts], indent=1), encoding="utf-8")
+        (suite.folder / f"{suite.name}.md").write_text(text, encoding="utf-8")
+        (suite.folder / "verdicts.json").write_text(
+            json.dumps([asdict(v) for v in verdicts], indent=1), encoding="utf-8"
+        )
         shown = [*RIVALS, *(f for f in arguments.forms if f in ("default", "steps"))]
-        profile(verdicts, shown, results / "profile.png")
+        profile(verdicts, shown, suite.folder / "profile.png")
 
 
 if __name__ == "__main__":
