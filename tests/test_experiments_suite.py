@@ -12,15 +12,20 @@ from newton_summary.experiments.held_out import HELD_OUT
 from newton_summary.experiments.suite import PROBLEMS
 
 TABLES = ("friedman1", "friedman2", "diabetes", "cancer")
-IMAGES = {"lenet": (3, 32, 32), "resnet": (3, 32, 32), "digits": (1, 8, 8)}
+IMAGES = {"lenet": (3, 32, 32), "resnet": (3, 32, 32), "convnet": (3, 32, 32), "digits": (1, 8, 8)}
+LENGTHS = {"transformer": 64, "lstm": 6}
 
 
 def made_up(name: str, count: int = 8):
     generator = torch.Generator().manual_seed(1)  # another than the weights have
-    if name == "transformer":
-        return tuple(torch.randint(65, (count, 64), generator=generator) for _ in range(2))
+    if name in TABLES:
+        return tuple(t[:count] for t in HELD_OUT[name].read().train)
+    if name == "factors":
+        return torch.randint(200, (count, 2), generator=generator), torch.randn(count, generator=generator)
+    if name in LENGTHS:
+        return tuple(torch.randint(65, (count, LENGTHS[name]), generator=generator) for _ in range(2))
     images = torch.randn(count, *IMAGES.get(name, (1, 28, 28)), generator=generator)
-    if name == "autoencoder":
+    if name in ("autoencoder", "vae"):
         return images, images.flatten(1).sigmoid()
     return images, torch.randint(10, (count,), generator=generator)
 
@@ -37,19 +42,6 @@ def test_the_forward_engine_measures_it_and_the_loss_starts_where_guessing_does(
     assert problem.steps >= 1000
 
 
-def made_up_further(name: str):
-    if name in TABLES:
-        x, y = HELD_OUT[name].read().train
-        return x[:20], y[:20]
-    if name == "factors":
-        return torch.randint(200, (20, 2)), torch.randn(20)
-    if name == "vae":
-        return made_up("autoencoder")
-    if name == "lstm":
-        return tuple(codes[:, :6] for codes in made_up("transformer"))
-    return made_up({"convnet": "lenet"}.get(name, "mlp"))
-
-
 def hinge_by_hand(model, batch):
     logits, classes = model(batch[0]), batch[1][:, None]
     above = (1 + logits - logits.gather(1, classes)).clamp(min=0).scatter(1, classes, 0.0)
@@ -59,7 +51,7 @@ def hinge_by_hand(model, batch):
 @pytest.mark.parametrize("name", HELD_OUT)
 def test_both_engines_measure_the_same_of_what_was_held_out(name) -> None:
     problem = HELD_OUT[name]
-    model, batch = problem.make_model(0).double().eval(), made_up_further(name)
+    model, batch = problem.make_model(0).double().eval(), made_up(name)
     batch = tuple(t.double() if t.is_floating_point() else t for t in batch)
     ours = ns.summarize(problem.loss_fn, model, [batch], engine="forward")
     loss_fn = hinge_by_hand if name == "hinge" else problem.loss_fn  # torch's has no second derivative
