@@ -4,10 +4,10 @@ SUDO := $(if $(filter 0,$(shell id -u)),,sudo -n)
 
 .PHONY: demo reproduce-quick test test-slow check browser clean docs dist
 
-.installed: pyproject.toml constraints.txt
+.installed: pyproject.toml experiments/pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv
 	$(BIN)/pip install -q -c constraints.txt torch
-	$(BIN)/pip install -q -c constraints.txt -e '.[dev]'
+	$(BIN)/pip install -q -c constraints.txt -e experiments -e '.[dev]'
 	touch .installed
 
 # Train on handwritten digits with Adam, SGD and newton-summary side by side; pictures land in runs/
@@ -40,6 +40,7 @@ docs: .installed
 dist: .installed
 	rm -rf dist
 	$(BIN)/python -m build --no-isolation
+	$(BIN)/python -m build --no-isolation --outdir dist experiments
 
 # What the tests of the report need beyond Python: where it cannot be had, they are skipped
 browser:

@@ -3,8 +3,8 @@
 import sys
 from pathlib import Path
 
-from newton_summary.experiments.search import search
-from newton_summary.experiments.tasks import get_task
+from newton_summary_experiments.search import search
+from newton_summary_experiments.tasks import get_task
 
 RESULTS = Path(__file__).parents[1] / "results" / "digits-rates.md"
 AROUND = {"adam": -5, "sgd": -2, "newton-summary-paper": -1}  # on the grid of half decades: 3e-3, 0.1, 0.3

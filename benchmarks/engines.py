@@ -30,8 +30,8 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 import newton_summary as ns
-from newton_summary.experiments.models import mlp
 from newton_summary.measure import ForwardEngine, Loss, NestedEngine
+from newton_summary_experiments.models import mlp
 
 LIMITS = {"bigmlp": 15.0, "vgg": 8.0, "lenet": 6.0, "mlp": 5.0, "gpt": 25.0, "resnet": 20.0}
 CHAINS = ["depth5", "depth10", "depth20", "depth40"]

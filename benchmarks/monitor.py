@@ -19,11 +19,11 @@ from torch.nn import functional
 from torch.utils.data import DataLoader, TensorDataset
 
 import newton_summary as ns
-from newton_summary.advice import advise, alone
-from newton_summary.experiments import data
-from newton_summary.experiments.models import initialised, lenet, mlp
-from newton_summary.experiments.suite import Block
-from newton_summary.experiments.tasks import cross_entropy
+from newton_summary.watch.advice import advise, alone
+from newton_summary_experiments import data
+from newton_summary_experiments.models import initialised, lenet, mlp
+from newton_summary_experiments.suite import Block
+from newton_summary_experiments.tasks import cross_entropy
 
 RESULTS = Path(__file__).parents[1] / "results" / "monitor.md"
 CASES = 50

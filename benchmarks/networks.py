@@ -8,8 +8,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from newton_summary.experiments.models import lenet, mlp, vgg11
-from newton_summary.experiments.suite import Block, Residual
+from newton_summary_experiments.models import lenet, mlp, vgg11
+from newton_summary_experiments.suite import Block, Residual
 
 
 def cross_entropy(model, batch):

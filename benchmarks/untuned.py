@@ -7,7 +7,7 @@
 
 The nine problems are those on which the defaults were chosen; ``--suite held-out`` takes eleven others, and
 results/held-out/.  ``--problems`` and ``--forms`` choose.  A run is a Record; what was run stays in *.jsonl there.
-Needs ``pip install 'newton-summary[benchmarks]'``.
+Needs ``pip install 'newton-summary-experiments[benchmarks]'``.
 """
 
 from __future__ import annotations
@@ -29,13 +29,13 @@ from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 import newton_summary as ns
-from newton_summary.experiments.data import InMemory, as_it_is, shuffled
-from newton_summary.experiments.held_out import HELD_OUT
-from newton_summary.experiments.search import half_decade
-from newton_summary.experiments.suite import PROBLEMS, Problem
-from newton_summary.period import BEGINNING, COMPARED, period_at
-from newton_summary.rates import AveragedRates
+from newton_summary.optim.cadence import BEGINNING, COMPARED, period_at
+from newton_summary.optim.rates import AveragedRates
 from newton_summary.solve import Status
+from newton_summary_experiments.data import InMemory, as_it_is, shuffled
+from newton_summary_experiments.held_out import HELD_OUT
+from newton_summary_experiments.search import half_decade
+from newton_summary_experiments.suite import PROBLEMS, Problem
 
 RESULTS = Path(__file__).parents[1] / "results"
 SEEDS = (0, 1, 2)

@@ -5,12 +5,11 @@ from __future__ import annotations
 import torch
 
 from newton_summary import Summary
-from newton_summary.experiments.comparison import Plan, compare
-from newton_summary.experiments.models import mlp
-from newton_summary.experiments.snapshots import Snapshot
-from newton_summary.experiments.tasks import TASKS, Task
-from newton_summary.experiments.training import Config, Row
 from newton_summary.report.reading import Record
+from newton_summary.report.records import Config, Row, Snapshot
+from newton_summary_experiments.comparison import Plan, compare
+from newton_summary_experiments.models import mlp
+from newton_summary_experiments.tasks import TASKS, Task
 
 SMALL = Task("small", lambda: mlp([64, 8, 10]), epochs=6, rates={"sgd": 0.1, "adam": 0.01})
 EVIL = '<script>alert("1")</script>&"\'><b>'

@@ -12,8 +12,8 @@ from hypothesis import strategies as st
 from scipy import optimize, stats
 
 from newton_summary import Summary
-from newton_summary.advice import advise, alone, correlations
 from newton_summary.solve import Status, cubic
+from newton_summary.watch.advice import advise, alone, correlations
 
 
 def one(gradient: float, curvature: float, third: float = 0.0, weight: float = 1.0, name: str = "g") -> Summary:

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 import newton_summary as ns
-from newton_summary.averaging import SummaryAverage
+from newton_summary.optim.summary_average import SummaryAverage
 
 
 def measurement(loss: float, slope: float, third: float = 1.0) -> ns.Summary:

@@ -9,11 +9,11 @@ import pytest
 import torch
 
 from newton_summary import Summary, cli
-from newton_summary.experiments import tasks
-from newton_summary.experiments.data import MNIST
-from newton_summary.experiments.models import mlp
-from newton_summary.experiments.tasks import Task, cross_entropy
-from newton_summary.sampling import BatchStream
+from newton_summary.measure.stream import BatchStream
+from newton_summary_experiments import tasks
+from newton_summary_experiments.data import MNIST
+from newton_summary_experiments.models import mlp
+from newton_summary_experiments.tasks import Task, cross_entropy
 
 TINY = Task("tiny", lambda: mlp([64, 12, 10]), epochs=2)
 
@@ -197,10 +197,10 @@ def test_a_missing_extra_is_named(run, monkeypatch):
     import sys
 
     for name in list(sys.modules):
-        if name.startswith(("newton_summary.plots", "newton_summary.experiments.figures")):
+        if name.startswith(("newton_summary.plots", "newton_summary_experiments.figures")):
             monkeypatch.delitem(sys.modules, name)
     monkeypatch.delattr("newton_summary.plots", raising=False)
-    monkeypatch.delattr("newton_summary.experiments.figures", raising=False)
+    monkeypatch.delattr("newton_summary_experiments.figures", raising=False)
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
     code, _, err = run("train tiny")
@@ -278,7 +278,7 @@ def test_a_run_that_diverged_is_in_the_table(run, monkeypatch):
 
 def test_interactions_look_where_they_will_write_before_they_measure(run, workplace, monkeypatch):
     (workplace / "file").write_text("")
-    monkeypatch.setattr("newton_summary.experiments.figures.measure_interactions", None)
+    monkeypatch.setattr("newton_summary_experiments.figures.measure_interactions", None)
     code, _, err = run("interactions tiny --out file/inside")
     assert code == 2
     assert "cannot write to file/inside (Not a directory): choose another folder with --out" in err
@@ -323,3 +323,18 @@ def test_data_says_what_is_there(run, workplace, monkeypatch):
     code, _, err = run("data mlp-mnist --data here")
     assert code == 2
     assert "here/mnist.npz is truncated" in err
+
+
+# Without the package beside it ----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("command", ["train digits", "compare --help", "interactions", "search", "figures", "data x"])
+def test_a_command_of_the_experiments_says_what_to_install(command, run, monkeypatch):
+    monkeypatch.setattr(cli, "entry_points", lambda group: ())
+    code, _, err = run(command)
+    assert code == 2
+    assert "pip install 'newton-summary[experiments]'" in err
+    assert run("report --help")[0] == 0
+    code, _, err = run("trian digits")
+    assert code == 2
+    assert "invalid choice" in err

@@ -10,9 +10,9 @@ import pytest
 import torch
 from torch.utils.data import DataLoader
 
-from newton_summary.experiments import data
-from newton_summary.experiments.data import CIFAR10, MNIST, InMemory, as_it_is, shuffled
-from newton_summary.experiments.errors import UsageError
+from newton_summary.errors import UsageError
+from newton_summary_experiments import data
+from newton_summary_experiments.data import CIFAR10, MNIST, InMemory, as_it_is, shuffled
 
 REAL_FILES = os.environ.get("NEWTON_SUMMARY_DATA", "data")
 SOURCES = {"mnist": MNIST, "cifar10": CIFAR10}

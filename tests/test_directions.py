@@ -8,7 +8,8 @@ import torch
 from cases import make, unchanged
 from torch import nn
 
-from newton_summary.directions import Adam, Gradient, Momentum, NAdam, StepOf, descends, next_step, resolve
+from newton_summary.measure.next_step import next_step
+from newton_summary.optim.directions import Adam, Gradient, Momentum, NAdam, StepOf, descends, resolve
 from newton_summary.testing import check_direction
 
 KEYS = ("gradient", "momentum", "adam")
@@ -86,7 +87,7 @@ def test_adam_is_the_step_of_torchs_at_a_rate_of_one(betas, eps):
 def test_parameters_of_several_dtypes_move_as_each_by_itself(kind, fused, monkeypatch):
     """On devices where torch's Adam is one kernel and where it is not, up to rounding."""
     if not fused:
-        monkeypatch.setattr("newton_summary.directions._FUSED", ())
+        monkeypatch.setattr("newton_summary.optim.directions.adam._FUSED", ())
     held = [*parameters(torch.float32), *parameters(torch.float64)]
     twins = [nn.Parameter(p.detach().double()) for p in held]
     together, apart = kind(), [kind() for _ in held]
@@ -97,7 +98,7 @@ def test_parameters_of_several_dtypes_move_as_each_by_itself(kind, fused, monkey
         for p, q, direction, own in zip(held, twins, apart, states, strict=True):
             q.grad = p.grad.double()
             with monkeypatch.context() as patch:
-                patch.setattr("newton_summary.directions._FUSED", ("cpu",))
+                patch.setattr("newton_summary.optim.directions.adam._FUSED", ("cpu",))
                 expected = direction.update(groups(direction, [q]), own)[q]
             assert u[p].dtype == p.dtype
             torch.testing.assert_close(u[p].double(), expected, rtol=1e-4, atol=100 * torch.finfo(p.dtype).eps)

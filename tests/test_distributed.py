@@ -17,8 +17,8 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader, DistributedSampler, IterableDataset, TensorDataset
 
 import newton_summary as ns
-from newton_summary.distributed import Processes
-from newton_summary.sampling import BatchStream
+from newton_summary.measure.stream import BatchStream
+from newton_summary.parallel.processes import Processes
 from newton_summary.solve import Status
 
 DTYPE = torch.float64

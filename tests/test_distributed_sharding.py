@@ -13,7 +13,7 @@ from torch import nn
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
 import newton_summary as ns
-from newton_summary.sharding import is_sharded, unsharded
+from newton_summary.parallel.sharding import is_sharded, unsharded
 
 
 def shard(model, **options):
@@ -222,7 +222,7 @@ def test_parts_of_tensors_are_cut_as_parameters_are(two) -> None:
 
 
 def cut():
-    from newton_summary.sharding import sharded_like
+    from newton_summary.parallel.sharding import sharded_like
 
     model = shard(make_model())
     values = torch.arange(40, dtype=DTYPE).view(8, 5)

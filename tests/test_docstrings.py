@@ -7,9 +7,14 @@ import pkgutil
 import pytest
 
 import newton_summary
+import newton_summary_experiments
 from newton_summary.measure import rules
 
-MODULES = sorted(m.name for m in pkgutil.walk_packages(newton_summary.__path__, "newton_summary."))
+MODULES = sorted(
+    module.name
+    for package in (newton_summary, newton_summary_experiments)
+    for module in pkgutil.walk_packages(package.__path__, package.__name__ + ".")
+)
 
 
 def documented(module_name):

@@ -6,11 +6,11 @@ import pytest
 import torch
 from torch.nn import functional
 
-from newton_summary.experiments.errors import UsageError
-from newton_summary.experiments.kfac import KFAC
-from newton_summary.experiments.models import initialised, mlp
-from newton_summary.experiments.tasks import Task, cross_entropy, get_task
-from newton_summary.experiments.training import Config, Trainer
+from newton_summary.errors import UsageError
+from newton_summary_experiments.kfac import KFAC
+from newton_summary_experiments.models import initialised, mlp
+from newton_summary_experiments.tasks import Task, cross_entropy, get_task
+from newton_summary_experiments.training import Trainer, config_of
 
 SMALL = Task("small", lambda: mlp([64, 12, 10]), epochs=2)
 DAMPING = 0.1
@@ -64,7 +64,7 @@ def test_nothing_global_changes_and_the_seed_decides(digits):
 
 @pytest.mark.parametrize("stop", [5, 10, 13])
 def test_a_run_that_stopped_goes_on_bit_for_bit(digits, stop, tmp_path):
-    config = Config.of(SMALL, "kfac")
+    config = config_of(SMALL, "kfac")
     whole, first, second = (Trainer(SMALL, config, digits) for _ in range(3))
     for _ in range(26):
         whole.take_step()
@@ -91,4 +91,4 @@ def test_a_loss_that_is_no_number_is_given_back(digits):
 def test_another_loss_is_refused(digits):
     task = dataclasses.replace(SMALL, loss_fn=lambda model, batch: model(batch[0]).square().mean())
     with pytest.raises(UsageError, match="cross-entropy"):
-        Trainer(task, Config.of(task, "kfac"), digits)
+        Trainer(task, config_of(task, "kfac"), digits)

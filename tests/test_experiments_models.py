@@ -5,8 +5,8 @@ import math
 import pytest
 import torch
 
-from newton_summary.experiments.models import initialised, lenet, mlp, ntk, vgg11
-from newton_summary.experiments.tasks import TASKS, get_task
+from newton_summary_experiments.models import initialised, lenet, mlp, ntk, vgg11
+from newton_summary_experiments.tasks import TASKS, get_task
 
 CIFAR = (3, 32, 32)
 SHAPES = {"digits": (1, 8, 8), "mlp-mnist": (1, 28, 28)}

@@ -15,7 +15,9 @@ import pytest
 import torch
 
 from newton_summary import Summary, cli
-from newton_summary.experiments import (
+from newton_summary.errors import UsageError
+from newton_summary.report.records import Row
+from newton_summary_experiments import (
     analysis,
     claims,
     costs,
@@ -27,20 +29,19 @@ from newton_summary.experiments import (
     search,
     tasks,
 )
-from newton_summary.experiments.costs import StepCost
-from newton_summary.experiments.errors import UsageError
-from newton_summary.experiments.models import mlp
-from newton_summary.experiments.optimizers import OPTIMIZERS as OPTIMIZERS_BY_NAME
-from newton_summary.experiments.reproduction import DEFAULT, OPTIMIZERS, PAPER, SEARCHED, Reproduction
-from newton_summary.experiments.tasks import Task
-from newton_summary.experiments.training import Config, Row
+from newton_summary_experiments.costs import StepCost
+from newton_summary_experiments.models import mlp
+from newton_summary_experiments.optimizers import OPTIMIZERS as OPTIMIZERS_BY_NAME
+from newton_summary_experiments.reproduction import DEFAULT, OPTIMIZERS, PAPER, SEARCHED, Reproduction
+from newton_summary_experiments.tasks import Task
+from newton_summary_experiments.training import config_of
 
 ROOT = Path(__file__).parents[1]
 
 STAND_IN = """
-    from newton_summary.experiments import costs, reproduction, search, tasks
-    from newton_summary.experiments.models import mlp
-    from newton_summary.experiments.tasks import Task
+    from newton_summary_experiments import costs, reproduction, search, tasks
+    from newton_summary_experiments.models import mlp
+    from newton_summary_experiments.tasks import Task
 
     tasks.TASKS["tiny"] = Task("tiny", lambda: mlp([64, 12, 10]), epochs=2)
     reproduction.NETWORKS["tiny"] = "Tiny"
@@ -165,8 +166,8 @@ SCRIPT = (
 import sys
 from pathlib import Path
 import torch
-from newton_summary.experiments import paper
-from newton_summary.experiments.reproduction import SEARCHED, Reproduction
+from newton_summary_experiments import paper
+from newton_summary_experiments.reproduction import SEARCHED, Reproduction
 
 torch.set_num_threads(1)
 folder = Path(sys.argv[1])
@@ -335,7 +336,7 @@ def test_both_parameterisations_train_alike_where_the_method_is_invariant(stand_
 
 def test_costs_of_steps_are_told_apart(stand_in):
     task = tasks.get_task("tiny")
-    configs = {name: Config.of(task, name) for name in ("sgd", "kfac", PAPER)}
+    configs = {name: config_of(task, name) for name in ("sgd", "kfac", PAPER)}
     found = costs.step_costs(task, task.read(), configs, rounds=3)
     assert found["sgd"].measuring == 0.0
     assert all(cost.plain > 0 for cost in found.values())

@@ -12,11 +12,11 @@ import time
 
 import pytest
 
-from newton_summary.experiments import search as module
-from newton_summary.experiments.errors import UsageError
-from newton_summary.experiments.search import half_decade, search
-from newton_summary.experiments.tasks import get_task
-from newton_summary.experiments.training import Row
+from newton_summary.errors import UsageError
+from newton_summary.report.records import Row
+from newton_summary_experiments import search as module
+from newton_summary_experiments.search import half_decade, search
+from newton_summary_experiments.tasks import get_task
 
 TASK = get_task("digits")
 
@@ -131,8 +131,8 @@ def test_it_trains_for_real(tmp_path, monkeypatch):
 SCRIPT = """
     import sys
     from pathlib import Path
-    from newton_summary.experiments import search as module
-    from newton_summary.experiments.tasks import get_task
+    from newton_summary_experiments import search as module
+    from newton_summary_experiments.tasks import get_task
     import torch
 
     if __name__ == "__main__":

@@ -8,13 +8,14 @@ import torch
 from reference import dense_derivatives
 from torch.nn import functional
 
-from newton_summary.experiments import snapshots
-from newton_summary.experiments.errors import UsageError
-from newton_summary.experiments.models import mlp
-from newton_summary.experiments.optimizers import OPTIMIZERS
-from newton_summary.experiments.tasks import Task, get_task
-from newton_summary.experiments.training import Config, Trainer, train
+from newton_summary.errors import UsageError
 from newton_summary.partition import Partition
+from newton_summary.report.reading import read_interactions
+from newton_summary_experiments import snapshots
+from newton_summary_experiments.models import mlp
+from newton_summary_experiments.optimizers import OPTIMIZERS
+from newton_summary_experiments.tasks import Task, get_task
+from newton_summary_experiments.training import Trainer, config_of, train
 
 SMALL = Task("small", lambda: mlp([64, 6, 10]), epochs=3, rates={"sgd": 0.1})
 
@@ -29,7 +30,7 @@ def test_looking_changes_nothing(optimizer, digits):
     ends = []
     for watched in (False, True):
         torch.manual_seed(0)
-        trainer = Trainer(SMALL, Config.of(SMALL, optimizer, epochs=2), digits, watched=watched)
+        trainer = Trainer(SMALL, config_of(SMALL, optimizer, epochs=2), digits, watched=watched)
         while not trainer.finished:
             trainer.step()
         ends.append([torch.get_rng_state(), *trainer.model.parameters()])
@@ -40,12 +41,12 @@ def test_looking_changes_nothing(optimizer, digits):
 def test_a_snapshot_is_along_the_step_that_was_taken(digits):
     """Against dense derivatives in float64, along the step of SGD as its formula has it."""
     task = Task("small", lambda: mlp([64, 4, 10]), epochs=1, rates={"sgd": 0.1})
-    trainer = Trainer(task, Config.of(task, "sgd"), digits, watched=True)
+    trainer = Trainer(task, config_of(task, "sgd"), digits, watched=True)
     model = task.make_model(0)
     trainer.step()
     (snapshot,) = trainer.snapshots
     assert (snapshot.epoch, snapshot.step, len(snapshot.parts)) == (0, 0, 5)
-    from newton_summary.experiments.data import shuffled
+    from newton_summary_experiments.data import shuffled
 
     images, classes = next(shuffled(digits.train, 100, 0, 0))
     gradients = torch.autograd.grad(functional.cross_entropy(model(images), classes), list(model.parameters()))
@@ -97,7 +98,7 @@ def test_groups_that_did_not_move_are_measured_along_their_gradients(digits):
 
 
 def test_an_interrupted_run_has_the_same_interactions(digits, tmp_path):
-    config = Config.of(SMALL, "newton-summary")
+    config = config_of(SMALL, "newton-summary")
     train(SMALL, config, digits, tmp_path / "whole")
     trainer = Trainer(SMALL, config, digits, watched=True)
     trainer.record()
@@ -107,23 +108,23 @@ def test_an_interrupted_run_has_the_same_interactions(digits, tmp_path):
     train(SMALL, config, digits, tmp_path / "stopped")
     whole, stopped = ((tmp_path / name / snapshots.INTERACTIONS).read_text() for name in ("whole", "stopped"))
     assert whole == stopped
-    sizes, found = snapshots.read(tmp_path / "whole")
+    sizes, found = read_interactions(tmp_path / "whole")
     assert sizes == {name: p.numel() for name, p in SMALL.make_model(0).named_parameters()}
     assert [(snapshot.epoch, snapshot.step) for snapshot in found] == [(0, 0), (1, 16), (2, 32), (3, 47)]
 
 
 def test_what_is_not_finite_is_left_out(digits, tmp_path):
-    train(SMALL, Config.of(SMALL, "sgd", lr=1e38), digits, tmp_path)
-    assert snapshots.read(tmp_path)[1] == []
+    train(SMALL, config_of(SMALL, "sgd", lr=1e38), digits, tmp_path)
+    assert read_interactions(tmp_path)[1] == []
 
 
 def test_a_run_without_interactions_has_none_and_a_damaged_file_is_named(tmp_path):
-    assert snapshots.read(tmp_path) == ({}, [])
+    assert read_interactions(tmp_path) == ({}, [])
     path = tmp_path / snapshots.INTERACTIONS
     for content in ("{", "[]", json.dumps({"groups": {}, "snapshots": [{"epoch": 1}]})):
         path.write_text(content)
         with pytest.raises(UsageError, match=r"interactions\.json is damaged"):
-            snapshots.read(tmp_path)
+            read_interactions(tmp_path)
 
 
 @pytest.mark.parametrize("epochs", [1, 2, 3, 75, 100, 1000])

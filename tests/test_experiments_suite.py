@@ -6,10 +6,10 @@ import pytest
 import torch
 
 import newton_summary as ns
-from newton_summary.experiments import data
-from newton_summary.experiments.errors import UsageError
-from newton_summary.experiments.held_out import HELD_OUT
-from newton_summary.experiments.suite import PROBLEMS
+from newton_summary.errors import UsageError
+from newton_summary_experiments import data
+from newton_summary_experiments.held_out import HELD_OUT
+from newton_summary_experiments.suite import PROBLEMS
 
 TABLES = ("friedman1", "friedman2", "diabetes", "cancer")
 IMAGES = {"lenet": (3, 32, 32), "resnet": (3, 32, 32), "convnet": (3, 32, 32), "digits": (1, 8, 8)}
@@ -95,7 +95,7 @@ def test_tables_keep_their_units_and_ratings_are_not_those_of_a_model_before_tra
 
 def test_a_text_that_is_missing_is_looked_for_and_named(tmp_path, monkeypatch) -> None:
     monkeypatch.setattr(data, "folders", lambda: [tmp_path])
-    from newton_summary.experiments import suite
+    from newton_summary_experiments import suite
 
     with pytest.raises(UsageError, match=r"tinyshakespeare\.txt is not there\. Looked for"):
         suite.text.__wrapped__()

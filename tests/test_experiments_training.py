@@ -15,12 +15,13 @@ import torch
 from torch.nn import functional
 
 from newton_summary import NewtonSummary
-from newton_summary.experiments import files, training
-from newton_summary.experiments.errors import UsageError
-from newton_summary.experiments.models import mlp
-from newton_summary.experiments.optimizers import CHECK_EVERY, OPTIMIZERS, default_rate
-from newton_summary.experiments.tasks import TASKS, Task, cross_entropy, get_task
-from newton_summary.experiments.training import Config, Interrupted, Row, Trainer, evaluate, train
+from newton_summary.errors import UsageError
+from newton_summary.report.records import Row
+from newton_summary_experiments import files, training
+from newton_summary_experiments.models import mlp
+from newton_summary_experiments.optimizers import CHECK_EVERY, OPTIMIZERS, default_rate
+from newton_summary_experiments.tasks import TASKS, Task, cross_entropy, get_task
+from newton_summary_experiments.training import Interrupted, Trainer, config_of, evaluate, train
 
 SMALL = Task("small", lambda: mlp([64, 12, 10]), epochs=3, rates={"sgd": 0.1})
 
@@ -58,7 +59,7 @@ def interrupting(task, at):
 
 @pytest.mark.parametrize("optimizer", OPTIMIZERS)
 def test_a_run_learns_and_records_every_epoch(optimizer, digits, tmp_path):
-    config = Config.of(SMALL, optimizer)
+    config = config_of(SMALL, optimizer)
     run = train(SMALL, config, digits, tmp_path / "run")
     header, *lines = map(json.loads, (tmp_path / "run" / "metrics.jsonl").read_text().splitlines())
     assert header["config"] == dataclasses.asdict(config)
@@ -83,7 +84,7 @@ def test_a_run_learns_and_records_every_epoch(optimizer, digits, tmp_path):
 
 
 def test_the_figures_are_those_of_the_model(digits):
-    run = train(SMALL, Config.of(SMALL, "sgd", epochs=1), digits)
+    run = train(SMALL, config_of(SMALL, "sgd", epochs=1), digits)
     for data, loss in ((digits.train, run.rows[-1].train_loss), (digits.validation, run.rows[-1].validation_loss)):
         with torch.no_grad():
             logits = run.model(data[0]).double()
@@ -94,8 +95,8 @@ def test_the_figures_are_those_of_the_model(digits):
 
 
 def test_sgd_is_the_loop_that_anyone_would_write(digits):
-    run = train(SMALL, Config.of(SMALL, "sgd", epochs=1, lr=0.05, seed=2), digits)
-    from newton_summary.experiments.data import shuffled
+    run = train(SMALL, config_of(SMALL, "sgd", epochs=1, lr=0.05, seed=2), digits)
+    from newton_summary_experiments.data import shuffled
 
     model = SMALL.make_model(2)
     velocity = [torch.zeros_like(p) for p in model.parameters()]
@@ -120,14 +121,14 @@ def test_evaluation_uses_eval_mode_and_restores_it():
 
 def test_seeds_differ_and_repeat(digits):
     def final(seed):
-        return train(SMALL, Config.of(SMALL, "sgd", epochs=1, seed=seed), digits).rows[-1].train_loss
+        return train(SMALL, config_of(SMALL, "sgd", epochs=1, seed=seed), digits).rows[-1].train_loss
 
     assert final(0) == final(0)
     assert final(0) != final(1)
 
 
 def test_the_rate_of_the_papers_method_falls_on_a_plateau(digits):
-    trainer = Trainer(SMALL, Config.of(SMALL, "newton-summary-paper", lr=0.3, epochs=40), digits)
+    trainer = Trainer(SMALL, config_of(SMALL, "newton-summary-paper", lr=0.3, epochs=40), digits)
     rates = []
     for epoch in range(4 * CHECK_EVERY + 1):  # without training the loss stays where it is
         trainer.epoch = epoch
@@ -146,7 +147,7 @@ def test_measuring_has_its_own_order(digits):
         return cross_entropy(model, batch)
 
     task = dataclasses.replace(SMALL, loss_fn=loss_fn)
-    trainer = Trainer(task, Config.of(task, "newton-summary"), digits)
+    trainer = Trainer(task, config_of(task, "newton-summary"), digits)
     trainer.step()
     trained = [classes for own, classes in seen if own]
     measured = [classes for own, classes in seen if not own]
@@ -160,7 +161,7 @@ def test_measuring_has_its_own_order(digits):
 
 @pytest.mark.parametrize("lr", [1e4, 1e38])
 def test_a_run_that_diverges_ends_cleanly(lr, digits, tmp_path):
-    config = Config.of(SMALL, "sgd", lr=lr)
+    config = config_of(SMALL, "sgd", lr=lr)
     run = train(SMALL, config, digits, tmp_path / "run")
     assert run.diverged
     assert len(run.rows) == 2
@@ -180,7 +181,7 @@ def test_a_run_that_diverges_ends_cleanly(lr, digits, tmp_path):
 def whole(request, digits, tmp_path_factory):
     """A run of each optimizer that nothing stopped, and its folder."""
     folder = tmp_path_factory.mktemp("whole")
-    return train(SMALL, Config.of(SMALL, request.param), digits, folder), folder
+    return train(SMALL, config_of(SMALL, request.param), digits, folder), folder
 
 
 @pytest.mark.parametrize("at", [0, 21, 31, 47])
@@ -203,7 +204,7 @@ def test_every_environment_of_a_run_is_recorded_once(digits, tmp_path, monkeypat
     def environments():
         return json.loads((tmp_path / "metrics.jsonl").read_text().splitlines()[0])["environments"]
 
-    config = Config.of(SMALL, "sgd")
+    config = config_of(SMALL, "sgd")
     for number, at in enumerate((5, 5)):
         monkeypatch.setattr(training, "environment", lambda number=number: {"machine": number})
         with pytest.raises(Interrupted):
@@ -233,28 +234,28 @@ def test_ctrl_c_twice_interrupts_at_once_and_the_handler_is_given_back(digits, t
 
     task = dataclasses.replace(SMALL, loss_fn=lambda m, b: loss_fn(m, b) if m.training else cross_entropy(m, b))
     with pytest.raises(KeyboardInterrupt) as caught:
-        train(task, Config.of(task, "sgd"), digits, tmp_path / "run")
+        train(task, config_of(task, "sgd"), digits, tmp_path / "run")
     assert not isinstance(caught.value, Interrupted)
     assert signal.getsignal(signal.SIGINT) is before
-    train(SMALL, Config.of(SMALL, "sgd"), digits, tmp_path / "run")
+    train(SMALL, config_of(SMALL, "sgd"), digits, tmp_path / "run")
 
 
 def test_training_works_outside_the_main_thread(digits):
     runs = []
-    thread = threading.Thread(target=lambda: runs.append(train(SMALL, Config.of(SMALL, "sgd", epochs=1), digits)))
+    thread = threading.Thread(target=lambda: runs.append(train(SMALL, config_of(SMALL, "sgd", epochs=1), digits)))
     thread.start()
     thread.join()
     assert len(runs[0].rows) == 2
 
 
 def test_a_run_of_another_configuration_or_on_other_data_is_refused(digits, tmp_path):
-    train(SMALL, Config.of(SMALL, "sgd", epochs=1), digits, tmp_path)
+    train(SMALL, config_of(SMALL, "sgd", epochs=1), digits, tmp_path)
     checkpoint = (tmp_path / files.CHECKPOINT).read_bytes()
     other = [
-        (Config.of(SMALL, "sgd", epochs=2), digits, "epochs 1, not 2"),
-        (Config.of(SMALL, "adam", epochs=1), digits, "optimizer 'sgd', not 'adam'"),
-        (Config.of(dataclasses.replace(SMALL, name="big"), "sgd", epochs=1), digits, "task 'small', not 'big'"),
-        (Config.of(SMALL, "sgd", epochs=1), dataclasses.replace(digits, digest="0"), "digest"),
+        (config_of(SMALL, "sgd", epochs=2), digits, "epochs 1, not 2"),
+        (config_of(SMALL, "adam", epochs=1), digits, "optimizer 'sgd', not 'adam'"),
+        (config_of(dataclasses.replace(SMALL, name="big"), "sgd", epochs=1), digits, "task 'small', not 'big'"),
+        (config_of(SMALL, "sgd", epochs=1), dataclasses.replace(digits, digest="0"), "digest"),
     ]
     for config, data, message in other:
         with pytest.raises(UsageError, match=message):
@@ -312,7 +313,7 @@ def test_a_write_that_fails_half_way_leaves_the_old_file(tmp_path):
 def test_an_unwritable_folder_is_named(digits, tmp_path):
     (tmp_path / "file").touch()
     with pytest.raises(UsageError, match=r"cannot write .*file/run/checkpoint.pt.*--out"):
-        train(SMALL, Config.of(SMALL, "sgd", epochs=1), digits, tmp_path / "file" / "run")
+        train(SMALL, config_of(SMALL, "sgd", epochs=1), digits, tmp_path / "file" / "run")
 
 
 def test_a_damaged_checkpoint_is_named(tmp_path):
@@ -344,11 +345,11 @@ def test_unknown_names_list_the_known_ones():
     with pytest.raises(UsageError, match="'tiny': choose one of quick, full"):
         get_task("digits", "tiny")
     with pytest.raises(UsageError, match="'lion': choose one of adam, sgd, kfac, newton-summary"):
-        Config.of(SMALL, "lion")
+        config_of(SMALL, "lion")
     with pytest.raises(UsageError, match="adam has no option 'damping'; it has none"):
-        Config.of(SMALL, "adam", options={"damping": 1.0})
+        config_of(SMALL, "adam", options={"damping": 1.0})
     with pytest.raises(UsageError, match="kfac has no option 'momentum'; it has damping"):
-        Config.of(SMALL, "kfac", options={"momentum": 1.0})
+        config_of(SMALL, "kfac", options={"momentum": 1.0})
 
 
 @pytest.mark.parametrize(
@@ -357,7 +358,7 @@ def test_unknown_names_list_the_known_ones():
 )
 def test_numbers_out_of_range_are_refused(options, message):
     with pytest.raises(UsageError, match=message):
-        Config.of(SMALL, "sgd", **options)
+        config_of(SMALL, "sgd", **options)
 
 
 def test_rates_are_the_tasks_or_the_optimizers_own():
@@ -369,14 +370,14 @@ def test_rates_are_the_tasks_or_the_optimizers_own():
     assert all(
         set(task.rates) <= set(OPTIMIZERS) - {"newton-summary", "newton-summary-constant"} for task in TASKS.values()
     )
-    assert Config.of(SMALL, "kfac").options == dict(OPTIMIZERS["kfac"].options)
+    assert config_of(SMALL, "kfac").options == dict(OPTIMIZERS["kfac"].options)
     chosen = dataclasses.replace(SMALL, options={"kfac": {"damping": 3.0}})
-    assert Config.of(chosen, "kfac").options == {"damping": 3.0}
-    assert Config.of(chosen, "kfac", options={"damping": 1.0}).options == {"damping": 1.0}
+    assert config_of(chosen, "kfac").options == {"damping": 3.0}
+    assert config_of(chosen, "kfac", options={"damping": 1.0}).options == {"damping": 1.0}
 
 
 def test_the_best_weights_are_those_of_the_lowest_validation_loss(digits, tmp_path):
-    config = Config.of(SMALL, "sgd", lr=1.0, epochs=6)
+    config = config_of(SMALL, "sgd", lr=1.0, epochs=6)
     run = train(SMALL, config, digits, tmp_path, watched=False)
     best = min(range(len(run.rows)), key=lambda i: run.rows[i].validation_loss)
     assert 0 < best < 6  # else the test tells nothing

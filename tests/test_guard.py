@@ -15,9 +15,9 @@ from torch import nn
 from torch.nn import functional
 
 import newton_summary as ns
-from newton_summary import guard as guards
-from newton_summary.guard import GradientGuard
-from newton_summary.rates import AveragedRates
+from newton_summary.optim import clipping as guards
+from newton_summary.optim.clipping import GradientGuard
+from newton_summary.optim.rates import AveragedRates
 from newton_summary.solve import Status
 
 ONE = torch.ones(())

@@ -17,7 +17,7 @@ for name in ("tensorboard", "lightning", "transformers"):
         importlib.import_module("newton_summary.integrations." + name)
     except ImportError as error:
         print(error)
-model = newton_summary.optimizer.nn.Linear(2, 1)
+model = newton_summary.optim.newton_summary.nn.Linear(2, 1)
 print(newton_summary.summarize(lambda m, b: m(b).square().mean(), model, [model.weight.detach()]).names)
 """
 

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 import newton_summary as ns
-from newton_summary.directions import Adam, Gradient, Momentum
+from newton_summary.optim.directions import Adam, Gradient, Momentum
 
 STEPS = 50
 

@@ -6,7 +6,7 @@ import torch
 from torch import nn
 
 import newton_summary as ns
-from newton_summary.along import losses_along
+from newton_summary.measure.along import losses_along
 
 
 def make_model():

@@ -16,7 +16,7 @@ from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
 import newton_summary as ns
-from newton_summary.advice import advise
+from newton_summary.watch.advice import advise
 
 
 def make_model(dtype=torch.float64, noisy: bool = False) -> nn.Sequential:

@@ -17,10 +17,10 @@ from torch.optim import lr_scheduler
 from torch.utils.data import DataLoader, TensorDataset
 
 import newton_summary as ns
-import newton_summary.guard
-from newton_summary.directions import Adam, Gradient, NAdam
-from newton_summary.optimizer import default_partition
-from newton_summary.rates import AveragedRates
+import newton_summary.optim.clipping
+from newton_summary.optim.directions import Adam, Gradient, NAdam
+from newton_summary.optim.rates import AveragedRates
+from newton_summary.partition import default_partition
 from newton_summary.solve import Status
 
 DTYPE = torch.float64
@@ -858,7 +858,7 @@ def test_nothing_is_read_from_the_device_between_measurements(monkeypatch) -> No
     optimizer = ns.NewtonSummary(model, loss_fn, curvature_data=batches, every=100, look_every=100)
     run(model, optimizer, batches, 3)
     loss_fn(model, batches[3]).backward()
-    monkeypatch.setattr(newton_summary.guard, "_HOST", "no device")
+    monkeypatch.setattr(newton_summary.optim.clipping, "_HOST", "no device")
     for name in ("item", "tolist", "numpy", "__float__", "__bool__", "cpu"):
         monkeypatch.setattr(torch.Tensor, name, _forbidden)
     optimizer.step()

@@ -16,9 +16,9 @@ from torch.nn import functional
 from torch.utils.data import DataLoader, TensorDataset
 
 import newton_summary as ns
-from newton_summary.boldness import Boldness
-from newton_summary.pace import Pace
-from newton_summary.period import is_time_to_look, period_at
+from newton_summary.optim.cadence import is_time_to_look, period_at
+from newton_summary.optim.line_search import Pace
+from newton_summary.optim.multiplier import Boldness
 
 EVERY = 5
 GROWTH = 2 ** (EVERY / 20)

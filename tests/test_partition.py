@@ -12,7 +12,7 @@ from torch import nn
 
 import newton_summary as ns
 from newton_summary import Partition
-from newton_summary.along import losses_along
+from newton_summary.measure.along import losses_along
 from newton_summary.partition import resolve_partition, unwrap
 
 

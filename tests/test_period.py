@@ -15,9 +15,9 @@ from torch.nn import functional
 from torch.utils.data import DataLoader, TensorDataset
 
 import newton_summary as ns
-import newton_summary.guard
-import newton_summary.optimizer
-from newton_summary.period import (
+import newton_summary.optim.clipping
+import newton_summary.optim.newton_summary
+from newton_summary.optim.cadence import (
     BEGINNING,
     LOOKS,
     MEASUREMENTS,
@@ -122,7 +122,7 @@ def test_a_run_settles_for_periods_and_keeps_them() -> None:
 
 
 def test_looks_are_four_times_as_frequent_at_first(monkeypatch) -> None:
-    monkeypatch.setattr(newton_summary.guard.GradientGuard, "take_alarm", lambda guard: False)
+    monkeypatch.setattr(newton_summary.optim.clipping.GradientGuard, "take_alarm", lambda guard: False)
     assert [period_at(step, 12) for step in (0, BEGINNING - 1, BEGINNING, 10**6)] == [3, 3, 12, 12]
     assert [period_at(0, settled) for settled in (1, 5, 20)] == [1, 2, 5]
     model, optimizer = make()
@@ -167,7 +167,7 @@ def test_after_a_gradient_that_is_far_too_long_looks_are_frequent_again() -> Non
 
 
 def test_on_an_accelerator_an_alarm_is_heard_within_five_steps(monkeypatch) -> None:
-    monkeypatch.setattr(newton_summary.guard, "_HOST", "no device")
+    monkeypatch.setattr(newton_summary.optim.clipping, "_HOST", "no device")
     model, optimizer = make(look_every=16)
     train(model, optimizer, 41)
     before = optimizer.counts["looked"]
@@ -191,9 +191,9 @@ def test_wider_networks_of_the_same_depth_are_measured_more_often() -> None:
 def test_counting_changes_nothing_of_the_run(monkeypatch) -> None:
     model, optimizer = make(partition="canonical")
     train(model, optimizer, MEASUREMENTS.first + 5)
-    monkeypatch.setattr(newton_summary.optimizer, "Price", lambda: contextlib.nullcontext(object()))
+    monkeypatch.setattr(newton_summary.optim.newton_summary, "Price", lambda: contextlib.nullcontext(object()))
     counted = {LOOKS: optimizer.look_every, MEASUREMENTS: optimizer.every}
-    monkeypatch.setattr(newton_summary.optimizer, "affordable_period", lambda *prices: counted[prices[-1]])
+    monkeypatch.setattr(newton_summary.optim.newton_summary, "affordable_period", lambda *prices: counted[prices[-1]])
     twin, uncounted = make(partition="canonical")
     train(twin, uncounted, MEASUREMENTS.first + 5)
     assert optimizer.rates == uncounted.rates

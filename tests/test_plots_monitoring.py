@@ -12,8 +12,8 @@ from torch import nn
 
 import newton_summary as ns
 from newton_summary import Summary, plots
-from newton_summary.along import losses_along
-from newton_summary.monitor import Record
+from newton_summary.measure.along import losses_along
+from newton_summary.watch.monitor import Record
 
 
 def summary_of(hessian, gradient=None, third=None, names=None):

@@ -13,10 +13,10 @@ import pytest
 from report_runs import EVIL, made_up, trained
 
 from newton_summary import cli
-from newton_summary.advice import advise
-from newton_summary.experiments import files, snapshots
-from newton_summary.experiments.errors import UsageError
+from newton_summary.errors import UsageError
 from newton_summary.report import charts, moments, reading, render, text, write
+from newton_summary.watch.advice import advise
+from newton_summary_experiments import files, snapshots
 
 VOID = {"meta", "input", "br", "link", "img"}
 

@@ -24,7 +24,7 @@ from torch.utils.data import (
 )
 
 from newton_summary.measure.loss import preserved_randomness
-from newton_summary.sampling import BatchStream
+from newton_summary.measure.stream import BatchStream
 
 CPU = torch.device("cpu")
 N = 10

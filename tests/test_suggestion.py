@@ -12,9 +12,9 @@ from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
 import newton_summary as ns
-from newton_summary.experiments.data import digits
-from newton_summary.experiments.models import initialised, mlp
-from newton_summary.suggestion import profile, search
+from newton_summary.watch.lr_finder import profile, search
+from newton_summary_experiments.data import digits
+from newton_summary_experiments.models import initialised, mlp
 
 
 def make_model(noisy: bool = False) -> nn.Sequential:

@@ -9,9 +9,9 @@ import pytest
 import torch
 
 from newton_summary import solve
-from newton_summary.directions import Adam, Momentum
 from newton_summary.measure.rules import Bilinear, Elementwise, Linear, Softmax
 from newton_summary.measure.rules.bilinear import MatrixProduct
+from newton_summary.optim.directions import Adam, Momentum
 from newton_summary.solve import Status, Step
 from newton_summary.testing import check_direction, check_rule, check_solver, cubic_decrease, quadratic_decrease
 

@@ -9,7 +9,7 @@ import pytest
 import torch
 from studies import benchmark
 
-from newton_summary.experiments.suite import PROBLEMS
+from newton_summary_experiments.suite import PROBLEMS
 
 
 @pytest.fixture(scope="module")

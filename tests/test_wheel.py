@@ -12,6 +12,7 @@ import re
 import subprocess
 import sys
 import tarfile
+import tempfile
 import textwrap
 import tomllib
 import venv
@@ -24,7 +25,8 @@ from packaging.requirements import Requirement
 
 ROOT = Path(__file__).parents[1]
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
-TOOLS = {"benchmarks", "dev", "docs"}  # extras that nothing in the package imports
+EXPERIMENTS = tomllib.loads((ROOT / "experiments" / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+TOOLS = {"dev", "docs"}  # extras that nothing in the package imports
 
 EXTRAS = {
     "plots": "ns.Summary(loss=1.0, gradient=[1.0], hessian=[[1.0]]).plot()",
@@ -33,16 +35,6 @@ EXTRAS = {
         ns.Monitor(model, len, optimizer=torch.optim.SGD(model.parameters(), lr=1.0)).to_frame()
         """,
     "experiments": "from newton_summary.cli import main; raise SystemExit(main(['train', 'digits', '--epochs', '1']))",
-    "search": """
-        from pathlib import Path
-        from newton_summary.experiments.search import search
-        from newton_summary.experiments.tasks import get_task
-        search(get_task("digits"), None, "adam", Path("."))
-        """,
-    "kfac": """
-        from newton_summary.experiments.kfac import KFAC
-        KFAC(torch.nn.Linear(2, 2), 0.1, 0.1, 1)
-        """,
     "tensorboard": "import newton_summary.integrations.tensorboard",
     "lightning": "import newton_summary.integrations.lightning",
     "transformers": "import newton_summary.integrations.transformers",
@@ -66,8 +58,9 @@ def test_importing_the_package_imports_nothing_that_takes_long() -> None:
     slow = {"scipy", "matplotlib", "pandas", "sklearn", "mpmath", "sympy", "tensorboard", "lightning", "transformers"}
     assert not slow & set(packages.split())
     assert "newton_summary.solve.secular" in modules
-    for part in ("testing", "plots", "experiments", "integrations", "report", "cli"):
+    for part in ("testing", "plots", "integrations", "report", "cli"):
         assert f"newton_summary.{part}" not in modules.split()
+    assert "newton_summary_experiments" not in packages.split()
 
 
 # The wheel ------------------------------------------------------------------------------------------------------------
@@ -100,6 +93,14 @@ def dist(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("dist")
     run([sys.executable, "-m", "build", "--no-isolation", "--outdir", str(folder), str(ROOT)])
     return folder
+
+
+@pytest.fixture(scope="module")
+def experiments(dist) -> Path:
+    """The wheel of the package beside it."""
+    run([sys.executable, "-m", "build", "--no-isolation", "--outdir", str(dist / "beside"), str(ROOT / "experiments")])
+    (wheel,) = (dist / "beside").glob("*.whl")
+    return wheel
 
 
 @pytest.fixture(scope="module")
@@ -157,7 +158,27 @@ def test_the_readme_runs_from_the_wheel_alone(python, tmp_path) -> None:
     for extra in ("matplotlib", "pandas", "sklearn"):
         run([python, "-c", f"import {extra}"], cwd=tmp_path, expect=1)
     command = Path(python).parent / "newton-summary"
-    assert "interactions" in run([str(command), "--help"], cwd=tmp_path).stdout
+    assert "report" in run([str(command), "--help"], cwd=tmp_path).stdout
+
+
+@pytest.mark.slow
+def test_the_package_beside_it_adds_its_commands(python, experiments, tmp_path) -> None:
+    names = zipfile.ZipFile(experiments).namelist()
+    tracked = {path.name for path in (ROOT / "experiments" / "src" / "newton_summary_experiments").glob("*.py")}
+    assert {f"newton_summary_experiments/{name}" for name in tracked} <= set(names)
+    with tempfile.TemporaryDirectory(dir=tmp_path) as folder:
+        command = [sys.executable, "-m", "pip", "--python", python, "install", "--no-index", "--no-deps", "--quiet"]
+        run([*command, "--target", folder, str(experiments)])
+        code = "import sys; from newton_summary.cli import main; sys.exit(main(['--help']))"
+        added = f"import sys; sys.path.append({folder!r}); {code}"
+        assert "interactions" not in run([python, "-c", code], cwd=tmp_path).stdout
+        for extra in ("matplotlib", "sklearn"):
+            run([python, "-c", f"import {extra}"], cwd=tmp_path, expect=1)
+        assert "interactions" in run([python, "-c", added], cwd=tmp_path).stdout
+
+
+def test_both_packages_have_one_version() -> None:
+    assert EXPERIMENTS["version"] == PROJECT["version"]
 
 
 @pytest.mark.slow
@@ -167,8 +188,7 @@ def test_a_missing_extra_names_the_pip_command(python, extra, tmp_path) -> None:
     done = subprocess.run([python, "-c", code], cwd=tmp_path, capture_output=True, text=True, check=False)
     assert done.returncode != 0
     last = done.stderr.strip().splitlines()[-1]
-    wanted = {extra, "plots"} if extra == "experiments" else {extra}  # it needs both, whichever it asks for first
-    assert any(f"pip install 'newton-summary[{name}]'" in last for name in wanted), done.stderr
+    assert f"pip install 'newton-summary[{extra}]'" in last, done.stderr
 
 
 def test_every_extra_is_tested() -> None:

@@ -23,6 +23,7 @@ Part: TypeAlias = tuple[str | nn.Parameter, Any]
 
 _UNASSIGNED = -1
 _ROWS_SHOWN = 40
+_MOST_GROUPS = 100  # of the default partition
 
 
 class Partition:
@@ -332,6 +333,16 @@ def resolve_partition(
     if partition not in _BY_NAME:
         raise ValueError(f"unknown partition {partition!r}: choose one of {', '.join(_BY_NAME)}, or make a Partition")
     return _BY_NAME[partition](model)
+
+
+def default_partition(model: nn.Module) -> Partition:
+    """One group for each tensor; by modules, as fine as 100 groups allow, where there are more tensors than that."""
+    partition = Partition.canonical(model)
+    depth = max(name.count(".") for name in partition.parameter_names)
+    while len(partition) > _MOST_GROUPS and depth > 0:
+        partition = Partition.by_module(model, depth)
+        depth -= 1
+    return partition if len(partition) <= _MOST_GROUPS else Partition.chunks(model, _MOST_GROUPS // 2)
 
 
 def trainable_parameters(model: nn.Module) -> dict[str, nn.Parameter]:

@@ -9,9 +9,9 @@ from typing import TYPE_CHECKING, Any
 
 from newton_summary.integrations.news import Measured, News, Source
 from newton_summary.measure import LossFunction
-from newton_summary.monitor import Monitor
-from newton_summary.optimizer import NewtonSummary
-from newton_summary.sampling import BatchStream
+from newton_summary.measure.stream import BatchStream
+from newton_summary.optim import NewtonSummary
+from newton_summary.watch.monitor import Monitor
 
 
 def _callback_class() -> Any:
@@ -42,7 +42,7 @@ class MonitorCallback(Callback):
         loss_fn: ``loss_fn(module, batch)`` gives a scalar.  It must not log: it is called while measuring.  Not needed
             with ``NewtonSummary``.
         data: batches to measure on, read by an independent sampler
-            (:class:`~newton_summary.sampling.BatchStream`).  Default: the batch that is trained on.
+            (:class:`~newton_summary.measure.stream.BatchStream`).  Default: the batch that is trained on.
         every: the number of steps between measurements.
         repeats: how many batches of ``data`` a measurement takes.
         seed: fixes the sampler.

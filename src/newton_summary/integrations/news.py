@@ -8,9 +8,9 @@ from typing import TypeAlias
 
 import torch
 
-from newton_summary.monitor import Monitor
-from newton_summary.optimizer import NewtonSummary
+from newton_summary.optim import NewtonSummary
 from newton_summary.summary import Summary
+from newton_summary.watch.monitor import Monitor
 
 Source: TypeAlias = Monitor | NewtonSummary
 """What measures."""
@@ -22,7 +22,7 @@ class Measured:
 
     Args:
         step: the optimizer's steps before it.
-        scalars: numbers by tags, all finite.  Of a monitor :meth:`~newton_summary.monitor.Record.scalars`; of an
+        scalars: numbers by tags, all finite.  Of a monitor :meth:`~newton_summary.watch.monitor.Record.scalars`; of an
             optimizer the loss, λ_1, every group's rate, and how many measurements were made and failed.
         summary: of the groups.
     """

@@ -9,9 +9,9 @@ from torch import Tensor
 
 from newton_summary.integrations.news import News, Source
 from newton_summary.measure import LossFunction
-from newton_summary.monitor import Monitor
-from newton_summary.optimizer import NewtonSummary
-from newton_summary.sampling import BatchStream
+from newton_summary.measure.stream import BatchStream
+from newton_summary.optim import NewtonSummary
+from newton_summary.watch.monitor import Monitor
 
 if TYPE_CHECKING:
     TrainerCallback = object
@@ -42,7 +42,7 @@ class MonitorCallback(TrainerCallback):
     Args:
         loss_fn: ``loss_fn(model, batch)`` gives a scalar.  Default: :func:`own_loss`.
         data: batches to measure on, read by an independent sampler
-            (:class:`~newton_summary.sampling.BatchStream`).  Default: the trainer's training data.
+            (:class:`~newton_summary.measure.stream.BatchStream`).  Default: the trainer's training data.
         every: the number of steps between measurements.
         repeats: how many batches a measurement takes.
         seed: fixes the sampler.

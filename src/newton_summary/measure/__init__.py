@@ -12,7 +12,6 @@ from torch.utils import _pytree as pytree
 from tqdm import tqdm
 
 from newton_summary._checks import check_batches, check_count
-from newton_summary.directions import next_step
 from newton_summary.measure.auto import AUTO, FORWARD, AutoEngine
 from newton_summary.measure.forward import ForwardEngine
 from newton_summary.measure.graph import Refusal
@@ -25,6 +24,7 @@ from newton_summary.measure.loss import (
     with_known_mappings,
 )
 from newton_summary.measure.nested import NestedEngine, taylor
+from newton_summary.measure.next_step import next_step
 from newton_summary.measure.rules import register_rule
 from newton_summary.partition import Partition, resolve_partition
 from newton_summary.summary import Summary

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import torch
 
-from newton_summary.advice import correlations as correlations_of
 from newton_summary.plots.parts import Axes, Figure, draw_matrix, is_bias, layer, new_axes
 from newton_summary.summary import Summary
+from newton_summary.watch.advice import correlations as correlations_of
 
 
 def heatmap(summary: Summary, ax: Axes | None = None, title: str = "H̄") -> Axes:

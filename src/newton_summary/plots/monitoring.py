@@ -9,13 +9,13 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from newton_summary.advice import alone
-from newton_summary.advice import correlations as correlations_of
 from newton_summary.plots.parts import SERIES, Axes, colormaps, new_axes, quiet, signed_decades
 from newton_summary.summary import Summary
+from newton_summary.watch.advice import alone
+from newton_summary.watch.advice import correlations as correlations_of
 
 if TYPE_CHECKING:
-    from newton_summary.monitor import Record
+    from newton_summary.watch.monitor import Record
 
 BLUE, ORANGE, GREEN = SERIES[:3]
 
@@ -75,7 +75,7 @@ def loss_along(
         summary: of the loss that the curve is of, with H̄.
         group: the name of the group.
         factors: how many of the optimizer's steps the group takes, shape (n,).
-        losses: the loss there, shape (n,): a row of :func:`newton_summary.along.losses_along`.
+        losses: the loss there, shape (n,): a row of :func:`newton_summary.measure.along.losses_along`.
         ax: where to draw.  Default: a new figure.
 
     Raises:

@@ -6,11 +6,11 @@ from collections.abc import Sequence
 
 import torch
 
-from newton_summary.advice import Advice, advise, correlations
-from newton_summary.experiments.snapshots import Snapshot
 from newton_summary.report.reading import Record
+from newton_summary.report.records import Snapshot
 from newton_summary.report.text import code, escape, interval, number, percent, sentence, signed, table, times
 from newton_summary.summary import Summary
+from newton_summary.watch.advice import Advice, advise, correlations
 
 _MOST_NUMBERED = 12
 _MOST_PAIRS = 10

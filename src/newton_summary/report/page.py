@@ -10,11 +10,11 @@ from importlib.resources import files as resources
 from pathlib import Path
 from string import Template
 
-from newton_summary.experiments.files import write_text
-from newton_summary.experiments.training import Row
 from newton_summary.report import moments
 from newton_summary.report.charts import Line, chart, legend
+from newton_summary.report.files import write_text
 from newton_summary.report.reading import Record, read
+from newton_summary.report.records import Row
 from newton_summary.report.text import code, escape, folded, number, percent, table
 
 _MOST_ROWS = 200

@@ -7,10 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from newton_summary.experiments import files, snapshots
-from newton_summary.experiments.errors import UsageError
-from newton_summary.experiments.snapshots import Snapshot
-from newton_summary.experiments.training import Config, Row
+from newton_summary.errors import UsageError
+from newton_summary.report.records import INTERACTIONS, METRICS, PLAN, Config, Row, Snapshot
 
 
 @dataclass(frozen=True)
@@ -53,9 +51,9 @@ def read(folder: Path) -> list[Record]:
     Raises:
         UsageError: there is neither, or a file is damaged.
     """
-    if (folder / files.METRICS).is_file():
+    if (folder / METRICS).is_file():
         return [_read_run(folder)]
-    found = [_read_run(path.parent) for path in sorted(folder.glob(f"*/{files.METRICS}"))]
+    found = [_read_run(path.parent) for path in sorted(folder.glob(f"*/{METRICS}"))]
     if not found:
         raise UsageError(f"there is no run in {folder}: name a folder that newton-summary train or compare wrote")
     order = _asked_for(folder)
@@ -63,10 +61,10 @@ def read(folder: Path) -> list[Record]:
 
 
 def _read_run(folder: Path) -> Record:
-    path = folder / files.METRICS
+    path = folder / METRICS
     try:
         header, *rows = map(json.loads, path.read_text(encoding="utf-8").splitlines())
-        sizes, looks = snapshots.read(folder)
+        sizes, looks = read_interactions(folder)
         record = Record(
             config=Config(**header["config"]),
             data=dict(header["data"]),
@@ -85,7 +83,26 @@ def _read_run(folder: Path) -> Record:
 def _asked_for(folder: Path) -> dict[str, int]:
     """The place of each optimizer in a comparison's plan, where there is one."""
     try:
-        names = json.loads((folder / files.PLAN).read_text(encoding="utf-8"))["optimizers"]
+        names = json.loads((folder / PLAN).read_text(encoding="utf-8"))["optimizers"]
         return {str(name): place for place, name in enumerate(names)}
     except (OSError, ValueError, TypeError, KeyError):
         return {}
+
+
+def read_interactions(folder: Path) -> tuple[dict[str, int], list[Snapshot]]:
+    """The number of parameters in each group of a run, and its snapshots; nothing where it has no such file.
+
+    Raises:
+        UsageError: the file is damaged.
+    """
+    path = folder / INTERACTIONS
+    if not path.is_file():
+        return {}, []
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+        snapshots = [Snapshot(**values) for values in content["snapshots"]]
+        for snapshot in snapshots:
+            snapshot.summaries()
+        return dict(content["groups"]), snapshots
+    except (OSError, ValueError, TypeError, KeyError) as error:
+        raise UsageError(f"{path} is damaged ({type(error).__name__}): delete it, or train the run again") from error

@@ -10,8 +10,8 @@ from typing import Any, TypeAlias
 import torch
 from torch import Tensor, nn
 
-from newton_summary.directions import Direction, Groups, State, resolve
-from newton_summary.optimizer import NewtonSummary
+from newton_summary.optim import NewtonSummary
+from newton_summary.optim.directions import Direction, Groups, State, resolve
 
 MakeDirection: TypeAlias = Callable[[list[nn.Parameter]], str | torch.optim.Optimizer | Direction]
 
@@ -20,7 +20,7 @@ _STEPS = 6
 
 
 def check_direction(make: MakeDirection, *, seed: int = 0) -> None:
-    """Holds a direction to its contract (:class:`~newton_summary.directions.Direction`), in float32 and float64.
+    """Holds a direction to its contract (:class:`~newton_summary.optim.directions.Direction`), in float32 and float64.
 
     - ``update`` gives one finite tensor for each parameter that has a gradient, and none for others, in the
       parameter's shape, type and device; it does not depend on how parameters are grouped.
@@ -38,7 +38,7 @@ def check_direction(make: MakeDirection, *, seed: int = 0) -> None:
         AssertionError: one of these does not hold; it says which.
 
     Example:
-        >>> from newton_summary.directions import Momentum
+        >>> from newton_summary.optim.directions import Momentum
         >>> check_direction(lambda parameters: Momentum(0.5))
         >>> check_direction(lambda parameters: torch.optim.RMSprop(parameters, lr=0.01))
     """

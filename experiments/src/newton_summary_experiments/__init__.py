@@ -1,0 +1,1 @@
+"""Experiments: tasks, data, training, comparison and search, which the command line and the benchmarks call."""

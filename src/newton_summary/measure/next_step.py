@@ -1,0 +1,44 @@
+"""The step that another optimizer would take, without taking it."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+
+def next_step(optimizer: torch.optim.Optimizer, parameters: Sequence[nn.Parameter]) -> list[Tensor]:
+    """The step that an optimizer would take now, u = θ − θ', without taking it.
+
+    Args:
+        optimizer: any optimizer whose ``step()`` needs no closure, after ``backward()``.  It is left as it is: a copy
+            takes the step, without hooks.
+        parameters: the tensors to give the step for.  Those that the optimizer does not hold get zeros.
+
+    Raises:
+        ValueError: no parameter has a gradient.
+    """
+    held = [p for group in optimizer.param_groups for p in group["params"]]
+    if all(p.grad is None for p in held):
+        raise ValueError("the optimizer's parameters have no gradients: call backward() before its step is measured")
+    twin = {p: _twin_of(p) for p in held}
+    memo: dict[int, Any] = {id(p): copied for p, copied in twin.items()}
+    shadow = object.__new__(type(optimizer))
+    for key, value in optimizer.__dict__.items():
+        if key != "step" and not key.endswith("_hooks"):  # schedulers patch `step`
+            shadow.__dict__[key] = copy.deepcopy(value, memo)
+    step = type(optimizer).step
+    if getattr(step, "hooked", False):  # torch's wrapper, which calls the hooks
+        step = step.__wrapped__  # type: ignore[attr-defined]
+    step(shadow)
+    return [p.detach() - twin[p].detach() if p in twin else torch.zeros_like(p.detach()) for p in parameters]
+
+
+def _twin_of(parameter: nn.Parameter) -> nn.Parameter:
+    twin = nn.Parameter(parameter.detach().clone(), requires_grad=parameter.requires_grad)
+    twin.__dict__.update(parameter.__dict__)
+    twin.grad = None if parameter.grad is None else parameter.grad.clone()
+    return twin

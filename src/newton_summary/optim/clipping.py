@@ -1,0 +1,125 @@
+"""A batch that is broken, or explodes, costs a few steps and never the run."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from newton_summary.parallel.sharding import is_sharded, local
+
+_LONGEST = 3.0  # times what is usual
+_BROKEN = 1000.0  # times what is usual
+_COUNTED = 100.0  # times what is usual, at most
+_MEMORY = 0.99
+_HOST = "cpu"  # where to read a number costs nothing
+
+
+class GradientGuard:
+    """Shortens the gradients of a step, all together, to three times their usual length; a thousand times counts as 0.
+
+    A direction with a memory, such as Adam's, would keep a gradient that is far too long, or no number, for hundreds of
+    steps, or for ever.  Late in training most of the loss is in a few samples, and a batch that has one of them would
+    take a step along which no loss was ever looked at.  With gradients of zero, a direction goes on with what it
+    remembers.
+
+    The length is the median, over the tensors, of the norm of a gradient in units of its usual norm: groups of
+    parameters may have any units.  The usual norm is a moving average, in which none counts for more than a hundred
+    times the average: where gradients have grown for good, it follows in a few steps.
+
+    Nothing is read from an accelerator, but for the alarm.
+
+    Attributes:
+        usual: the averages of the norms of the gradients, one for each parameter, 0 for one that had none yet: numbers
+            on the host, a tensor on an accelerator.
+    """
+
+    def __init__(self) -> None:
+        self.usual: Sequence[float] | Tensor = ()
+        self._shortened: bool | Tensor = False
+
+    @property
+    def is_on_host(self) -> bool:
+        """Whether what it knows is there, where to read it costs nothing."""
+        return not isinstance(self._shortened, Tensor)
+
+    def take_alarm(self) -> bool:
+        """Whether gradients were shortened since this was last asked: the loss may explode."""
+        alarm = bool(self._shortened)
+        self._shortened = self._shortened & False
+        return alarm
+
+    def apply(self, parameters: Sequence[Tensor], total: Callable[[Tensor], Tensor]) -> None:
+        """Looks at the gradients of these parameters, all together, and overwrites them where they are too long.
+
+        Args:
+            parameters: those that are trained, the same in every step.
+            total: sums numbers over all processes, where each has a part of the gradients.
+        """
+        gradients = [p.grad for p in parameters]
+        parts = [_values(g) for g in gradients if g is not None]
+        if not parts:
+            return
+        exact = torch.promote_types(parts[0].dtype, torch.float32)
+        found = iter(torch._foreach_norm(parts, 2, dtype=exact))
+        norms = torch.stack([parts[0].new_zeros((), dtype=exact) if g is None else next(found) for g in gradients])
+        if any(g is not None and is_sharded(g) for g in gradients):
+            norms = total(norms.square()).sqrt()
+        if norms.device.type == _HOST:
+            share, self.usual = _follow(norms.tolist(), list(self.usual) or [0.0] * len(norms))
+            self._shortened |= share < 1
+            if share == 0:
+                for part in parts:
+                    part.zero_()
+            elif share < 1:
+                torch._foreach_mul_(parts, share)
+            return
+        usual = torch.as_tensor(self.usual).to(norms) if len(self.usual) else torch.zeros_like(norms)
+        shares, self.usual = _follow_on_device(norms, usual)
+        self._shortened = self._shortened | (shares < 1)
+        torch._foreach_mul_(parts, shares)
+        for part in parts:
+            part.masked_fill_(shares == 0, 0.0)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Plain numbers."""
+        return {"usual": [float(usual) for usual in self.usual], "shortened": bool(self._shortened)}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """The inverse of :meth:`state_dict`."""
+        self.usual, self._shortened = state["usual"], state["shortened"]
+
+
+def _follow(norms: list[float], usual: list[float]) -> tuple[float, list[float]]:
+    """What gradients of these norms are multiplied by, and what is usual now.
+
+    In plain numbers, because twenty calls with small tensors take as long as a step of a small network.
+    """
+    if not all(map(math.isfinite, norms)):
+        return 0.0, usual
+    lengths = sorted(n / u for n, u in zip(norms, usual, strict=True) if n > 0 and u > 0)
+    length = lengths[(len(lengths) - 1) // 2] if lengths else 0.0  # nothing is known before the first gradient
+    share = 0.0 if length > _BROKEN else _LONGEST / length if length > _LONGEST else 1.0
+    return share, [
+        u if n == 0 else n if u == 0 else _MEMORY * u + (1 - _MEMORY) * min(n, _COUNTED * u)
+        for n, u in zip(norms, usual, strict=True)
+    ]
+
+
+def _follow_on_device(norms: Tensor, usual: Tensor) -> tuple[Tensor, Tensor]:
+    """The same, without reading a number from the device."""
+    finite, known = norms.isfinite().all(), usual > 0
+    length = torch.where(known & (norms > 0), norms / usual, torch.nan).nanmedian()
+    share = torch.where(length > _LONGEST, _LONGEST / length, 1.0)
+    moved = torch.where(known, torch.lerp(torch.minimum(norms, _COUNTED * usual), usual, _MEMORY), norms)
+    share = torch.where(finite & ~(length > _BROKEN), share, 0.0)
+    return share, torch.where(finite & (norms > 0), moved, usual)
+
+
+def _values(gradient: Tensor) -> Tensor:
+    """What is stored of a gradient on this process: its shard, the values of a sparse one, or all of it."""
+    part = local(gradient)
+    return part._values() if part.is_sparse else part

@@ -1,0 +1,151 @@
+"""Adam's step, and NAdam's."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Iterable, Mapping
+from typing import Any, NamedTuple, TypeGuard
+
+import torch
+from torch import Tensor
+from torch.optim.adam import adam
+
+from newton_summary._checks import check_fraction
+from newton_summary.optim.directions.base import Direction, Groups, State, Stateless, buckets, gradients_of
+
+_FUSED = ("cpu", "cuda", "mps")  # devices, on which torch has Adam in one kernel
+
+
+class Adam(Stateless):
+    """Adam's step at a learning rate of 1: bias-corrected m / (√v + ε) (Kingma & Ba 2015, arXiv:1412.6980).
+
+    Args:
+        betas: the momenta of the gradient and of its square, each in [0, 1).
+        eps: ε, in units of the gradient; 0 makes the direction invariant to a scaling of each group.
+    """
+
+    looks_ahead = False
+
+    def __init__(self, betas: tuple[float, float] = (0.9, 0.999), eps: float = 1e-8) -> None:
+        for beta in betas:
+            check_fraction("each of betas", beta)
+        if eps < 0:
+            raise ValueError(f"eps must not be negative, got {eps}")
+        self.defaults = {"betas": betas, "eps": eps}
+
+    def update(self, groups: Groups, state: State) -> dict[Tensor, Tensor]:
+        """New tensors."""
+        result: dict[Tensor, Tensor] = {}
+        for alike, parameters in _for_one_kernel(groups, state):
+            result |= dict(zip(parameters, self._directions(parameters, state, alike), strict=True))
+        return result
+
+    def descend(self, groups: Groups, state: State, sizes: Mapping[Tensor, float]) -> None:
+        """θ ← θ − size · u, as with the u of :meth:`update`, but in one kernel, and without tensors for u.
+
+        Args:
+            groups: the optimizer's.
+            state: the optimizer's.
+            sizes: of the step, for every parameter that has a gradient.
+        """
+        for alike, parameters in _for_one_kernel(groups, state, sizes):
+            if alike.eps > 0 and all(p.stride() == state[p]["exp_avg"].stride() for p in parameters):
+                self._move(parameters, parameters, state, alike, alike.size)
+            else:
+                torch._foreach_sub_(parameters, self._directions(parameters, state, alike), alpha=alike.size)
+
+    def _directions(self, parameters: list[Tensor], state: State, alike: _Alike) -> list[Tensor]:
+        """What a step leads to from zero, at a rate of −1."""
+        directions = [torch.zeros_like(state[p]["exp_avg"]) for p in parameters]
+        self._move(directions, parameters, state, alike, -1.0)
+        if alike.eps == 0:  # an entry that never had a gradient, or one too small to square, does not move
+            for p, direction in zip(parameters, directions, strict=True):
+                direction.masked_fill_(state[p]["exp_avg_sq"] == 0, 0.0)
+        return directions
+
+    def _move(self, places: list[Tensor], parameters: list[Tensor], state: State, alike: _Alike, rate: float) -> None:
+        """Moves these places by torch's Adam, in one kernel where there is one."""
+        means, squares = ([state[p][key] for p in parameters] for key in ("exp_avg", "exp_avg_sq"))
+        gradients = [_laid_out_as(place, g) for place, g in zip(places, gradients_of(parameters), strict=True)]
+        beta = beta1 = alike.betas[0]
+        if self.looks_ahead:  # with β² for β, the mean becomes β² m + (1 − β²) g, which is Nesterov's step from m
+            beta, rate = beta1**2, rate * (1 - beta1 ** (2 * alike.step)) / (1 - beta1 ** (alike.step + 1))
+        options = {"lr": rate, "beta1": beta, "beta2": alike.betas[1], "eps": alike.eps, "weight_decay": 0.0}
+        _by_torch((places, gradients, means, squares), alike.step, {**options, "amsgrad": False, "maximize": False})
+        if self.looks_ahead and beta1 > 0:  # on to β m + (1 − β) g
+            torch._foreach_lerp_(means, gradients, 1 - 1 / beta1)
+
+
+class NAdam(Adam):
+    """Adam's step with Nesterov's momentum: β_1 m + (1 − β_1) g in the place of m (Dozat 2016).
+
+    The newest gradient counts for nearly twice as much as in Adam's step, which damps the oscillation of long steps;
+    and with a shorter memory of the squares, the direction keeps its size while gradients shrink.  The rates that are
+    measured along it are therefore longer, and hold for longer: docs/research.md has what both are worth.
+
+    Args:
+        betas: the momenta of the gradient and of its square, each in [0, 1).
+        eps: ε, in units of the gradient; 0 makes the direction invariant to a scaling of each group.
+    """
+
+    looks_ahead = True
+
+    def __init__(self, betas: tuple[float, float] = (0.9, 0.99), eps: float = 1e-8) -> None:
+        super().__init__(betas, eps)
+
+
+def descends(direction: Direction) -> TypeGuard[Adam]:
+    """Whether a direction can take its step by itself; a subclass that gives another one cannot."""
+    return isinstance(direction, Adam) and type(direction).update is Adam.update
+
+
+class _Alike(NamedTuple):
+    """What parameters have in common that Adam moves in one kernel."""
+
+    dtype: torch.dtype
+    betas: tuple[float, float]
+    eps: float
+    step: int
+    size: float
+
+
+def _for_one_kernel(
+    groups: Groups, state: State, sizes: Mapping[Tensor, float] | None = None
+) -> Iterable[tuple[_Alike, list[Tensor]]]:
+    """The parameters that have gradients, their memories at the next step, together where one kernel can move them."""
+    kernels: defaultdict[_Alike, list[Tensor]] = defaultdict(list)
+    for (betas, eps), parameters in buckets(groups, "betas", "eps"):
+        for p in parameters:
+            step = _adam_memory(p, state[p])["step"]
+            kernels[_Alike(p.dtype, betas, eps, step, 1.0 if sizes is None else sizes[p])].append(p)
+    return kernels.items()
+
+
+def _by_torch(tensors: tuple[list[Tensor], ...], step: int, options: dict[str, Any]) -> None:
+    """A step of torch's Adam on places, gradients, means and squares, of one dtype.
+
+    Its kernel is called by itself, because torch's function around it takes longer than the step of a small network.
+    """
+    places, gradients, means, squares = tensors
+    device = places[0].device
+    if device.type in _FUSED:
+        steps = [torch.full((), float(step), device=device)] * len(places)
+        torch._fused_adam_(places, gradients, means, squares, [], steps, **options)
+    else:
+        steps = [torch.full((), step - 1.0, device=device) for _ in places]  # which it counts on
+        adam(places, gradients, means, squares, [], steps, **options)
+
+
+def _adam_memory(parameter: Tensor, state: dict[str, Any]) -> dict[str, Any]:
+    """The memory of a parameter, at its next step."""
+    if "step" not in state:
+        state["step"] = 0
+        state["exp_avg"] = torch.zeros_like(parameter, memory_format=torch.preserve_format)
+        state["exp_avg_sq"] = torch.zeros_like(parameter, memory_format=torch.preserve_format)
+    state["step"] += 1
+    return state
+
+
+def _laid_out_as(like: Tensor, gradient: Tensor) -> Tensor:
+    """The gradient with these strides: fused kernels take them for those of all their tensors."""
+    return gradient if gradient.stride() == like.stride() else torch.empty_like(like).copy_(gradient)

@@ -1,0 +1,39 @@
+"""Directions by their names."""
+
+from __future__ import annotations
+
+import torch
+
+from newton_summary.optim.directions.adam import Adam, NAdam
+from newton_summary.optim.directions.base import Direction
+from newton_summary.optim.directions.gradient import Gradient
+from newton_summary.optim.directions.momentum import Momentum
+from newton_summary.optim.directions.step_of import StepOf
+
+
+def resolve(direction: str | torch.optim.Optimizer | Direction) -> Direction:
+    """A direction by its name, ``"gradient"``, ``"momentum"``, ``"adam"`` or ``"nadam"``, or around an optimizer.
+
+    Raises:
+        ValueError: the name is unknown.
+        TypeError: it is something else.
+    """
+    if isinstance(direction, torch.optim.Optimizer):
+        return StepOf(direction)
+    if not isinstance(direction, str):
+        if not hasattr(direction, "update") or not hasattr(direction, "defaults"):
+            raise TypeError(
+                f"direction must be a name, a torch.optim.Optimizer or a Direction, got {type(direction).__name__}"
+            )
+        return direction
+    named: dict[str, type[Direction]] = {
+        "gradient": Gradient,
+        "momentum": Momentum,
+        "adam": Adam,
+        "nadam": NAdam,
+    }
+    if direction not in named:
+        raise ValueError(
+            f"unknown direction {direction!r}: choose one of {', '.join(named)}, or pass a torch.optim.Optimizer"
+        )
+    return named[direction]()

@@ -1,0 +1,399 @@
+"""A monitor beside any optimizer: which groups' learning rates are off, and by how much.  It changes nothing."""
+
+from __future__ import annotations
+
+import contextlib
+import importlib
+import json
+import logging
+import math
+from collections import Counter, deque
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from newton_summary._checks import check_positive
+from newton_summary.measure import Engine, Loss, LossFunction, preserved_randomness, resolve_engine
+from newton_summary.measure.next_step import next_step
+from newton_summary.measure.stream import BatchStream
+from newton_summary.optim import NewtonSummary
+from newton_summary.parallel.processes import Processes
+from newton_summary.parallel.sharding import gathered
+from newton_summary.partition import Partition, default_partition, resolve_partition
+from newton_summary.summary import Summary
+from newton_summary.watch.advice import Advice, advise
+
+logger = logging.getLogger(__name__)
+
+
+class Writer(Protocol):
+    """What scalars are written to, such as a TensorBoard ``SummaryWriter``."""
+
+    def add_scalar(self, tag: str, scalar_value: float, global_step: int) -> Any:
+        """Takes one number."""
+        ...
+
+
+@dataclass(frozen=True)
+class Record:
+    """One measurement, as plain numbers; one entry for each group in every tuple.
+
+    Args:
+        step: the number of the optimizer's steps before it, since the monitor was made.
+        loss: on the measured batches, before the step.
+        predicted_decrease: of that loss by the optimizer's step, in the quadratic model of these very batches.
+        actual_decrease: of that loss, on these batches and with the same random numbers; NaN until the step was taken.
+        names: of the groups.
+        learning_rates: the optimizer's; NaN for a group that it does not hold.
+        alone: the advised factors on them, each group by itself.
+        low: the lower ends of their intervals.
+        high: the upper ends.
+        joint: the advised factors when all groups change together.
+        words: what there is to say.
+    """
+
+    step: int
+    loss: float
+    predicted_decrease: float
+    actual_decrease: float
+    names: tuple[str, ...]
+    learning_rates: tuple[float, ...]
+    alone: tuple[float, ...]
+    low: tuple[float, ...]
+    high: tuple[float, ...]
+    joint: tuple[float, ...]
+    words: tuple[str, ...]
+
+    def to_dict(self) -> dict[str, Any]:
+        """Fit for JSON: ``None`` stands for what is infinite or unknown."""
+        return {key: _plain(value) for key, value in asdict(self).items()}
+
+    def scalars(self) -> dict[str, float]:
+        """What loggers take: the decreases and every group's factors, by tags, as far as they are finite."""
+        scalars = {f"newton_summary/{key}": getattr(self, key) for key in ("predicted_decrease", "actual_decrease")}
+        for key in ("alone", "joint"):
+            scalars |= {f"newton_summary/{key}/{n}": v for n, v in zip(self.names, getattr(self, key), strict=True)}
+        return {tag: value for tag, value in scalars.items() if math.isfinite(value)}
+
+
+class Monitor:
+    """Measures along an optimizer's own next step, and says by what factor each group's learning rate should change.
+
+    In a loop that you have, call :meth:`step` between ``backward()`` and ``optimizer.step()``; or call :meth:`attach`
+    once and change nothing.  Training with a monitor is the same, bit for bit, as without: parameters, gradients,
+    buffers, the optimizer's state and all random states stay as they are (docs/monitor.md).
+
+    Advice is made of the last ``window`` batches that were measured (:func:`~newton_summary.watch.advice.advise`): each
+    batch along the step of its own time, in units of the learning rates of now.  A batch that the gradient was
+    computed on is too optimistic about descent along that gradient: measure on batches of an independent sampler where
+    batches are small and the gradient is mostly noise.  :meth:`attach` does.
+
+    With several processes each measures on its own samples, all get the same advice, and the first one writes
+    (docs/distributed.md).
+
+    Args:
+        model: the module that is trained, or what ``DistributedDataParallel`` or ``torch.compile`` made of it.
+        loss_fn: ``loss_fn(model, batch)`` gives a scalar, the mean over the batch.
+        optimizer: any ``torch.optim.Optimizer`` whose ``step()`` needs no closure.
+        partition: the groups, or the name of a constructor.  Default: one for each tensor, coarser above 100 tensors.
+        every: the number of steps between measurements.
+        writer: takes scalars by ``add_scalar(tag, value, step)``.
+        path: a file to which every record is appended, one JSON object a line.
+        window: how many batches the advice is made of.
+        history: how many records are kept.
+        level: the confidence of the advice's intervals.
+        regularization: λ_int, the weight of the cubic term.
+        engine: what measures: a name, or an :class:`~newton_summary.measure.Engine`.
+        process_group: the processes whose measurements are averaged.  Default: those of the
+            ``DistributedDataParallel`` module, or else of the default group, where one was initialised.
+
+    Attributes:
+        advice: the last advice, or ``None``.
+        summary: the last measurement, the mean over its batches, or ``None``.
+        records: the history, oldest first.
+        counts: how many measurements there were (``"measured"``), and how many were not finite and left the advice as
+            it was (``"failed"``).
+
+    Raises:
+        ValueError: an argument is out of range, or the optimizer holds no parameter of the model.
+        TypeError: the optimizer is a :class:`~newton_summary.NewtonSummary`, which measures by itself.
+
+    Example:
+        >>> model = nn.Sequential(nn.Linear(4, 8), nn.Tanh(), nn.Linear(8, 1))
+        >>> def loss_fn(model, batch):
+        ...     return (model(batch[0]) - batch[1]).square().mean()
+        >>> optimizer = torch.optim.Adam(model.parameters(), lr=1e-3)
+        >>> monitor = Monitor(model, loss_fn, optimizer=optimizer, every=10)
+        >>> for _ in range(30):
+        ...     batch = torch.randn(16, 4), torch.randn(16, 1)
+        ...     optimizer.zero_grad()
+        ...     loss_fn(model, batch).backward()
+        ...     _ = monitor.step(batch)
+        ...     optimizer.step()
+        >>> monitor.advice.batches, len(monitor.records)
+        (3, 3)
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        loss_fn: LossFunction,
+        *,
+        optimizer: torch.optim.Optimizer,
+        partition: Partition | str | None = None,
+        every: int = 100,
+        writer: Writer | None = None,
+        path: str | Path | None = None,
+        window: int = 20,
+        history: int = 1000,
+        level: float = 0.9,
+        regularization: float = 1.0,
+        engine: str | Engine = "auto",
+        process_group: Any = None,
+    ) -> None:
+        for what, value in (("every", every), ("window", window), ("history", history)):
+            check_positive(what, value)
+        if isinstance(optimizer, NewtonSummary):
+            raise TypeError("NewtonSummary measures by itself: read optimizer.summary and optimizer.rates")
+        self.partition = resolve_partition(partition, model, default_partition)
+        self.optimizer = optimizer
+        self.every, self.level, self.regularization = every, level, regularization
+        self.writer, self.path = writer, None if path is None else Path(path)
+        self.engine = resolve_engine(engine)
+        self.advice: Advice | None = None
+        self.summary: Summary | None = None
+        self.records: deque[Record] = deque(maxlen=history)
+        self.counts = Counter({"measured": 0, "failed": 0})
+        self._loss = Loss(loss_fn, model)
+        self._processes = Processes(model, process_group)
+        self._window: deque[tuple[Summary, Tensor]] = deque(maxlen=window)
+        self._taken = 0
+        self._awaiting: _Awaiting | None = None
+        self._hooks = [optimizer.register_step_post_hook(self._after_step)]
+        if all(math.isnan(rate) for rate in self._learning_rates().tolist()):
+            raise ValueError("the optimizer holds no parameter of this model: make it from model.parameters()")
+
+    # Measuring --------------------------------------------------------------------------------------------------------
+
+    def step(self, batch: Any) -> Advice | None:
+        """Call it at every step, between ``backward()`` and ``optimizer.step()``; it measures where it is time to.
+
+        With a gradient scaler, unscale the gradients first.
+
+        Args:
+            batch: what to measure on, if it is time to.
+
+        Returns:
+            New advice where it was measured, else ``None``.
+        """
+        return self.measure([batch]) if self._taken % self.every == 0 else None
+
+    def attach(self, batches: Iterable[Any], *, repeats: int = 1, seed: int = 0) -> Monitor:
+        """From now on, measures by itself within ``optimizer.step()``, just before the step is taken.
+
+        Gradients are then what the optimizer will use: clipped and unscaled.
+
+        Args:
+            batches: what to measure on, iterated for ever by an independent sampler
+                (:class:`~newton_summary.measure.stream.BatchStream`): a ``DataLoader`` or a list of batches.
+            repeats: how many batches a measurement takes.
+            seed: fixes the sampler.
+
+        Returns:
+            The monitor.
+
+        Raises:
+            ValueError: the data is empty or one-shot, or the number of repeats is not positive.
+        """
+        check_positive("repeats", repeats)
+        stream = BatchStream(batches, seed, self._processes.rank, self._processes.count)
+
+        def before_step(*_: Any) -> None:
+            if self._taken % self.every == 0:
+                self.measure([stream.next(self.partition.device) for _ in range(repeats)])
+
+        self._hooks.append(self.optimizer.register_step_pre_hook(before_step))
+        return self
+
+    def close(self) -> None:
+        """Takes the monitor's hooks off the optimizer and writes what is not yet written."""
+        for hook in self._hooks:
+            hook.remove()
+        self._hooks.clear()
+        self._write_last()
+
+    @torch.no_grad()
+    def measure(self, batches: Iterable[Any]) -> Advice | None:
+        """Measures now, after ``backward()``, on batches of your choice, whatever ``every`` says.
+
+        Returns:
+            New advice; ``None`` where the measurement was not finite.
+
+        Raises:
+            ValueError: there are no gradients, or no batches.
+        """
+        self._write_last()
+        device = self.partition.device
+        batches, randomness = list(batches), _Randomness(device)
+        if not batches:
+            raise ValueError("there are no batches to measure on")
+        u = next_step(self.optimizer, self.partition.parameters)
+        with preserved_randomness({device}), self._exactly(u) as (partition, along):
+            own = [self.engine.measure(self._loss, batch, partition, along, 3, "diagonal") for batch in batches]
+            parts = self._processes.average(own, along)
+        self.summary = mean = Summary.mean(parts)
+        self.counts["measured"] += 1
+        if not mean.is_finite():
+            self.counts["failed"] += 1
+            logger.info("measurement before step %d is not finite: look for it in the data or the rates", self._taken)
+            return None
+        rates = self._learning_rates()
+        self._window.extend((part, rates) for part in parts)
+        self.advice = advise(self._in_todays_units(rates), regularization=self.regularization, level=self.level)
+        self.records.append(_record(self._taken, mean, rates, self.advice))
+        self._awaiting = _Awaiting(batches, randomness, [part.weight for part in own])
+        return self.advice
+
+    @contextlib.contextmanager
+    def _exactly(self, u: Sequence[Tensor]) -> Iterator[tuple[Partition, Sequence[Tensor]]]:
+        """A block in full precision and with whole parameters: the partition and a direction over them."""
+        with (
+            torch.autocast(self.partition.device.type, enabled=False),
+            gathered(self._loss.model, self.partition, u) as whole,
+        ):
+            yield whole
+
+    def _in_todays_units(self, rates: Tensor) -> list[Summary]:
+        """The window's summaries along steps as long as they would be at the present learning rates."""
+        return [
+            part.scale(torch.nan_to_num(rates / then, nan=1.0, posinf=1.0, neginf=1.0)) for part, then in self._window
+        ]
+
+    def _learning_rates(self) -> Tensor:
+        """The optimizer's learning rate for each group of the partition, that of its first tensor; shape (S,)."""
+        by_parameter = {
+            id(p): float(group.get("lr", 1.0)) for group in self.optimizer.param_groups for p in group["params"]
+        }
+        rates = [
+            next((by_parameter[id(p)] for p in members if id(p) in by_parameter), math.nan)
+            for members in ([self.partition.parameters[i] for i in tensors] for tensors in self.partition.tensors_of)
+        ]
+        return torch.tensor(rates, dtype=torch.float64)
+
+    @torch.no_grad()
+    def _after_step(self, *_: Any) -> None:
+        """Counts the step; what the loss did on the batches that the last measurement was made on."""
+        self._taken += 1
+        if self._awaiting is None:
+            return
+        waiting, self._awaiting = self._awaiting, None
+        losses = []
+        for batch in waiting.batches:
+            with self._exactly([]) as (whole, _along), self._loss.undisturbed():  # a loss may differentiate by itself
+                waiting.randomness.restore()
+                fixed = {n: p.detach() for n, p in zip(whole.parameter_names, whole.parameters, strict=True)}
+                losses.append(self._loss(batch, fixed).item())
+        total = sum(waiting.weights)
+        own = sum(w * loss for w, loss in zip(waiting.weights, losses, strict=True)) / total
+        after = self._processes.mean([own], [total], self.partition.device)[0]
+        self.records[-1] = replace(self.records[-1], actual_decrease=self.records[-1].loss - after)
+        self._write(self.records[-1])
+
+    # Telling ----------------------------------------------------------------------------------------------------------
+
+    def __repr__(self) -> str:
+        watched = f"Monitor of {type(self.optimizer).__name__}: {len(self.partition)} groups, every {self.every} steps"
+        counted = f"measured {self.counts['measured']}×, of which {self.counts['failed']}× not finite"
+        advice = "no advice yet" if self.advice is None else repr(self.advice)
+        return f"{watched}, {counted}\n{advice}"
+
+    def to_frame(self) -> Any:
+        """The history as a ``pandas.DataFrame``, one row for each record and group.
+
+        Raises:
+            ImportError: pandas is missing.
+        """
+        try:
+            pandas = importlib.import_module("pandas")
+        except ImportError as error:
+            raise ImportError("to_frame() needs pandas: pip install 'newton-summary[frames]'") from error
+        columns = ("learning_rates", "alone", "low", "high", "joint", "words")
+        rows = [
+            {
+                "step": record.step,
+                "group": name,
+                **{key.removesuffix("s") if key != "words" else key: getattr(record, key)[i] for key in columns},
+                "loss": record.loss,
+                "predicted_decrease": record.predicted_decrease,
+                "actual_decrease": record.actual_decrease,
+            }
+            for record in self.records
+            for i, name in enumerate(record.names)
+        ]
+        return pandas.DataFrame(rows)
+
+    def _write_last(self) -> None:
+        """Writes a record whose step was never taken."""
+        if self._awaiting is not None:
+            self._awaiting = None
+            self._write(self.records[-1])
+
+    def _write(self, record: Record) -> None:
+        if self._processes.rank != 0:
+            return
+        if self.path is not None:
+            with self.path.open("a", encoding="utf-8") as file:
+                file.write(json.dumps(record.to_dict(), ensure_ascii=False) + "\n")
+        if self.writer is not None:
+            for tag, value in record.scalars().items():
+                self.writer.add_scalar(tag, value, record.step)
+
+
+@dataclass(frozen=True)
+class _Awaiting:
+    """Batches whose loss is computed once more, after the step."""
+
+    batches: Sequence[Any]
+    randomness: _Randomness
+    weights: Sequence[float]
+
+
+class _Randomness:
+    """The random states that a measurement started from, so that the loss after the step meets the same dropout."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+        self.host = torch.get_rng_state()
+        self.own = None if device.type == "cpu" else torch.get_device_module(device).get_rng_state(device)
+
+    def restore(self) -> None:
+        torch.set_rng_state(self.host)
+        if self.own is not None:
+            torch.get_device_module(self.device).set_rng_state(self.own, self.device)
+
+
+def _record(step: int, mean: Summary, rates: Tensor, advice: Advice) -> Record:
+    groups = advice.groups
+    return Record(
+        step=step,
+        loss=mean.loss.item(),
+        predicted_decrease=float(mean.gradient.sum() - mean.tensor(2).sum() / 2),
+        actual_decrease=math.nan,
+        names=mean.names,
+        learning_rates=tuple(rates.tolist()),
+        alone=tuple(g.alone for g in groups),
+        low=tuple(g.low for g in groups),
+        high=tuple(g.high for g in groups),
+        joint=tuple(g.joint for g in groups),
+        words=tuple(g.words for g in groups),
+    )
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, tuple):
+        return [_plain(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
