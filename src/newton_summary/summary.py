@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -49,6 +49,9 @@ class Summary:
     names: tuple[str, ...] = ()
     higher: tuple[Tensor, ...] = ()
     weight: float = 1.0
+
+    plot: ClassVar[Callable[..., Axes]]
+    """``plot(ax=None)``: H̄ as a heatmap, signed; needs the extra ``plots``.  Returns the axes."""
 
     def __post_init__(self) -> None:
         convert = {name: _double(getattr(self, name)) for name in ("loss", "gradient", "hessian", "third")}
@@ -233,12 +236,6 @@ class Summary:
         except Exception as error:  # torch.load raises errors of many kinds for a foreign file
             raise ValueError(f"{path} is not a summary: {error}") from error
         return Summary.from_dict(data)
-
-    def plot(self, ax: Axes | None = None) -> Axes:
-        """H̄ as a heatmap, signed; needs the extra ``plots``.  Returns the axes."""
-        from newton_summary.plots import heatmap
-
-        return heatmap(self, ax=ax)
 
     def _tensors(self) -> dict[str, Tensor]:
         """What was measured, by the names of :meth:`to_dict`."""

@@ -44,7 +44,8 @@ __all__ = [
     "taylor",
 ]
 
-Direction: TypeAlias = Sequence[Tensor] | Mapping[str, Tensor] | torch.optim.Optimizer | None
+DirectionLike: TypeAlias = Sequence[Tensor] | Mapping[str, Tensor] | torch.optim.Optimizer | None
+"""What :func:`summarize` takes for a direction."""
 
 
 class Engine(Protocol):
@@ -77,7 +78,7 @@ def summarize(
     batches: Iterable[Any],
     *,
     partition: Partition | str | None = None,
-    direction: Direction = None,
+    direction: DirectionLike = None,
     order: int = 3,
     third: Literal["diagonal", "full"] = "diagonal",
     engine: str | Engine = "auto",
@@ -140,7 +141,7 @@ def summarize(
     return summary
 
 
-def resolve_direction(direction: Direction, partition: Partition) -> list[Tensor]:
+def resolve_direction(direction: DirectionLike, partition: Partition) -> list[Tensor]:
     """A direction in any of the forms that :func:`summarize` takes, as tensors in the partition's order.
 
     Raises:
@@ -245,7 +246,7 @@ def _check_finite(loss: Tensor) -> None:
         raise ValueError(f"the loss is {loss.item()}: look for it in the data, or lower the learning rate")
 
 
-def _check_request(order: int, third: str, batches: Iterable[Any], direction: Direction, slices: int) -> None:
+def _check_request(order: int, third: str, batches: Iterable[Any], direction: DirectionLike, slices: int) -> None:
     if order < 1:
         raise ValueError(f"order must be at least 1, got {order}")
     if third not in ("diagonal", "full"):

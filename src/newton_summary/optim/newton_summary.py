@@ -25,7 +25,7 @@ from newton_summary.optim.line_search import Pace, share_of_average
 from newton_summary.optim.parameter_update import Descent, by_parameter
 from newton_summary.optim.rates import AveragedRates, PaperRates, RateRule
 from newton_summary.parallel.processes import Processes
-from newton_summary.parallel.sharding import gathered, unsharded
+from newton_summary.parallel.sharding import measurable, unsharded
 from newton_summary.partition import Partition, default_partition, resolve_partition
 from newton_summary.solve import Status
 from newton_summary.summary import Summary
@@ -574,8 +574,7 @@ class NewtonSummary(torch.optim.Optimizer):
         It gives the partition over them, and the direction, 0 where u has none.
         """
         direction = [u[p] if p in u else torch.zeros_like(p) for p in self.partition.parameters]
-        exactly = torch.autocast(self.partition.device.type, enabled=False)
-        with exactly, gathered(self._loss.model, self.partition, direction) as whole:
+        with measurable(self._loss.model, self.partition, direction) as whole:
             yield whole
 
     def _of_all(self, number: float, samples: int = 1) -> float:

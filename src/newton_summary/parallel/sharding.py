@@ -11,6 +11,7 @@ import copy
 from collections.abc import Iterator, Sequence
 from typing import Any, TypeAlias, cast
 
+import torch
 from torch import Tensor, nn
 
 from newton_summary.partition import Partition
@@ -43,6 +44,16 @@ def gathered(model: nn.Module, partition: Partition, direction: Sequence[Tensor]
     over_whole.parameters = tuple(whole[p] for p in partition.parameters)
     with _swapped(model, whole), _without_hooks(model):
         yield over_whole, [unsharded(u) for u in direction]
+
+
+@contextlib.contextmanager
+def measurable(model: nn.Module, partition: Partition, direction: Sequence[Tensor]) -> Iterator[_Whole]:
+    """A block to measure in: :func:`gathered`, and in full precision, whatever the training uses."""
+    with (
+        torch.autocast(partition.device.type, enabled=False),
+        gathered(model, partition, direction) as whole,
+    ):
+        yield whole
 
 
 def is_sharded(tensor: Tensor) -> bool:

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import contextlib
 import importlib
 import json
 import logging
 import math
 from collections import Counter, deque
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Protocol
@@ -22,7 +21,7 @@ from newton_summary.measure.next_step import next_step
 from newton_summary.measure.stream import BatchStream
 from newton_summary.optim import NewtonSummary
 from newton_summary.parallel.processes import Processes
-from newton_summary.parallel.sharding import gathered
+from newton_summary.parallel.sharding import measurable
 from newton_summary.partition import Partition, default_partition, resolve_partition
 from newton_summary.summary import Summary
 from newton_summary.watch.advice import Advice, advise
@@ -242,7 +241,7 @@ class Monitor:
         if not batches:
             raise ValueError("there are no batches to measure on")
         u = next_step(self.optimizer, self.partition.parameters)
-        with preserved_randomness({device}), self._exactly(u) as (partition, along):
+        with preserved_randomness({device}), measurable(self._loss.model, self.partition, u) as (partition, along):
             own = [self.engine.measure(self._loss, batch, partition, along, 3, "diagonal") for batch in batches]
             parts = self._processes.average(own, along)
         self.summary = mean = Summary.mean(parts)
@@ -257,15 +256,6 @@ class Monitor:
         self.records.append(_record(self._taken, mean, rates, self.advice))
         self._awaiting = _Awaiting(batches, randomness, [part.weight for part in own])
         return self.advice
-
-    @contextlib.contextmanager
-    def _exactly(self, u: Sequence[Tensor]) -> Iterator[tuple[Partition, Sequence[Tensor]]]:
-        """A block in full precision and with whole parameters: the partition and a direction over them."""
-        with (
-            torch.autocast(self.partition.device.type, enabled=False),
-            gathered(self._loss.model, self.partition, u) as whole,
-        ):
-            yield whole
 
     def _in_todays_units(self, rates: Tensor) -> list[Summary]:
         """The window's summaries along steps as long as they would be at the present learning rates."""
@@ -293,7 +283,10 @@ class Monitor:
         waiting, self._awaiting = self._awaiting, None
         losses = []
         for batch in waiting.batches:
-            with self._exactly([]) as (whole, _along), self._loss.undisturbed():  # a loss may differentiate by itself
+            with (
+                measurable(self._loss.model, self.partition, []) as (whole, _along),
+                self._loss.undisturbed(),  # a loss may differentiate by itself
+            ):
                 waiting.randomness.restore()
                 fixed = {n: p.detach() for n, p in zip(whole.parameter_names, whole.parameters, strict=True)}
                 losses.append(self._loss(batch, fixed).item())
