@@ -245,19 +245,19 @@ def test_a_copied_engine_starts_anew(copied):
 
 @pytest.fixture
 def traces(monkeypatch):
-    """Counts how often a loss is traced."""
+    """Counts how often recorded operations are lowered."""
     counted = []
-    original = forward.trace
+    original = forward.lower
 
-    def trace(*args):
+    def lower(*args):
         counted.append(args)
         return original(*args)
 
-    monkeypatch.setattr(forward, "trace", trace)
+    monkeypatch.setattr(forward, "lower", lower)
     return counted
 
 
-def test_graphs_are_kept_by_shape_mode_and_function(traces):
+def test_graphs_are_kept_by_what_was_recorded(traces):
     case, engine = CASES["gpt"](), ForwardEngine()
     for _ in range(3):
         measure(engine, case)
@@ -273,7 +273,7 @@ def test_graphs_are_kept_by_shape_mode_and_function(traces):
     measure(engine, case)
     assert len(traces) == 3
     measure(engine, Case(case.model, lambda m, b: case.loss_fn(m, b), case.batch))
-    assert len(traces) == 4
+    assert len(traces) == 3
 
 
 def test_a_lambda_made_anew_is_the_same_function(traces):
@@ -302,7 +302,7 @@ def test_a_captured_number_and_a_captured_tensor_may_change(traces):
     for key, value in [("weight", 0.1), ("weight", 0.7), ("target", torch.zeros(2, dtype=torch.float64))]:
         captured[key] = value
         assert_close(measure(engine, case), measure(NestedEngine(), case))
-    assert len(traces) == 3
+    assert len(traces) == 2  # a tensor is data, a number is part of an operation
 
 
 def test_shapes_may_depend_on_the_data(traces):
@@ -336,11 +336,6 @@ def custom_function(m, x):
     return Rounded.apply((x @ m.a).tanh()).square().sum() + (x @ m.a).sum()
 
 
-def number_in_python(m, x):
-    scale = (x @ m.a).mean().item()
-    return scale * (x @ m.a).tanh().sum()
-
-
 def fourier(m, x):
     return torch.fft.fft((x @ m.a).tanh()).abs().square().sum()
 
@@ -351,7 +346,6 @@ def log_determinant(m, x):
 
 REFUSED = {
     custom_function: "another gradient for 'a'",
-    number_in_python: "tracing failed",
     fourier: "complex",
     log_determinant: "slogdet",
 }
@@ -374,14 +368,32 @@ def test_refusals(loss_fn):
         measure(engine, case)  # no second warning
 
 
-def test_batch_norm_with_a_cumulative_average_is_refused():
-    case = Case(
-        nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4, momentum=None)),
-        lambda m, x: m(x).exp().mean(),
-        torch.randn(5, 3),
-    )
-    with pytest.raises(Refusal):
-        measure(ForwardEngine(), case)
+def number_in_python(m, x):
+    scale = (x @ m.a).mean().item()
+    return scale * (x @ m.a).tanh().sum()
+
+
+def decided_by_values(m, x):
+    h = (x @ m.a).tanh()
+    for _ in range(3):
+        h = h.sin() if h.sum() > 0 else (h * h + h).exp()
+    return h.square().mean()
+
+
+@pytest.mark.parametrize("loss_fn", [number_in_python, decided_by_values])
+def test_values_may_be_read(loss_fn):
+    torch.manual_seed(0)
+    case, engine = Case(Custom(a=(4, 3)).double(), loss_fn, torch.randn(5, 4, dtype=torch.float64)), ForwardEngine()
+    for _ in range(6):
+        case.batch = torch.randn(5, 4, dtype=torch.float64)
+        assert_close(measure(engine, case), measure(NestedEngine(), case))
+
+
+def test_batch_norm_with_a_cumulative_average():
+    model = nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4, momentum=None)).double()
+    case = Case(model, lambda m, x: m(x).sin().exp().mean(), torch.randn(5, 3, dtype=torch.float64))
+    assert_close(measure(ForwardEngine(), case), measure(NestedEngine(), case))
+    assert model[1].num_batches_tracked == 0
 
 
 def target_error(m, batch):
@@ -456,13 +468,12 @@ def test_graphs_keep_no_batch_alive():
     assert len(engine) == 1
 
 
-def test_a_batch_of_unknown_objects_is_refused():
+def test_a_batch_of_unknown_objects():
     class Batch:
         x = torch.randn(5, 3)
 
-    case = Case(nn.Linear(3, 2), lambda m, b: m(b.x).square().mean(), Batch())
-    with pytest.raises(Refusal, match="holds a Batch"):
-        measure(ForwardEngine(), case)
+    case = Case(nn.Linear(3, 2), lambda m, b: m(b.x).exp().mean(), Batch())
+    assert_close(measure(ForwardEngine(), case), measure(NestedEngine(), case), 1e-5)
 
 
 def test_a_loss_that_ignores_the_model_is_misuse():
@@ -471,12 +482,12 @@ def test_a_loss_that_ignores_the_model_is_misuse():
         measure(ForwardEngine(), case)
 
 
-def test_a_loss_that_is_not_finite_is_reported_and_not_kept(traces):
+def test_a_loss_that_is_not_finite_is_reported(traces):
     case, engine = CASES["mlp"](), ForwardEngine()
     x, y = case.batch
     assert not measure(engine, Case(case.model, case.loss_fn, (x * torch.nan, y))).is_finite()
     assert_close(measure(engine, case), measure(NestedEngine(), case))
-    assert len(traces) == 2
+    assert len(traces) == 1
 
 
 def test_overflow_of_the_third_order_is_reported():
@@ -501,7 +512,8 @@ def test_autocast_inside_the_loss():
     assert torch.linalg.matrix_norm(got.hessian - expected.hessian) < 0.05 * torch.linalg.matrix_norm(expected.hessian)
 
 
-def test_autocast_around_a_normalisation_is_refused():
+@pytest.mark.xfail(strict=True, reason="normalisations of mixed types are not lowered yet")
+def test_autocast_around_a_normalisation():
     model = nn.Sequential(nn.Linear(6, 8), nn.LayerNorm(8), nn.GELU(), nn.Linear(8, 4))
 
     def loss(m, batch):
@@ -509,8 +521,9 @@ def test_autocast_around_a_normalisation_is_refused():
             logits = m(batch[0])
         return F.cross_entropy(logits.float(), batch[1])
 
-    with pytest.raises(Refusal, match=r"tracing failed .* same dtype"):
-        measure(ForwardEngine(), Case(model, loss, (torch.randn(9, 6), torch.randint(4, (9,)))))
+    case = Case(model, loss, (torch.randn(9, 6), torch.randint(4, (9,))))
+    got, expected = measure(ForwardEngine(), case), measure(NestedEngine(), case)
+    assert torch.linalg.matrix_norm(got.hessian - expected.hessian) < 0.05 * torch.linalg.matrix_norm(expected.hessian)
 
 
 def test_parameters_of_half_precision():

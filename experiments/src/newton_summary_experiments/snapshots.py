@@ -91,8 +91,8 @@ class Watcher:
         )
         with torch.no_grad(), preserved_randomness({self.partition.device}):
             parts = [engine.measure(loss, batch, self.partition, direction, 3, "diagonal").cpu() for batch in batches]
-        with later.undisturbed(), torch.no_grad():
-            losses = [float(later(batch)) for batch in batches]
+        with later.undisturbed():
+            losses = [later.value(batch) for batch in batches]
         weights = [part.weight for part in parts]
         after = sum(w * value for w, value in zip(weights, losses, strict=True)) / sum(weights)
         decrease = Summary.mean(parts).loss.item() - after

@@ -14,17 +14,19 @@ from tqdm import tqdm
 from newton_summary._checks import check_batches, check_count
 from newton_summary.measure.auto import AUTO, FORWARD, AutoEngine
 from newton_summary.measure.forward import ForwardEngine
-from newton_summary.measure.graph import Refusal
 from newton_summary.measure.loss import (
     Loss,
     LossFunction,
     batch_size,
     check_dependence,
+    gradients_of,
     preserved_randomness,
     with_known_mappings,
+    without_hooks,
 )
 from newton_summary.measure.nested import NestedEngine, taylor
 from newton_summary.measure.next_step import next_step
+from newton_summary.measure.record import Refusal
 from newton_summary.measure.rules import register_rule
 from newton_summary.partition import Partition, resolve_partition
 from newton_summary.summary import Summary
@@ -185,11 +187,9 @@ def _mean_gradient(loss: Loss, partition: Partition, batches: Iterable[Any]) -> 
     total = [torch.zeros_like(p, requires_grad=False) for p in partition.parameters]
     weight = 0
     for batch in batches:
-        with loss.undisturbed():
-            aliases = [p.detach().requires_grad_() for p in partition.parameters]
-            value = loss(batch, dict(zip(partition.parameter_names, aliases, strict=True)))
+        with loss.undisturbed(), without_hooks(partition.parameters), loss.evaluated(batch) as value:
             _check_finite(value)
-            gradients = torch.autograd.grad(value, aliases, allow_unused=True) if value.requires_grad else ()
+            gradients = gradients_of(value, partition.parameters)
             check_dependence(gradients)
         size = batch_size(batch)
         for mean, gradient in zip(total, gradients, strict=True):

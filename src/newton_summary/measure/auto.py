@@ -10,9 +10,9 @@ from typing import Any
 from torch import Tensor, nn
 
 from newton_summary.measure.forward import ForwardEngine
-from newton_summary.measure.graph import Refusal
 from newton_summary.measure.loss import Loss
 from newton_summary.measure.nested import NestedEngine
+from newton_summary.measure.record import Refusal
 from newton_summary.partition import Partition
 from newton_summary.summary import Summary
 

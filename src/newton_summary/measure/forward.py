@@ -10,17 +10,17 @@ of group i.  One backward pass gives all adjoints, one sweep over the graph all 
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from newton_summary.measure.composed import Composed
-from newton_summary.measure.graph import Graph, Refusal, trace
-from newton_summary.measure.inputs import Inputs, SameFunction
-from newton_summary.measure.loss import Loss, check_dependence
+from newton_summary.measure.graph import Graph, first_line, lower
+from newton_summary.measure.loss import Loss, batch_size, check_dependence, gradients_of, without_hooks
+from newton_summary.measure.record import Recorder, Recording, Refusal
 from newton_summary.measure.sweep import Request, Tape, sweep
 from newton_summary.partition import Partition
 from newton_summary.summary import Summary
@@ -34,8 +34,10 @@ _KINKED = 2e-2  # for single precision with kinks: rounding moves a few values a
 class ForwardEngine:
     """Exact derivatives of orders 1 to 3 by forward tangents.
 
-    A graph of the loss is traced for each model, loss function and shape of the batch, and kept.  A new one is checked
-    against the gradient and one Hessian-vector product of the loss itself, and every measurement against its value.
+    At each measurement the loss is called once, and its operations are recorded as they run.  What they are made of is
+    kept for each sequence of operations and shapes.  A new sequence of operations is checked against the gradient and
+    one Hessian-vector product by autograd; every measurement against the loss, and against its gradient where the loss
+    has derivatives of its own making (custom functions, hooks).
 
     Args:
         graphs: how many graphs are kept for each model.
@@ -43,7 +45,7 @@ class ForwardEngine:
 
     def __init__(self, graphs: int = 8) -> None:
         self.graphs = graphs
-        self._known: weakref.WeakKeyDictionary[nn.Module, list[_Known]] = weakref.WeakKeyDictionary()
+        self._known: weakref.WeakKeyDictionary[nn.Module, _Known] = weakref.WeakKeyDictionary()
 
     def measure(
         self, loss: Loss, batch: Any, partition: Partition, direction: Sequence[Tensor], order: int, third: str
@@ -56,105 +58,146 @@ class ForwardEngine:
         """
         if order > 3:
             raise Refusal(f"order {order} is above 3")
-        with loss.undisturbed() as rewind, torch.autocast(partition.device.type, enabled=False):
-            inputs = Inputs(loss, batch, partition)
-            known = self._find(inputs)
-            request = Request(partition, direction, order, third)
-            if known.graph is not None and known.checked:
-                expected = _eager_value(inputs)  # first, while nothing else is held
-                if known.graph.draws:
-                    rewind()
-                tape = _replayed(known.graph, inputs, request)
-                if tape is not None and _close(tape.loss, expected, _value_tolerance(tape)):
-                    summary = sweep(tape, request, inputs.weight)
-                    if not known.checked_third:
-                        _check_accelerations(tape, summary)
-                        known.checked_third = summary.third is not None
-                    return summary
-            if known.refusal is not None:
-                raise known.refusal
-            return self._measure_anew(inputs, request, known, rewind)
+        known = self._known.setdefault(loss.model, _Known())
+        request = Request(partition, direction, order, third)
+        with loss.undisturbed(differentiable=partition.device.type != "cpu") as rewind:
+            with without_hooks(partition.parameters):
+                recording, gradient = _recorded(loss, batch, partition)
+            entry = self._entry(known, recording)
+            recording.values.clear()
+            if entry.refusal is not None:
+                raise entry.refusal
+            assert entry.graph is not None
+            is_new = (recording.operations(), request.order) not in known.checked
+            expected = None
+            if is_new:
+                rewind()
+                expected = _Expected(loss, batch, request)
+            return self._swept(known, entry, recording, request, float(batch_size(batch)), gradient, expected)
 
     def __reduce__(self) -> tuple[Any, ...]:
-        """A copy, or what is unpickled, traces anew."""
+        """A copy, or what is unpickled, lowers anew."""
         return ForwardEngine, (self.graphs,)
 
     def __len__(self) -> int:
         """How many graphs are kept."""
-        return sum(entry.graph is not None for entries in self._known.values() for entry in entries)
+        return sum(entry.graph is not None for known in self._known.values() for entry in known.entries.values())
 
     def kinds(self, loss: Loss) -> dict[str, str]:
         """The kind of rule that each operation of a model's latest graph took, by the operation's name."""
-        graph = self._known[loss.model][0].graph
+        graph = next(reversed(self._known[loss.model].entries.values())).graph
         assert graph is not None
         steps = zip(graph.instructions, graph.plan or (), strict=True)
         return {str(i.op).removeprefix("aten."): step.rule.kind for i, step in steps if step is not None}
 
-    def _find(self, inputs: Inputs) -> _Known:
-        """What is known of such inputs; the most recent comes first."""
-        entries = self._known.setdefault(inputs.loss.model, [])
-        key = inputs.key()
-        for i, entry in enumerate(entries):
-            if entry.key == key and entry.same(inputs.loss.loss_fn):
-                entries.insert(0, entries.pop(i))
-                return entry
-        entries.insert(0, _Known(key, SameFunction(inputs.loss.loss_fn)))
-        del entries[self.graphs :]
-        return entries[0]
-
-    def _measure_anew(self, inputs: Inputs, request: Request, known: _Known, rewind: Callable[[], None]) -> Summary:
-        """Traces the loss in one way after the other, until its derivatives agree, from one random state."""
-        rewind()
-        expected = _Expected(inputs, request)
-        reasons = []
-        known.graph = None
-        for above_autograd in (True, False):
+    def _entry(self, known: _Known, recording: Recording) -> _Entry:
+        """The graph of a recording, or why there is none; the most recent comes last."""
+        key = recording.key()
+        entry = known.entries.pop(key, None)
+        if entry is None:
             try:
-                rewind()
-                graph = trace(inputs.function, inputs.tensors(), above_autograd)
-                rewind()
-                tape = Tape(graph, inputs, with_gradient=True, keep=request.full)
-                expected.check_gradient(tape)
-                summary = sweep(tape, replace(request, order=max(request.order, 2)), inputs.weight)
+                entry = _Entry(lower(recording))
+            except Refusal as refusal:
+                entry = _Entry(refusal=refusal)
+            except (RuntimeError, NotImplementedError, TypeError) as error:
+                entry = _Entry(refusal=Refusal(f"lowering failed with {type(error).__name__}: {first_line(error)}"))
+            while len(known.entries) >= self.graphs:
+                known.entries.pop(next(iter(known.entries)))
+        known.entries[key] = entry
+        return entry
+
+    def _swept(
+        self,
+        known: _Known,
+        entry: _Entry,
+        recording: Recording,
+        request: Request,
+        weight: float,
+        gradient: Sequence[Tensor | None] | None,
+        expected: _Expected | None,
+    ) -> Summary:
+        """The summary, with what is to be checked compared."""
+        graph, is_new = entry.graph, expected is not None
+        assert graph is not None
+        try:
+            with torch.autocast(request.partition.device.type, enabled=False):
+                tape = Tape(graph, recording.leaves, is_new or gradient is not None, keep=request.full)
+                _check_value(tape, recording.loss)
+                names = request.partition.parameter_names
+                for wanted in (gradient, expected.gradient if expected is not None else None):
+                    if wanted is not None:
+                        _check_gradient(tape, names, wanted)
+                asked = replace(request, order=max(request.order, 2)) if is_new else request
+                summary = sweep(tape, asked, weight)
+        except Refusal as refusal:
+            if gradient is None:
+                entry.refusal = refusal  # else it may be the data that decide
+            raise
+        if expected is not None:
+            try:
                 expected.check_hessian(summary, tape)
                 _check_accelerations(tape, summary)
-            except Refusal as reason:
-                reasons.append(reason)
-                continue
-            known.graph, known.checked = graph, expected.is_finite
-            known.checked_third = expected.is_finite and request.diagonal
-            return summary if request.order > 1 else replace(summary, hessian=None)
-        known.refusal = reasons[0] if "tracing" not in str(reasons[0]) else reasons[-1]
-        raise known.refusal
+            except Refusal as refusal:
+                entry.refusal = refusal
+                raise
+            if expected.is_finite:
+                known.checked.add((recording.operations(), request.order))
+        return summary if request.order > 1 else replace(summary, hessian=None)
 
 
 @dataclass(slots=True)
-class _Known:
+class _Entry:
     """A graph that was made, or why it could not be."""
 
-    key: Any
-    same: SameFunction
     graph: Graph | None = None
-    checked: bool = False
-    checked_third: bool = False
     refusal: Refusal | None = None
 
 
+@dataclass
+class _Known:
+    """What is known of a model: graphs by what was recorded, and the operations and orders that were checked."""
+
+    entries: dict[Any, _Entry] = field(default_factory=dict)
+    checked: set[Any] = field(default_factory=set)
+
+
+def _recorded(
+    loss: Loss, batch: Any, partition: Partition
+) -> tuple[Recording, Sequence[Tensor | None] | None]:
+    """One evaluation of the loss, and its gradient where that may be of the user's own making."""
+    recorder = Recorder(partition.parameters, partition.parameter_names)
+    with loss.evaluated(batch, recorder) as value:
+        with torch.no_grad():
+            recording = recorder.finish(value)
+        if recording.result is None:
+            check_dependence([None])
+        gradient = None
+        if recorder.is_hooked() or _has_own_derivatives(value):
+            gradient = gradients_of(value, partition.parameters)
+    recording.loss = value.detach()
+    return recording, gradient
+
+
+def _has_own_derivatives(loss: Tensor) -> bool:
+    """Whether autograd meets functions with a backward pass that is not torch's own."""
+    nodes, seen = [loss.grad_fn], set()
+    while nodes:
+        node = nodes.pop()
+        if node is None or node in seen:
+            continue
+        seen.add(node)
+        if isinstance(node, torch.autograd.function.BackwardCFunction) or not _is_torchs(node):
+            return True
+        nodes += [following for following, _ in node.next_functions]
+    return False
+
+
+def _is_torchs(node: Any) -> bool:
+    name = type(node).__name__
+    return name not in ("CppFunction", "CompiledFunctionBackward") and "Differentiable" not in name
+
+
 # Checks ---------------------------------------------------------------------------------------------------------------
-
-
-def _eager_value(inputs: Inputs) -> Tensor:
-    """The loss itself."""
-    tensors = inputs.tensors()
-    return inputs.function(*(t.detach() for t in tensors[: inputs.count]), *tensors[inputs.count :]).detach()
-
-
-def _replayed(graph: Graph, inputs: Inputs, request: Request) -> Tape | None:
-    """A known graph on new inputs, or nothing where a shape in it depends on what they are."""
-    try:
-        return Tape(graph, inputs, keep=request.full)
-    except (RuntimeError, IndexError):
-        return None
 
 
 def _value_tolerance(tape: Tape) -> float:
@@ -177,52 +220,58 @@ def _close(value: Tensor, expected: Tensor, tolerance: float, scale: float = 0.0
     return float(torch.linalg.vector_norm(x - y)) <= tolerance * size + 1e-30
 
 
+def _check_value(tape: Tape, expected: Tensor) -> None:
+    if not _close(tape.loss, expected, _value_tolerance(tape)):
+        raise Refusal(f"the recorded operations give a loss of {tape.loss.item()}, the model {expected.item()}")
+
+
+def _check_gradient(tape: Tape, names: Sequence[str], wanted: Sequence[Tensor | None]) -> None:
+    """Compares a graph's gradient, tensor by tensor."""
+    norm = max((float(torch.linalg.vector_norm(g.detach().to_dense())) for g in wanted if g is not None), default=0.0)
+    for number, (name, expected) in enumerate(zip(names, wanted, strict=True)):
+        got = tape.gradient.get(number)
+        if got is None and expected is None:
+            continue
+        known = got if got is not None else expected
+        assert known is not None
+        g, e = (torch.zeros_like(known.to_dense()) if x is None else x.to_dense() for x in (got, expected))
+        if not _close(g, e, _derivative_tolerance(tape), scale=1e-3 * norm):
+            raise Refusal(
+                f"the recorded operations have another gradient for {name!r} than autograd, as custom autograd "
+                "functions and hooks have it"
+            )
+
+
 class _Expected:
     """Value, gradient and one Hessian-vector product of a loss by nested differentiation."""
 
-    def __init__(self, inputs: Inputs, request: Request) -> None:
-        self.names = inputs.partition.parameter_names
-        tensors = inputs.tensors()
-        parameters = tensors[: inputs.count]
-        with Composed():
-            self.loss = inputs.function(*tensors)
-        self.gradient: list[Tensor | None] = [None] * inputs.count
-        if self.loss.requires_grad:
-            self.gradient = list(torch.autograd.grad(self.loss, parameters, create_graph=True, allow_unused=True))
-        check_dependence(self.gradient)
-        self.rows = self._hessian_rows(parameters, request)
-        self.is_finite = bool(self.loss.isfinite())
+    def __init__(self, loss: Loss, batch: Any, request: Request) -> None:
+        parameters = request.partition.parameters
+        with (
+            sdpa_kernel(SDPBackend.MATH),
+            without_hooks(parameters),
+            loss.evaluated(batch, differentiable=True) as value,
+        ):
+            gradient = gradients_of(value, parameters, create_graph=True)
+            check_dependence(gradient)
+            self.rows = self._hessian_rows(gradient, request)
+            self.is_finite = bool(value.isfinite())
+            self.gradient = [None if g is None else g.detach() for g in gradient]
 
-    def _hessian_rows(self, parameters: Sequence[Tensor], request: Request) -> Tensor | None:
+    def _hessian_rows(self, gradient: Sequence[Tensor | None], request: Request) -> Tensor | None:
         """H̄ times a vector of ones, or nothing where the loss is not twice differentiable by autograd."""
-        moving = [(g, u) for g, u in zip(self.gradient, request.direction, strict=True) if g is not None]
+        partition = request.partition
+        moving = [(g, u) for g, u in zip(gradient, request.direction, strict=True) if g is not None]
         slope = sum((g * u).sum() for g, u in moving)
         if not isinstance(slope, Tensor) or not slope.requires_grad:
-            return torch.zeros(len(request.partition), dtype=torch.float64, device=request.partition.device)
+            return torch.zeros(len(partition), dtype=torch.float64, device=partition.device)
+        if ends_early(slope):
+            return None
         try:
-            product = torch.autograd.grad(slope, parameters, allow_unused=True)
+            product = gradients_of(slope, partition.parameters)
         except RuntimeError:
             return None
-        return request.partition.reduce(
-            [None if h is None else h * u for h, u in zip(product, request.direction, strict=True)]
-        )
-
-    def check_gradient(self, tape: Tape) -> None:
-        """Compares a graph's loss and its gradient, tensor by tensor."""
-        if not _close(tape.loss, self.loss, _value_tolerance(tape)):
-            raise Refusal(f"the traced graph gives a loss of {tape.loss.item()}, the model {self.loss.item()}")
-        norm = max(float(torch.linalg.vector_norm(g.detach().to_dense())) for g in self.gradient if g is not None)
-        for name, got, expected in zip(self.names, tape.gradient, self.gradient, strict=True):
-            if got is None and expected is None:
-                continue
-            known = got if got is not None else expected
-            assert known is not None
-            g, e = (torch.zeros_like(known.to_dense()) if x is None else x.to_dense() for x in (got, expected))
-            if not _close(g, e, _derivative_tolerance(tape), scale=1e-3 * norm):
-                raise Refusal(
-                    f"the traced graph has another gradient for {name!r} than the model, as custom autograd functions "
-                    "and reentrant checkpoints have it"
-                )
+        return partition.reduce([None if h is None else h * u for h, u in zip(product, request.direction, strict=True)])
 
     def check_hessian(self, summary: Summary, tape: Tape) -> None:
         """Compares H̄ times ones."""
@@ -238,8 +287,23 @@ class _Expected:
         if not bool((excess <= 0).all()):
             worst = int(excess.nan_to_num(nan=torch.inf).argmax())
             raise Refusal(
-                f"the traced graph has another Hessian-vector product for group {summary.names[worst]!r} than the model"
+                f"the recorded operations have another Hessian-vector product for group {summary.names[worst]!r} than "
+                "autograd"
             )
+
+
+def ends_early(scalar: Tensor) -> bool:
+    """Whether a gradient goes through a backward pass that can be taken only once, and so lacks terms beyond it."""
+    nodes, seen = [scalar.grad_fn], set()
+    while nodes:
+        node = nodes.pop()
+        if node is None or node in seen:
+            continue
+        seen.add(node)
+        if node.name() in ("torch::autograd::Error", "torch::autograd::DelayedError", "Error", "DelayedError"):
+            return True
+        nodes += [following for following, _ in node.next_functions]
+    return False
 
 
 def _check_accelerations(tape: Tape, summary: Summary) -> None:
@@ -260,3 +324,5 @@ def _check_accelerations(tape: Tape, summary: Summary) -> None:
             }
         )
         raise Refusal(f"no reliable third derivatives of {', '.join(general) or 'some operation'}")
+
+

@@ -1,38 +1,22 @@
-"""A loss as a list of tensor operations, traced once for each shape of the inputs (docs/engine.md).
-
-Tracing has three stages.  The first records what the loss function calls, above autograd, so that ``detach`` and
-``torch.no_grad()`` are seen.  The second breaks composite operations up and marks constants.  The third turns
-operations in place into functional ones and lowers the fused ones (``lowering``).  A traced graph may be wrong where a
-loss does unusual things; whoever uses one compares it with the loss itself (``forward``).
-"""
+"""A loss as a list of tensor operations that have rules, lowered from what was recorded (docs/engine.md)."""
 
 from __future__ import annotations
 
-import contextlib
-import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
+import operator
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from torch import Tensor, fx
-from torch.fx.experimental.proxy_tensor import make_fx
+from torch import Tensor
+from typing_extensions import override
 
 from newton_summary.measure.arena import Layout
-from newton_summary.measure.lowering import CONSTANT, attention, bernoulli, lowerings
+from newton_summary.measure.journal import effects_of
+from newton_summary.measure.lowering import CONSTANT, lowerings
+from newton_summary.measure.record import Record, Recording, Ref, Refusal, Tracer, ref
 
 aten = torch.ops.aten
-
-
-class Refusal(Exception):
-    """Why a loss cannot be measured by this engine: an operation, and what is the matter with it."""
-
-
-@dataclass(frozen=True, slots=True)
-class Ref:
-    """The place of a value among all values of a graph."""
-
-    slot: int
 
 
 @dataclass(slots=True)
@@ -50,8 +34,12 @@ class Instruction:
     def arguments(self, values: Sequence[Any]) -> tuple[Any, ...]:
         """The arguments with the values in place of the references."""
         if self.nested:
-            return tuple(_fill(a, values) for a in self.args)
+            return tuple(fill(a, values) for a in self.args)
         return tuple(values[a.slot] if type(a) is Ref else a for a in self.args)
+
+    def keywords(self, values: Sequence[Any]) -> dict[str, Any]:
+        """The keyword arguments with the values in place of the references."""
+        return {k: fill(v, values) for k, v in self.kwargs.items()} if self.kwargs else self.kwargs
 
 
 @dataclass(slots=True)
@@ -60,11 +48,10 @@ class Graph:
 
     Attributes:
         instructions: in an order in which they can run.
-        inputs: the slots of the inputs: parameters, further tensors of the model, tensors of the batch.
-        constants: slots of tensors that the loss function captured.
+        inputs: for each input its slot, the number of the leaf of a recording that it is, and that of the parameter.
+        constants: slots of tensors that are the same for every recording.
         result: the slot of the loss.
         slots: how many values there are.
-        draws: whether it draws random numbers.
         plan: what each operation does to tangents, once that is known.
         coarse: whether some values are of half precision.
         kinked: whether some operation has a slope that jumps.
@@ -73,27 +60,26 @@ class Graph:
     """
 
     instructions: list[Instruction]
-    inputs: list[int]
+    inputs: list[tuple[int, int, int | None]]
     constants: list[tuple[int, Tensor]]
     result: int
     slots: int
-    draws: bool = False
     plan: list[Any] | None = None
     coarse: bool = False
     kinked: bool = False
     widest: int = 0
     layouts: dict[Any, Layout] = field(default_factory=dict)
 
-    def run(self, inputs: Sequence[Tensor], instead: Mapping[Any, Callable[..., Any]] | None = None) -> list[Any]:
+    def run(self, tensors: Sequence[Tensor], instead: Mapping[Any, Callable[..., Any]] | None = None) -> list[Any]:
         """Every value, by slot.  Differentiable with respect to the inputs.
 
         Args:
-            inputs: the arguments of the traced function.
+            tensors: one for each of :attr:`inputs`.
             instead: what to call in place of some operations.
         """
         replaced = instead or {}
         values: list[Any] = [None] * self.slots
-        for slot, tensor in zip(self.inputs, inputs, strict=True):
+        for (slot, _, _), tensor in zip(self.inputs, tensors, strict=True):
             values[slot] = tensor
         for slot, tensor in self.constants:
             values[slot] = tensor
@@ -101,169 +87,208 @@ class Graph:
             if step.op is CONSTANT:
                 values[step.out] = values[step.reads[0]].detach()
             else:
-                values[step.out] = replaced.get(step.op, step.op)(*step.arguments(values), **step.kwargs)
+                op = replaced.get(step.op, step.op)
+                values[step.out] = op(*step.arguments(values), **step.keywords(values))
         return values
 
 
-def trace(function: Callable[..., Tensor], inputs: Sequence[Tensor], above_autograd: bool) -> Graph:
-    """Traces a function of tensors.
-
-    Args:
-        function: takes the inputs, gives a scalar.
-        inputs: its arguments; those that require gradients are differentiated.
-        above_autograd: whether to record above autograd, where ``detach`` and ``no_grad`` are seen.  A loss that
-            itself differentiates can only be recorded below it, where every ``detach`` is taken for an artefact.
+def lower(recording: Recording) -> Graph:
+    """Breaks recorded operations up into those that have rules.
 
     Raises:
-        Refusal: the function cannot be traced.
+        Refusal: an operation cannot be broken up.
     """
-    try:
-        with _quiet():
-            calls = make_fx(function, pre_dispatch=above_autograd, record_module_stack=False)(*inputs)
-            plain = [tensor.detach() for tensor in inputs]
-            marked = make_fx(_Marking(calls, above_autograd).run)(*plain)
-            lowered = make_fx(torch.func.functionalize(marked), decomposition_table=lowerings())(*plain)
-    except Exception as error:
-        raise Refusal(f"tracing failed with {type(error).__name__}: {first_line(error)}") from error
-    return _compile(lowered)
+    assert recording.result is not None
+    needed = _needed(recording.records, recording.result)
+    lowerer = _Lowerer()
+    with torch.no_grad():
+        for leaf in recording.leaves:
+            if leaf.slot in needed:
+                lowerer.known[leaf.slot] = lowerer.new_slot(leaf.tensor.detach())
+        inputs = [
+            (lowerer.known[leaf.slot], number, leaf.parameter)
+            for number, leaf in enumerate(recording.leaves)
+            if leaf.slot in needed
+        ]
+        for record in recording.records:
+            if record.out in needed:
+                lowerer.lower(record, recording.values)
+    if lowerer.refusal is not None:
+        raise lowerer.refusal
+    return _compile(lowerer, inputs, lowerer.known[recording.result])
 
 
-class _Marking(fx.Interpreter):
-    """Runs recorded calls, with detached values and those computed without gradients marked as constants."""
-
-    def __init__(self, module: fx.GraphModule, trust_detach: bool) -> None:
-        super().__init__(module)
-        self.trust_detach = trust_detach
-        self.gradients = True
-
-    def call_function(self, target: Any, args: Any, kwargs: Any) -> Any:
-        if target is torch._C._set_grad_enabled:
-            self.gradients = bool(args[0])
-            return None
-        if target in (aten.detach.default, aten.detach_.default):
-            return CONSTANT(args[0]) if self.trust_detach else args[0].view_as(args[0])
-        if target is aten.scaled_dot_product_attention.default:
-            result = attention(*args, **kwargs)
-        else:
-            result = super().call_function(target, args, kwargs)
-        if self.gradients or _in_place(target):
-            return result
-        return torch.utils._pytree.tree_map_only(Tensor, lambda t: CONSTANT(t) if t.is_floating_point() else t, result)
-
-
-def _in_place(target: Any) -> bool:
-    schema = getattr(target, "_schema", None)
-    return schema is not None and schema.is_mutable
-
-
-def _compile(module: fx.GraphModule) -> Graph:
-    """A traced module as a list of instructions, without what the loss does not need."""
-    nodes = list(module.graph.nodes)
-    needed = _needed(nodes)
-    slot: dict[fx.Node, int] = {node: i for i, node in enumerate(n for n in nodes if n in needed)}
-    instructions: list[Instruction] = []
-    inputs: list[int] = []
-    constants: list[tuple[int, Tensor]] = []
-    result = -1
-    for node in nodes:
-        if node not in needed:
-            continue
-        if node.op == "placeholder":
-            inputs.append(slot[node])
-        elif node.op == "get_attr":
-            constants.append((slot[node], _attribute(module, str(node.target)).detach()))
-        elif node.op == "output":
-            result = slot[_output(node)]
-        else:
-            instructions.append(_instruction(node, slot))
-    draws = any(_draws(node.target) for node in needed)
-    graph = Graph(instructions, inputs, constants, result, len(slot), draws)
-    _mark_last_uses(graph)
-    return graph
-
-
-def _needed(nodes: list[fx.Node]) -> set[fx.Node]:
-    """The nodes that the result depends on, the inputs, and random draws (which move the random state)."""
-    needed: set[fx.Node] = set()
-    for node in reversed(nodes):
-        if node.op in ("output", "placeholder") or _draws(node.target) or node in needed:
-            needed.add(node)
-            needed.update(node.all_input_nodes)
+def _needed(records: Sequence[Record], result: int) -> set[int]:
+    """The slots that a result depends on."""
+    needed = {result}
+    for record in reversed(records):
+        if record.out in needed:
+            needed.update(slots_in(record.args))
+            needed.update(slots_in(tuple(v for _, v in record.kwargs)))
     return needed
 
 
-def _draws(op: Any) -> bool:
-    return isinstance(op, torch._ops.OpOverload) and torch.Tag.nondeterministic_seeded in op.tags
+_PLAIN_FORM = {aten.view.default: aten.reshape.default, aten._unsafe_view.default: aten.reshape.default}
+"""Operations that want a value to lie in memory as it did when they were recorded, and those that do not."""
 
 
-def _instruction(node: fx.Node, slot: dict[fx.Node, int]) -> Instruction:
-    args, kwargs = _normalised(node)
+class _Lowerer(Tracer):
+    """Runs recorded operations one by one, and records what they are made of.
 
-    def refer(argument: Any) -> Any:
-        return fx.node.map_arg(argument, lambda n: Ref(slot[n]))  # type: ignore[arg-type, return-value]
+    Attributes:
+        known: the slot here of every slot of the recording; several, for an operation with several results.
+    """
 
-    template = tuple(refer(a) for a in args)
-    nested = any(isinstance(a, list | tuple) for a in template)
-    template = tuple(list(a) if isinstance(a, fx.immutable_collections.immutable_list) else a for a in template)
-    plain = {key: refer(value) for key, value in kwargs.items()}
-    if any(isinstance(value, Ref) for value in plain.values()):
-        raise Refusal(f"{node.target} takes a tensor by a keyword only")
-    op = bernoulli if node.target is aten.bernoulli.p else node.target
-    return Instruction(op, template, plain, slot[node], tuple(slot[n] for n in node.all_input_nodes), nested)
+    def __init__(self) -> None:
+        super().__init__()
+        self.known: dict[int, Any] = {}
+        self._table = lowerings()
+
+    @override
+    def slot_of(self, tensor: Tensor) -> int | None:
+        return self.find(tensor)
+
+    @override
+    def counts(self, value: Tensor) -> bool:
+        return True  # constants are computed anew each time, too
+
+    def lower(self, record: Record, values: Mapping[int, Any]) -> None:
+        """Lowers one operation."""
+        if record.op is operator.getitem:
+            several = self.known[record.args[0].slot]
+            if isinstance(several, list):
+                self.known[record.out] = several[record.args[1]]
+                return
+        elif record.op in self._table or not isinstance(record.op, torch._ops.OpOverload):
+            result = self._run(record, values)
+            if result is not NotImplemented:
+                one = isinstance(result, Tensor)
+                self.known[record.out] = self._slot(result) if one else [self._slot(r) for r in result]
+                return
+        args = _mapped(record.args, self.known)
+        kwargs = tuple((k, _mapped(v, self.known)) for k, v in record.kwargs)
+        self.known[record.out] = self.put(_PLAIN_FORM.get(record.op, record.op), args, kwargs, values[record.out])
+
+    def _run(self, record: Record, values: Mapping[int, Any]) -> Any:
+        """Calls what stands for an operation, and records what that calls."""
+        self._memories.clear()
+        self._objects.clear()
+        for slot in {*slots_in(record.args), *slots_in(tuple(v for _, v in record.kwargs))}:
+            if isinstance(self.known[slot], int) and isinstance(values[slot], Tensor):
+                self.name(values[slot], self.known[slot])
+        function = self._table.get(record.op, record.op)
+        args = fill(record.args, values)
+        kwargs = {k: fill(v, values) for k, v in record.kwargs}
+        with self:
+            return function(*args, **kwargs)
+
+    def _slot(self, result: Any) -> int | None:
+        if not isinstance(result, Tensor):
+            return None
+        slot = self.find(result)
+        return self.constant(result) if slot is None else slot
+
+    @override
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        function = self._table.get(func)
+        if function is None and func not in _PLAIN_FORM and _is_composite(func):
+            function = func.decompose
+        if function is not None:
+            with self:
+                result = function(*args, **kwargs)
+            if result is not NotImplemented:
+                return result
+        if not (self.moves(args) or self.moves(list(kwargs.values()))):
+            return func(*args, **kwargs)
+        if func is aten.detach.default:
+            func = CONSTANT
+        effects = effects_of(func)
+        if effects.draws or func is aten._local_scalar_dense.default:
+            self.refuse(f"{func} within an operation cannot be computed anew")
+        return self.run(func, args, kwargs, effects)
 
 
-def _normalised(node: fx.Node) -> tuple[tuple[Any, ...], dict[str, Any]]:
+def _is_composite(op: Any) -> bool:
+    from newton_summary.measure.rules import has_rule
+
+    return isinstance(op, torch._ops.OpOverload) and not has_rule(op) and op._can_decompose()
+
+
+def _compile(lowerer: _Lowerer, inputs: list[tuple[int, int, int | None]], result: int) -> Graph:
+    """What was lowered as a list of instructions, without what the loss does not need."""
+    needed = _needed(lowerer.records, result)
+    number = {slot: i for i, slot in enumerate(sorted(needed))}
+    instructions = [_instruction(r, number) for r in lowerer.records if r.out in needed]
+    graph = Graph(
+        instructions,
+        [(number[slot], leaf, parameter) for slot, leaf, parameter in inputs if slot in needed],
+        [(number[leaf.slot], leaf.tensor.detach()) for leaf in lowerer.leaves if leaf.slot in needed],
+        number[result],
+        len(number),
+    )
+    seen = {graph.result}
+    for step in reversed(instructions):
+        step.last_use = tuple(s for s in dict.fromkeys((*step.reads, step.out)) if s not in seen)
+        seen.update(step.last_use)
+    return graph
+
+
+def _instruction(record: Record, number: Mapping[int, int]) -> Instruction:
+    op = _PLAIN_FORM.get(record.op, record.op)
+    args, kwargs = _by_position(op, _mapped(record.args, number), record.kwargs)
+    named = {k: _mapped(v, number) for k, v in kwargs.items()}
+    reads = dict.fromkeys((*slots_in(args), *slots_in(tuple(named.values()))))
+    nested = any(isinstance(a, tuple) for a in args)
+    listed = tuple(list(a) if isinstance(a, tuple) else a for a in args)
+    return Instruction(op, listed, named, number[record.out], tuple(reads), nested)
+
+
+def _by_position(op: Any, args: tuple[Any, ...], named: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
     """The arguments with those that can stand by position put there."""
-    args, kwargs = list(node.args), dict(node.kwargs)
-    if isinstance(node.target, torch._ops.OpOverload):
-        for argument in node.target._schema.arguments[len(args) :]:
+    result, kwargs = list(args), dict(named)
+    if isinstance(op, torch._ops.OpOverload):
+        for argument in op._schema.arguments[len(result) :]:
             if argument.kwarg_only or argument.name not in kwargs:
                 break
-            args.append(kwargs.pop(argument.name))
-    return tuple(args), kwargs
+            result.append(kwargs.pop(argument.name))
+    return tuple(result), kwargs
 
 
-def _mark_last_uses(graph: Graph) -> None:
-    seen = {graph.result}
-    for step in reversed(graph.instructions):
-        step.last_use = tuple(s for s in (*step.reads, step.out) if s not in seen)
-        seen.update(step.last_use)
+# References -----------------------------------------------------------------------------------------------------------
 
 
-def _output(node: fx.Node) -> fx.Node:
-    (value,) = node.args
-    while isinstance(value, list | tuple):
-        (value,) = value
-    assert isinstance(value, fx.Node)
-    return value
-
-
-def _attribute(module: torch.nn.Module, path: str) -> Tensor:
-    value: Any = module
-    for name in path.split("."):
-        value = getattr(value, name)
-    if not isinstance(value, Tensor):
-        raise Refusal(f"the loss captured a {type(value).__name__} that cannot be recorded")
-    return value
-
-
-def _fill(argument: Any, values: Sequence[Any]) -> Any:
+def slots_in(argument: Any) -> list[int]:
+    """The slots that an argument, or any nesting of them, refers to."""
     if type(argument) is Ref:
-        return values[argument.slot]
+        return [argument.slot]
     if isinstance(argument, list | tuple):
-        return [_fill(a, values) for a in argument]
+        return [slot for a in argument for slot in slots_in(a)]
+    return []
+
+
+def _mapped(argument: Any, number: Mapping[int, Any]) -> Any:
+    """An argument with other slots."""
+    if type(argument) is Ref:
+        return ref(number[argument.slot])
+    if isinstance(argument, list | tuple):
+        return tuple(_mapped(a, number) for a in argument)
     return argument
 
 
-def first_line(error: Exception) -> str:
+def fill(argument: Any, values: Any) -> Any:
+    """An argument with values in place of references."""
+    if type(argument) is Ref:
+        return values[argument.slot]
+    if isinstance(argument, list | tuple):
+        return [fill(a, values) for a in argument]
+    return argument
+
+
+def first_line(error: BaseException) -> str:
     """What an error says, in short."""
     lines = str(error).strip().splitlines()
     return lines[0] if lines else "no message"
 
 
-@contextlib.contextmanager
-def _quiet() -> Iterator[None]:
-    """Tracing warns of torch's own doings, which no user can change."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        yield
+__all__ = ["Graph", "Instruction", "Refusal", "first_line", "lower"]

@@ -7,7 +7,7 @@ import copy
 import ctypes
 import random
 import sys
-from collections.abc import Callable, Iterable, Iterator, Mapping, MutableMapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, MutableMapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, TypeAlias
 
@@ -17,6 +17,9 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils import _pytree as pytree
 
+from newton_summary.measure.attributes import Attributes, generator_rewinds, owners
+from newton_summary.measure.composed import Composed
+from newton_summary.measure.journal import Journal
 from newton_summary.partition import Partition, unwrap
 
 LossFunction: TypeAlias = Callable[[Any, Any], Tensor]
@@ -27,32 +30,50 @@ class Loss:
     """A loss function and the model that it is called with.
 
     Args:
-        loss_fn: takes the model and a batch, gives a scalar.  It must reach the parameters through that model.
+        loss_fn: takes the model and a batch, gives a scalar.
         model: what ``torch.compile`` or ``DistributedDataParallel`` made of a module counts as that module.
     """
 
     def __init__(self, loss_fn: LossFunction, model: nn.Module) -> None:
         self.loss_fn = loss_fn
         self.model = unwrap(model)
-        self._holders = [self.model, *([loss_fn] if isinstance(loss_fn, nn.Module) else [])]
 
     @property
     def devices(self) -> set[torch.device]:
         """The accelerators that parameters of the model are on."""
         return {p.device for p in self.model.parameters() if p.device.type not in ("cpu", "meta")}
 
-    def __call__(self, batch: Any, parameters: Mapping[str, Tensor] | None = None) -> Tensor:
-        """The loss on a batch, with some tensors of the model replaced, and every other buffer replaced by a copy.
+    @contextlib.contextmanager
+    def evaluated(
+        self, batch: Any, journal: Journal | None = None, differentiable: bool = False
+    ) -> Iterator[Tensor]:
+        """A block that begins with the loss on a batch, with its graph, and after which nothing has changed.
+
+        The loss meets the model and its parameters themselves, and a batch with containers of its own.  What it
+        overwrites stays so within the block, where the graph needs it.
 
         Args:
             batch: whatever the loss function takes.
-            parameters: tensors by the names of parameters or buffers; the model's own stand for those not given.
+            journal: watches the operations.
+            differentiable: whether operations whose higher derivatives torch gets wrong are composed of others.
 
         Raises:
             ValueError: the loss is not a scalar.
         """
-        with self._replaced(parameters or {}):
-            return _scalar(self.loss_fn(self.model, batch))
+        journal = Journal() if journal is None else journal
+        attributes = Attributes(*owners(self.model, self.loss_fn))
+        try:
+            with journal, Composed() if differentiable else contextlib.nullcontext():
+                value = _scalar(self.loss_fn(self.model, fresh(batch)))
+            yield value
+        finally:
+            attributes.restore()
+            journal.undo()
+
+    def value(self, batch: Any) -> float:
+        """The loss on a batch, as a number; nothing changes but random states."""
+        with self.evaluated(batch) as value:
+            return value.item()
 
     def after_step(self, batch: Any, partition: Partition, along: Sequence[Tensor], sizes: Sequence[float]) -> float:
         """The loss at θ − U I η, where the S groups of a partition have moved along u by these step sizes."""
@@ -66,53 +87,32 @@ class Loss:
     def movable(
         self, batch: Any, partition: Partition, rewind: Callable[[], None] | None = None
     ) -> Iterator[tuple[list[Tensor], Callable[[], float]]]:
-        """A block in which copies stand for the parameters of a partition, to be moved in place.
+        """A block in which the parameters of a partition hold copies of what they held, to be moved in place.
 
         It gives the copies, and a function that computes the loss where they are, with the same random numbers each
-        time.  Gradients are on, because a loss may differentiate by itself.
+        time.  Gradients are on, as they are in training: a loss may differentiate by itself, or ask.
 
         Args:
             batch: whatever the loss function takes.
             partition: of the parameters that move.
             rewind: restores the random states, where a block around this one does; else they are saved here.
         """
-        copies = [p.detach().clone() for p in partition.parameters]
-        given = dict(zip(partition.parameter_names, copies, strict=True))
-        with self.undisturbed(differentiable=False, rewind=rewind) as rewind, self._replaced(given):
+        before = [p.data for p in partition.parameters]
+        copies = [data.clone() for data in before]
+        with self.undisturbed(differentiable=False, rewind=rewind) as rewind:
 
             def loss() -> float:
                 rewind()
-                return _scalar(self.loss_fn(self.model, batch)).item()
+                return self.value(batch)
 
-            with torch.no_grad():
-                yield copies, torch.enable_grad()(loss)
-
-    @contextlib.contextmanager
-    def _replaced(self, given: Mapping[str, Tensor]) -> Iterator[None]:
-        """Replaces tensors of the model, and buffers by copies, wherever a module holds them, for as long as a block.
-
-        It does what ``torch.func.functional_call`` does in a fraction of the time, which counts on small models.
-        """
-        own: dict[str, Tensor] = dict(self.model.named_parameters(remove_duplicate=False))
-        own |= self.model.named_buffers(remove_duplicate=False)
-        new = {id(own[name]): tensor for name, tensor in given.items()}
-        before: list[tuple[dict[str, Any], dict[str, Any]]] = []
-        try:
-            for module in {m: None for holder in self._holders for m in holder.modules()}:
-                places: tuple[dict[str, Any], ...] = (module._parameters, module._buffers)
-                for held in places:
-                    if not held:
-                        continue
-                    before.append((held, dict(held)))
-                    for name, tensor in before[-1][1].items():
-                        if tensor is not None and held is module._buffers and id(tensor) not in new:
-                            new[id(tensor)] = tensor.clone()
-                        held[name] = new.get(id(tensor), tensor)
-            yield
-        finally:
-            for held, tensors in before:
-                held.clear()
-                held.update(tensors)
+            try:
+                for p, copied in zip(partition.parameters, copies, strict=True):
+                    p.data = copied
+                with torch.no_grad():
+                    yield copies, torch.enable_grad()(loss)
+            finally:
+                for p, data in zip(partition.parameters, before, strict=True):
+                    p.data = data
 
     @contextlib.contextmanager
     def undisturbed(
@@ -120,15 +120,16 @@ class Loss:
     ) -> Iterator[Callable[[], None]]:
         """A block with gradients on, that leaves random states as they were.
 
-        It gives a function that rewinds the random states to where the block began.
+        It gives a function that rewinds the random states to where the block began, those of generators too that the
+        model or the loss owns.
 
-        What ``torch.compile`` made runs uncompiled: it has no second derivatives, and would compile again for the
-        tensors that replace parameters.
+        What ``torch.compile`` made runs uncompiled: it has no second derivatives, and would compile again.
 
         Args:
-            differentiable: whether attention uses twice differentiable kernels, and graphs can be traced.
+            differentiable: whether attention uses twice differentiable kernels.
             rewind: restores the random states, where a block around this one does; else they are saved here.
         """
+        rewinds = generator_rewinds(owners(self.model, self.loss_fn)[1])
         with (
             preserved_randomness(self.devices) if rewind is None else contextlib.nullcontext(rewind) as rewind,
             torch.inference_mode(False),
@@ -136,9 +137,36 @@ class Loss:
             _differentiable_recurrence(self.model),
             _uncompiled(),
             _plain_checkpoints(),
-            _differentiable_kernels() if differentiable else contextlib.nullcontext(),
+            sdpa_kernel(SDPBackend.MATH) if differentiable else contextlib.nullcontext(),
         ):
-            yield rewind
+
+            def rewind_all() -> None:
+                rewind()
+                for one in rewinds:
+                    one()
+
+            try:
+                yield rewind_all
+            finally:
+                for one in rewinds:
+                    one()
+
+
+@contextlib.contextmanager
+def without_hooks(parameters: Sequence[Tensor]) -> Iterator[None]:
+    """Takes the hooks off that change or watch gradients of these leaves: the loss's own derivatives are wanted."""
+    hooked: list[tuple[Any, Any]] = [(p, p._backward_hooks) for p in parameters if p._backward_hooks]
+    try:
+        for p, _ in hooked:
+            p._backward_hooks = None
+        yield
+    finally:
+        for p, hooks in hooked:
+            p._backward_hooks = hooks
+
+
+def fresh(batch: Any) -> Any:
+    return pytree.tree_map(lambda leaf: leaf, with_known_mappings(batch))
 
 
 def _scalar(value: Any) -> Tensor:
@@ -242,28 +270,41 @@ def _uncompiled() -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _differentiable_kernels() -> Iterator[None]:
-    """Chooses an attention that has second derivatives; graphs are traced through what ``torch.compile`` made."""
-    with contextlib.ExitStack() as stack:
-        stack.enter_context(sdpa_kernel(SDPBackend.MATH))
-        if "torch._dynamo" in sys.modules:
-            stack.enter_context(torch._dynamo.config.patch(error_on_nested_fx_trace=False))
-        yield
-
-
-@contextlib.contextmanager
 def _plain_checkpoints() -> Iterator[None]:
-    """Runs reentrant checkpoints as plain calls: torch differentiates them only by ``backward()``, and only once."""
-    module = sys.modules.get("torch.utils.checkpoint")
+    """Runs checkpoints as plain calls.
+
+    Torch differentiates reentrant ones only by ``backward()``, and only once; the others compute anew in the backward
+    pass, where what stands in for some operations here is no longer in force.
+    """
+    module: Any = sys.modules.get("torch.utils.checkpoint")
     if module is None:
         yield
         return
-    function = module.CheckpointFunction
-    function.apply = staticmethod(lambda run, preserve_rng_state, *args: run(*args))
+    name = "_checkpoint_without_reentrant_generator"
+    original = getattr(module, name, None)
+    module.CheckpointFunction.apply = staticmethod(lambda run, preserve_rng_state, *args: run(*args))
     try:
+        if original is not None:
+            setattr(module, name, _no_checkpoint)
         yield
     finally:
-        del function.apply  # what it inherits is seen again
+        if original is not None:
+            setattr(module, name, original)
+        del module.CheckpointFunction.apply  # what it inherits is seen again
+
+
+def _no_checkpoint(*args: Any, **kwargs: Any) -> Iterator[None]:
+    """What torch drives around a checkpointed function: up to the call, and after it."""
+    yield
+
+
+def gradients_of(value: Tensor, parameters: Sequence[Tensor], create_graph: bool = False) -> list[Tensor | None]:
+    """The gradients of a loss by parameters; nothing for those that it does not depend on, or that are frozen."""
+    moving = [p for p in parameters if p.requires_grad]
+    if not (value.requires_grad and moving):
+        return [None] * len(parameters)
+    found = iter(torch.autograd.grad(value, moving, allow_unused=True, create_graph=create_graph))
+    return [next(found) if p.requires_grad else None for p in parameters]
 
 
 def check_dependence(gradients: Iterable[Tensor | None]) -> None:

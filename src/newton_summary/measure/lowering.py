@@ -156,6 +156,25 @@ def _safe_softmax(x: Tensor, dim: int, dtype: torch.dtype | None = None) -> Tens
     return torch.where(empty, 0.0, aten._softmax.default(torch.where(empty, 0.0, x), dim, False))
 
 
+@_lowers(aten._scaled_dot_product_flash_attention_for_cpu.default)
+def _flash_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    dropout: float = 0.0,
+    is_causal: bool = False,
+    *,
+    attn_mask: Tensor | None = None,
+    scale: float | None = None,
+) -> tuple[Tensor, Tensor]:
+    return attention(q, k, v, attn_mask, dropout, is_causal, scale), q.new_zeros(())
+
+
+@_lowers(aten.copy.default)
+def _copy(x: Tensor, source: Tensor, non_blocking: bool = False) -> Tensor:
+    return source.to(x.dtype).expand(x.shape)
+
+
 def attention(
     q: Tensor,
     k: Tensor,
@@ -182,11 +201,6 @@ def attention(
         scores = scores + torch.zeros(scores.shape[-2:], dtype=q.dtype, device=q.device).masked_fill(future, -torch.inf)
     mixed = scores.softmax(-1) @ v
     return mixed.unflatten(0, batch) if is_flat else mixed
-
-
-def bernoulli(like: Tensor, p: float) -> Tensor:
-    """The draws of ``bernoulli_``, which dropout uses: in the order of memory, other than those of ``bernoulli``."""
-    return torch.empty_like(like).bernoulli_(p)
 
 
 @_lowers(aten.logsumexp.default)

@@ -12,8 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from newton_summary.measure.composed import Composed
-from newton_summary.measure.loss import Loss, batch_size, check_dependence
+from newton_summary.measure.loss import Loss, batch_size, check_dependence, without_hooks
 from newton_summary.partition import Partition
 from newton_summary.summary import Summary
 
@@ -41,11 +40,12 @@ class NestedEngine:
         Raises:
             ValueError: the loss does not depend on the parameters.
         """
-        with loss.undisturbed():
-            aliases = [p.detach().requires_grad_() for p in partition.parameters]
-            with Composed():
-                value = loss(batch, dict(zip(partition.parameter_names, aliases, strict=True)))
-            tensors = _Nesting(partition, aliases, direction, order, third == "diagonal").run(value)
+        with (
+            loss.undisturbed(),
+            without_hooks(partition.parameters),
+            loss.evaluated(batch, differentiable=True) as value,
+        ):
+            tensors = _Nesting(partition, direction, order, third == "diagonal").run(value)
         first_orders = dict(zip(("loss", "gradient", "hessian", "third"), tensors, strict=False))
         first_orders.setdefault("gradient", torch.zeros(len(partition), device=partition.device))
         return Summary(
@@ -68,14 +68,12 @@ def taylor(loss: Loss, batch: Any, partition: Partition, direction: Sequence[Ten
 class _Nesting:
     """One recursion over sorted index tuples."""
 
-    def __init__(
-        self, partition: Partition, aliases: list[Tensor], direction: Sequence[Tensor], order: int, diagonal: bool
-    ) -> None:
-        self.partition, self.aliases, self.direction = partition, aliases, direction
+    def __init__(self, partition: Partition, direction: Sequence[Tensor], order: int, diagonal: bool) -> None:
+        self.partition, self.direction = partition, direction
         self.order = order
         self.diagonal = diagonal and order == 3
         self.groups_of = partition.groups_of
-        size, device = len(partition), aliases[0].device
+        size, device = len(partition), partition.parameters[0].device
         self.tensors = [torch.zeros((size,) * d, dtype=torch.float64, device=device) for d in range(order + 1)]
         if self.diagonal:
             self.tensors[3] = torch.zeros(size, dtype=torch.float64, device=device)
@@ -110,10 +108,12 @@ class _Nesting:
     def _gradients(self, scalar: Tensor, groups: range, keep_graph: bool) -> list[Tensor | None]:
         """The gradients of a scalar with respect to the tensors of these groups; ``None`` for all other tensors."""
         chosen = [i for i, members in enumerate(self.groups_of) if any(g in groups for g in members)]
-        results: list[Tensor | None] = [None] * len(self.aliases)
-        if scalar.requires_grad:
+        parameters = self.partition.parameters
+        chosen = [i for i in chosen if parameters[i].requires_grad]
+        results: list[Tensor | None] = [None] * len(parameters)
+        if scalar.requires_grad and chosen:
             gradients = torch.autograd.grad(
-                scalar, [self.aliases[i] for i in chosen], retain_graph=True, create_graph=keep_graph, allow_unused=True
+                scalar, [parameters[i] for i in chosen], retain_graph=True, create_graph=keep_graph, allow_unused=True
             )
             for i, gradient in zip(chosen, gradients, strict=True):
                 results[i] = gradient

@@ -13,9 +13,9 @@ import torch
 from torch import Tensor
 
 from newton_summary.measure.arena import arena, is_large
-from newton_summary.measure.graph import Graph, Instruction, Ref, Refusal, first_line
-from newton_summary.measure.inputs import Inputs
+from newton_summary.measure.graph import Graph, Instruction, first_line
 from newton_summary.measure.lowering import CONSTANT
+from newton_summary.measure.record import Leaf, Ref, Refusal
 from newton_summary.measure.rules import KINKED, Call, Groups, Jet, Place, Rule, Sums, rule_for
 from newton_summary.measure.rules.jets import rows_of
 from newton_summary.partition import Partition
@@ -72,19 +72,24 @@ class Tape:
 
     Args:
         graph: the loss.
-        inputs: what it is run on, from the present random state.
+        leaves: those of the recording that it is run for.
         with_gradient: whether the gradient by the parameters is wanted, too.
         keep: whether another backward pass will follow.
+
+    Attributes:
+        gradient: by the number of the parameter.
     """
 
-    def __init__(self, graph: Graph, inputs: Inputs, with_gradient: bool = False, keep: bool = False) -> None:
-        tensors = inputs.tensors()
+    def __init__(self, graph: Graph, leaves: Sequence[Leaf], with_gradient: bool = False, keep: bool = False) -> None:
         self.graph = graph
         self.final: Jet | None = None
+        tensors = [leaves[leaf].tensor.detach() for _, leaf, _ in graph.inputs]
+        moving = {p: t.requires_grad_() for t, (_, _, p) in zip(tensors, graph.inputs, strict=True) if p is not None}
         self.values = graph.run(tensors, _BATCHABLE if keep else None)
         self.loss: Tensor = self.values[graph.result]
         self.steps = _plan(graph, self.values)
-        self.adjoints, self.gradient = self._differentiate(tensors[: inputs.count] if with_gradient else [], keep)
+        self.adjoints, gradient = self._differentiate(list(moving.values()) if with_gradient else [], keep)
+        self.gradient = dict(zip(moving, gradient, strict=False))
 
     def _differentiate(self, leaves: list[Tensor], keep: bool) -> tuple[dict[int, Any], list[Tensor | None]]:
         """Adjoints of the results of all curved operations, by slot, and the gradient."""
@@ -133,19 +138,21 @@ def _plan(graph: Graph, values: Sequence[Any]) -> list[_Step | None]:
 
 def _step(instruction: Instruction, values: Sequence[Any], bent: set[int]) -> _Step | None:
     out = values[instruction.out]
+    if any(_any_moves(v) for v in instruction.keywords(values).values()):
+        raise Refusal(f"{instruction.op} takes a moving tensor by a keyword only")
     if instruction.op is CONSTANT or not any(_moves(v) for v in _several(out)):
         return None
     places = tuple((place, slot) for place, slot in _places(instruction) if _any_moves(values[slot]))
     if any(isinstance(values[s], Tensor) and values[s].is_complex() for _, s in places):
         raise Refusal(f"{instruction.op} takes complex numbers")
     moving = dict.fromkeys((place for place, _ in places), _UNKNOWN)
-    call = Call(instruction.op, instruction.arguments(values), instruction.kwargs, out, moving)
+    call = Call(instruction.op, instruction.arguments(values), instruction.keywords(values), out, moving)
     rule = rule_for(call)
     return _Step(rule, places, rule.is_curved(call), frozenset(place for place, slot in places if slot in bent))
 
 
 def _any_moves(value: Any) -> bool:
-    return _moves(value) if isinstance(value, Tensor) else any(_moves(v) for v in value)
+    return any(_moves(v) for v in value) if isinstance(value, list | tuple) else _moves(value)
 
 
 def _places(instruction: Instruction) -> list[tuple[Place, int]]:
@@ -193,10 +200,12 @@ def _push(tape: Tape, request: Request, sums: Sums, calls: list[_Curved] | None)
     jets: list[Any] = [None] * graph.slots
     size = graph.widest * 2 * len(request.partition)
     holders = _Holders() if calls is None and is_large(size) else None
-    for slot, jet in zip(graph.inputs, request.jets(), strict=False):
-        jets[slot] = jet
-        if holders is not None:
-            holders.add(jet, 2)
+    directions = request.jets()
+    for slot, _, parameter in graph.inputs:
+        if parameter is not None:
+            jets[slot] = directions[parameter]
+            if holders is not None:
+                holders.add(directions[parameter], 2)
     for instruction, step in zip(graph.instructions, tape.steps, strict=True):
         if step is not None:
             found = {place: jets[slot] for place, slot in step.places if jets[slot] is not None}
@@ -204,7 +213,8 @@ def _push(tape: Tape, request: Request, sums: Sums, calls: list[_Curved] | None)
                 args = instruction.arguments(values)
                 out = values[instruction.out]
                 spare = holders.spare(step.places, jets, instruction.last_use) if holders is not None else _NOTHING
-                call = Call(instruction.op, args, instruction.kwargs, out, found, request.diagonal, step.bent, spare)
+                kwargs = instruction.keywords(values)
+                call = Call(instruction.op, args, kwargs, out, found, request.diagonal, step.bent, spare)
                 adjoint = adjoints.pop(instruction.out, None) if request.order > 1 else None
                 try:
                     jets[instruction.out] = step.rule.push(call, adjoint, sums)

@@ -1,0 +1,136 @@
+"""What operations overwrite, noted so that it can be undone."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from typing_extensions import override
+
+aten = torch.ops.aten
+
+
+@dataclass(frozen=True, slots=True)
+class Effects:
+    """What an operation does besides computing.
+
+    Attributes:
+        positions: the positions of the arguments that it overwrites.
+        names: the names of those that it takes by keyword only.
+        shares: whether its results look at the memory of its arguments.
+        draws: whether it draws random numbers.
+        forgets: whether its results depend on nothing but the shapes of its arguments.
+        turns: whether it changes nothing but how its argument looks at its memory.
+    """
+
+    positions: tuple[int, ...]
+    names: tuple[str, ...]
+    shares: bool
+    draws: bool
+    forgets: bool
+    turns: bool
+
+    @property
+    def writes(self) -> bool:
+        """Whether it overwrites anything."""
+        return bool(self.positions or self.names)
+
+    def written(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Iterator[Tensor]:
+        """The tensors that a call overwrites."""
+        values = [args[i] for i in self.positions if i < len(args)] + [kwargs.get(name) for name in self.names]
+        for value in values:
+            for tensor in value if isinstance(value, list | tuple) else [value]:
+                if isinstance(tensor, Tensor):
+                    yield tensor
+
+
+STATISTICS = {  # they update running statistics, which their schemas do not say
+    aten.native_batch_norm.default: (3, 4),
+    aten.cudnn_batch_norm.default: (3, 4),
+    aten.miopen_batch_norm.default: (3, 4),
+}
+_UNDRAWN = {aten._scaled_dot_product_flash_attention_for_cpu.default}  # said to draw, but takes no dropout
+_SHARING = {aten._unsafe_view.default, aten.lift.default, aten.lift_fresh.default, aten.resolve_conj.default}
+
+
+@functools.cache
+def effects_of(op: Any) -> Effects:
+    """What an operator of torch does besides computing, as its schema says."""
+    if not isinstance(op, torch._ops.OpOverload):
+        return Effects((), (), True, False, False, False)
+    arguments, positions, names = op._schema.arguments, [], []
+    for i, argument in enumerate(arguments):
+        if argument.alias_info is not None and argument.alias_info.is_write:
+            if argument.kwarg_only:
+                names.append(argument.name)
+            else:
+                positions.append(i)
+    shares = op in _SHARING or any(r.alias_info is not None for r in op._schema.returns)
+    draws = torch.Tag.nondeterministic_seeded in op.tags and op not in _UNDRAWN
+    name = op._schema.name
+    forgets = not positions and not names and (name.endswith("_like") or name.startswith("aten::new_"))
+    return Effects((*positions, *STATISTICS.get(op, ())), tuple(names), shares, draws, forgets, torch.Tag.inplace_view in op.tags)
+
+
+class Journal(TorchDispatchMode):
+    """A block whose operations may overwrite tensors from outside, until :meth:`undo`.
+
+    Everything that the operations of torch write is seen here: running statistics, tables that are renormalised in
+    place, a batch that is divided in place, whoever holds them.
+    """
+
+    @classmethod
+    @override
+    def _should_skip_dynamo(cls) -> bool:
+        return False  # else the first use imports torch's compiler, which takes a second
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._own: set[int] = set()
+        self._before: dict[int, tuple[Tensor, Tensor]] = {}
+        self._versions: list[Any] = []
+
+    @override
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        effects = effects_of(func)
+        if effects.writes:
+            for tensor in effects.written(args, kwargs or {}):
+                self.protect(tensor)
+        out = func(*args, **kwargs) if kwargs else func(*args)
+        if not effects.shares:
+            self.claim(out)
+        return out
+
+    def claim(self, out: Any) -> None:
+        """Notes that the memory of these results was made within the block."""
+        for tensor in (out,) if isinstance(out, Tensor) else out if isinstance(out, list | tuple) else ():
+            if isinstance(tensor, Tensor) and tensor.layout is torch.strided:
+                self._own.add(tensor.untyped_storage()._cdata)
+
+    def protect(self, tensor: Tensor) -> None:
+        """Keeps what a tensor from outside holds, before it is overwritten for the first time."""
+        if tensor.layout is not torch.strided:
+            return
+        memory = tensor.untyped_storage()
+        if memory._cdata in self._own or memory._cdata in self._before:
+            return
+        alias = torch.empty(0, dtype=torch.uint8, device=tensor.device).set_(memory)
+        self._before[memory._cdata] = (alias, alias.clone())
+        self._versions.append(torch.autograd._unsafe_preserve_version_counter(tensor))
+
+    def undo(self) -> None:
+        """Gives tensors from outside back what they held, bit for bit; to be called outside the block.
+
+        Their versions go back, too: a graph of the user's that saved them is as good as before.
+        """
+        for alias, content in self._before.values():
+            alias.copy_(content)
+        for version in self._versions:
+            version.__exit__()
+        self._before.clear()
+        self._versions.clear()
