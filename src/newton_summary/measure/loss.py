@@ -43,6 +43,10 @@ class Loss:
         """The accelerators that parameters of the model are on."""
         return {p.device for p in self.model.parameters() if p.device.type not in ("cpu", "meta")}
 
+    def generators(self) -> list[Callable[[], None]]:
+        """For each generator of random numbers that the model or the loss owns, a function that takes it back here."""
+        return generator_rewinds(owners(self.model, self.loss_fn)[1])
+
     @contextlib.contextmanager
     def evaluated(
         self, batch: Any, journal: Journal | None = None, differentiable: bool = False
@@ -129,7 +133,7 @@ class Loss:
             differentiable: whether attention uses twice differentiable kernels.
             rewind: restores the random states, where a block around this one does; else they are saved here.
         """
-        rewinds = generator_rewinds(owners(self.model, self.loss_fn)[1])
+        rewinds = self.generators()
         with (
             preserved_randomness(self.devices) if rewind is None else contextlib.nullcontext(rewind) as rewind,
             torch.inference_mode(False),

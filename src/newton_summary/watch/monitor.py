@@ -7,7 +7,7 @@ import json
 import logging
 import math
 from collections import Counter, deque
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Protocol
@@ -237,7 +237,7 @@ class Monitor:
         """
         self._write_last()
         device = self.partition.device
-        batches, randomness = list(batches), _Randomness(device)
+        batches, randomness = list(batches), _Randomness(device, self._loss.generators())
         if not batches:
             raise ValueError("there are no batches to measure on")
         u = next_step(self.optimizer, self.partition.parameters)
@@ -283,13 +283,9 @@ class Monitor:
         waiting, self._awaiting = self._awaiting, None
         losses = []
         for batch in waiting.batches:
-            with (
-                measurable(self._loss.model, self.partition, []) as (whole, _along),
-                self._loss.undisturbed(),  # a loss may differentiate by itself
-            ):
+            with measurable(self._loss.model, self.partition, []), self._loss.undisturbed():
                 waiting.randomness.restore()
-                fixed = {n: p.detach() for n, p in zip(whole.parameter_names, whole.parameters, strict=True)}
-                losses.append(self._loss(batch, fixed).item())
+                losses.append(self._loss.value(batch))
         total = sum(waiting.weights)
         own = sum(w * loss for w, loss in zip(waiting.weights, losses, strict=True)) / total
         after = self._processes.mean([own], [total], self.partition.device)[0]
@@ -358,12 +354,15 @@ class _Awaiting:
 class _Randomness:
     """The random states that a measurement started from, so that the loss after the step meets the same dropout."""
 
-    def __init__(self, device: torch.device) -> None:
+    def __init__(self, device: torch.device, generators: Sequence[Callable[[], None]]) -> None:
         self.device = device
+        self.generators = generators
         self.host = torch.get_rng_state()
         self.own = None if device.type == "cpu" else torch.get_device_module(device).get_rng_state(device)
 
     def restore(self) -> None:
+        for rewind in self.generators:
+            rewind()
         torch.set_rng_state(self.host)
         if self.own is not None:
             torch.get_device_module(self.device).set_rng_state(self.own, self.device)
