@@ -13,7 +13,7 @@ from typing_extensions import override
 
 from newton_summary.measure.arena import Layout
 from newton_summary.measure.journal import effects_of
-from newton_summary.measure.lowering import CONSTANT, lowerings
+from newton_summary.measure.lowering import CONSTANT, lowering_of
 from newton_summary.measure.record import Record, Recording, Ref, Refusal, Tracer, ref
 
 aten = torch.ops.aten
@@ -105,6 +105,8 @@ def lower(recording: Recording) -> Graph:
         for leaf in recording.leaves:
             if leaf.slot in needed:
                 lowerer.known[leaf.slot] = lowerer.new_slot(leaf.tensor.detach())
+                if leaf.parameter is not None:
+                    lowerer.moving.add(lowerer.known[leaf.slot])
         inputs = [
             (lowerer.known[leaf.slot], number, leaf.parameter)
             for number, leaf in enumerate(recording.leaves)
@@ -137,12 +139,13 @@ class _Lowerer(Tracer):
 
     Attributes:
         known: the slot here of every slot of the recording; several, for an operation with several results.
+        moving: the slots here of what moves with the parameters.
     """
 
     def __init__(self) -> None:
         super().__init__()
         self.known: dict[int, Any] = {}
-        self._table = lowerings()
+        self.moving: set[int] = set()
 
     @override
     def slot_of(self, tensor: Tensor) -> int | None:
@@ -152,6 +155,13 @@ class _Lowerer(Tracer):
     def counts(self, value: Tensor) -> bool:
         return True  # constants are computed anew each time, too
 
+    @override
+    def put(self, op: Any, args: tuple[Any, ...], kwargs: tuple[tuple[str, Any], ...], out: Any) -> int:
+        slot = super().put(op, args, kwargs, out)
+        if op is not CONSTANT and not self.moving.isdisjoint(slots_in((args, tuple(v for _, v in kwargs)))):
+            self.moving.add(slot)
+        return slot
+
     def lower(self, record: Record, values: Mapping[int, Any]) -> None:
         """Lowers one operation."""
         if record.op is operator.getitem:
@@ -159,7 +169,7 @@ class _Lowerer(Tracer):
             if isinstance(several, list):
                 self.known[record.out] = several[record.args[1]]
                 return
-        elif record.op in self._table or not isinstance(record.op, torch._ops.OpOverload):
+        else:
             result = self._run(record, values)
             if result is not NotImplemented:
                 one = isinstance(result, Tensor)
@@ -171,16 +181,25 @@ class _Lowerer(Tracer):
 
     def _run(self, record: Record, values: Mapping[int, Any]) -> Any:
         """Calls what stands for an operation, and records what that calls."""
+        function = lowering_of(record.op) if isinstance(record.op, torch._ops.OpOverload) else record.op
+        if function is None:
+            return NotImplemented
         self._memories.clear()
         self._objects.clear()
         for slot in {*slots_in(record.args), *slots_in(tuple(v for _, v in record.kwargs))}:
             if isinstance(self.known[slot], int) and isinstance(values[slot], Tensor):
                 self.name(values[slot], self.known[slot])
-        function = self._table.get(record.op, record.op)
         args = fill(record.args, values)
         kwargs = {k: fill(v, values) for k, v in record.kwargs}
         with self:
             return function(*args, **kwargs)
+
+    def _slots_of(self, values: Any) -> list[int]:
+        """The slots of all tensors among some arguments that are known."""
+        if isinstance(values, Tensor):
+            slot = self.find(values)
+            return [] if slot is None else [slot]
+        return [s for v in values for s in self._slots_of(v)] if isinstance(values, list | tuple) else []
 
     def _slot(self, result: Any) -> int | None:
         if not isinstance(result, Tensor):
@@ -191,16 +210,18 @@ class _Lowerer(Tracer):
     @override
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        function = self._table.get(func)
-        if function is None and func not in _PLAIN_FORM and _is_composite(func):
-            function = func.decompose
-        if function is not None:
-            with self:
-                result = function(*args, **kwargs)
-            if result is not NotImplemented:
-                return result
-        if not (self.moves(args) or self.moves(list(kwargs.values()))):
+        slots = self._slots_of((args, tuple(kwargs.values())))
+        if not slots:
             return func(*args, **kwargs)
+        if not self.moving.isdisjoint(slots):
+            function = lowering_of(func)
+            if function is None and func not in _PLAIN_FORM and _is_composite(func):
+                function = func.decompose
+            if function is not None:
+                with self:
+                    result = function(*args, **kwargs)
+                if result is not NotImplemented:
+                    return result
         if func is aten.detach.default:
             func = CONSTANT
         effects = effects_of(func)

@@ -8,7 +8,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch._decomp import core_aten_decompositions
 
 aten = torch.ops.aten
 
@@ -20,15 +19,18 @@ Lowering = Callable[..., Any]
 _OWN: dict[Any, Lowering] = {}
 
 
-def lowerings() -> dict[Any, Lowering]:
-    """The table that tracing decomposes by: ours, and torch's where no rule takes the operation as it is."""
+def lowering_of(op: Any) -> Lowering | None:
+    """What an operation is decomposed by: ours, or torch's where no rule takes the operation as it is."""
     from newton_summary.measure.rules import has_rule
 
-    return {op: f for op, f in _torch_lowerings().items() if not has_rule(op)} | _OWN
+    own = _OWN.get(op)
+    return own if own is not None or has_rule(op) else _torch_lowerings().get(op)
 
 
 @functools.cache
 def _torch_lowerings() -> dict[Any, Lowering]:
+    from torch._decomp import core_aten_decompositions  # takes long to load, and small networks do without
+
     return dict(core_aten_decompositions())
 
 
