@@ -268,8 +268,11 @@ class Partition:
         return totals
 
     def dot(self, left: Sequence[Tensor | None], right: Sequence[Tensor]) -> list[Tensor]:
-        """The inner product of two vectors of parameters, group by group: S scalars.  ``None`` stands for zeros."""
-        return self.sums([None if a is None else a * b for a, b in zip(left, right, strict=True)])
+        """The inner product of two vectors of parameters, group by group: S scalars.  ``None`` stands for zeros.
+
+        Complex numbers count as pairs of real ones.
+        """
+        return self.sums([None if a is None else _product(a, b) for a, b in zip(left, right, strict=True)])
 
     def spread(self, values: Sequence[float]) -> list[float | Tensor]:
         """One number for each group (S) to one factor for each tensor (I v): a number, or a tensor of its shape.
@@ -450,6 +453,10 @@ class _Assignment:
                 f"group {group!r}: parameter {what} is frozen (requires_grad=False) or empty: leave it out"
             )
         return position
+
+
+def _product(a: Tensor, b: Tensor) -> Tensor:
+    return (a.conj() * b).real if a.is_complex() or b.is_complex() else a * b
 
 
 def _gather(pairs: Iterable[tuple[str, str]]) -> dict[str, list[str]]:

@@ -72,7 +72,9 @@ def _is_plain_object(value: Any) -> bool:
     """Whether it is of a class that a user wrote, with attributes that can be set."""
     kind = type(value)
     known = kind.__module__.partition(".")[0] in ("torch", "numpy", "builtins", "newton_summary", "functools")
-    return not known and isinstance(getattr(value, "__dict__", None), dict) and not callable(getattr(kind, "__get__", 0))
+    return (
+        not known and isinstance(getattr(value, "__dict__", None), dict) and not callable(getattr(kind, "__get__", 0))
+    )
 
 
 def _content(cell: Any) -> Any:
@@ -128,7 +130,9 @@ _NOTHING = object()
 def _refill(value: Any, before: Any) -> None:
     if isinstance(value, dict):
         _put_back(value, before)
-    elif len(value) != len(before) or (not isinstance(value, set) and any(a is not b for a, b in zip(value, before))):
+    elif len(value) != len(before) or (
+        not isinstance(value, set) and any(a is not b for a, b in zip(value, before, strict=True))
+    ):
         value.clear()
         value.update(before) if isinstance(value, set) else value.extend(before)
 
@@ -140,10 +144,15 @@ def generator_rewinds(objects: list[Any]) -> list[Callable[[], None]]:
 
 def _rewind(generator: Any) -> Callable[[], None]:
     if isinstance(generator, torch.Generator):
-        return functools.partial(generator.set_state, generator.get_state())
+        state = generator.get_state()
+        return lambda: _discard(generator.set_state(state))
     if isinstance(generator, random.Random):
         return functools.partial(generator.setstate, generator.getstate())
     if isinstance(generator, np.random.RandomState):
         return functools.partial(generator.set_state, generator.get_state())
     bits = generator.bit_generator
     return functools.partial(setattr, bits, "state", bits.state)
+
+
+def _discard(_: Any) -> None:
+    pass

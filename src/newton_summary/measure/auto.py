@@ -10,6 +10,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from newton_summary.measure.forward import ForwardEngine
+from newton_summary.measure.graph import first_line
 from newton_summary.measure.loss import Loss
 from newton_summary.measure.nested import NestedEngine
 from newton_summary.measure.record import Refusal
@@ -35,7 +36,11 @@ class AutoEngine:
     def measure(
         self, loss: Loss, batch: Any, partition: Partition, direction: Sequence[Tensor], order: int, third: str
     ) -> Summary:
-        """The summary of one batch, by the first engine that can."""
+        """The summary of one batch, by the first engine that can.
+
+        Raises:
+            Refusal: neither can; both reasons are named.
+        """
         if order > 3:
             return self.nested.measure(loss, batch, partition, direction, order, third)
         try:
@@ -46,7 +51,10 @@ class AutoEngine:
         if reason not in known:
             known.add(reason)
             warnings.warn(f"measured by nested differentiation, which is slower: {reason}", stacklevel=3)
-        return self.nested.measure(loss, batch, partition, direction, order, third)
+        try:
+            return self.nested.measure(loss, batch, partition, direction, order, third)
+        except (RuntimeError, Refusal) as error:
+            raise Refusal(f"no engine can measure this loss; forward: {reason}; nested: {first_line(error)}") from error
 
 
 FORWARD = ForwardEngine()

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from newton_summary.measure.autograd import once_differentiable, own_derivatives
 from newton_summary.measure.graph import Graph, first_line, lower
 from newton_summary.measure.loss import Loss, batch_size, check_dependence, gradients_of, without_hooks
 from newton_summary.measure.record import Recorder, Recording, Refusal
@@ -29,6 +30,10 @@ _VALUE_TOLERANCE = {torch.float64: 1e-10, torch.float32: 1e-5}
 _DERIVATIVE_TOLERANCE = {torch.float64: 1e-7, torch.float32: 2e-3}
 _COARSE = 3e-2  # for types of half precision
 _KINKED = 2e-2  # for single precision with kinks: rounding moves a few values across, so that slopes jump
+
+
+_TORCHS = (RuntimeError, NotImplementedError, TypeError, IndexError, AttributeError, AssertionError)
+"""Errors of torch, or of a loss that does not stand being watched: an engine that does not watch may do better."""
 
 
 class ForwardEngine:
@@ -58,8 +63,14 @@ class ForwardEngine:
         """
         if order > 3:
             raise Refusal(f"order {order} is above 3")
+        try:
+            return self._measure(loss, batch, Request(partition, direction, order, third))
+        except _TORCHS as error:
+            raise Refusal(f"{type(error).__name__}: {first_line(error)}") from error
+
+    def _measure(self, loss: Loss, batch: Any, request: Request) -> Summary:
+        partition = request.partition
         known = self._known.setdefault(loss.model, _Known())
-        request = Request(partition, direction, order, third)
         with loss.undisturbed(differentiable=partition.device.type != "cpu") as rewind:
             with without_hooks(partition.parameters):
                 recording, gradient = _recorded(loss, batch, partition)
@@ -99,7 +110,7 @@ class ForwardEngine:
                 entry = _Entry(lower(recording))
             except Refusal as refusal:
                 entry = _Entry(refusal=refusal)
-            except (RuntimeError, NotImplementedError, TypeError) as error:
+            except _TORCHS as error:
                 entry = _Entry(refusal=Refusal(f"lowering failed with {type(error).__name__}: {first_line(error)}"))
             while len(known.entries) >= self.graphs:
                 known.entries.pop(next(iter(known.entries)))
@@ -161,9 +172,7 @@ class _Known:
     checked: set[Any] = field(default_factory=set)
 
 
-def _recorded(
-    loss: Loss, batch: Any, partition: Partition
-) -> tuple[Recording, Sequence[Tensor | None] | None]:
+def _recorded(loss: Loss, batch: Any, partition: Partition) -> tuple[Recording, Sequence[Tensor | None] | None]:
     """One evaluation of the loss, and its gradient where that may be of the user's own making."""
     recorder = Recorder(partition.parameters, partition.parameter_names)
     with loss.evaluated(batch, recorder) as value:
@@ -172,29 +181,10 @@ def _recorded(
         if recording.result is None:
             check_dependence([None])
         gradient = None
-        if recorder.is_hooked() or _has_own_derivatives(value):
+        if recorder.is_hooked() or own_derivatives(value):
             gradient = gradients_of(value, partition.parameters)
     recording.loss = value.detach()
     return recording, gradient
-
-
-def _has_own_derivatives(loss: Tensor) -> bool:
-    """Whether autograd meets functions with a backward pass that is not torch's own."""
-    nodes, seen = [loss.grad_fn], set()
-    while nodes:
-        node = nodes.pop()
-        if node is None or node in seen:
-            continue
-        seen.add(node)
-        if isinstance(node, torch.autograd.function.BackwardCFunction) or not _is_torchs(node):
-            return True
-        nodes += [following for following, _ in node.next_functions]
-    return False
-
-
-def _is_torchs(node: Any) -> bool:
-    name = type(node).__name__
-    return name not in ("CppFunction", "CompiledFunctionBackward") and "Differentiable" not in name
 
 
 # Checks ---------------------------------------------------------------------------------------------------------------
@@ -252,10 +242,12 @@ class _Expected:
             without_hooks(parameters),
             loss.evaluated(batch, differentiable=True) as value,
         ):
-            gradient = gradients_of(value, parameters, create_graph=True)
-            check_dependence(gradient)
-            self.rows = self._hessian_rows(gradient, request)
             self.is_finite = bool(value.isfinite())
+            try:
+                gradient = gradients_of(value, parameters, create_graph=True)
+                self.rows = None if once_differentiable(value) else self._hessian_rows(gradient, request)
+            except RuntimeError:  # no second derivatives by autograd
+                gradient, self.rows = gradients_of(value, parameters), None
             self.gradient = [None if g is None else g.detach() for g in gradient]
 
     def _hessian_rows(self, gradient: Sequence[Tensor | None], request: Request) -> Tensor | None:
@@ -265,12 +257,7 @@ class _Expected:
         slope = sum((g * u).sum() for g, u in moving)
         if not isinstance(slope, Tensor) or not slope.requires_grad:
             return torch.zeros(len(partition), dtype=torch.float64, device=partition.device)
-        if ends_early(slope):
-            return None
-        try:
-            product = gradients_of(slope, partition.parameters)
-        except RuntimeError:
-            return None
+        product = gradients_of(slope, partition.parameters)
         return partition.reduce([None if h is None else h * u for h, u in zip(product, request.direction, strict=True)])
 
     def check_hessian(self, summary: Summary, tape: Tape) -> None:
@@ -292,20 +279,6 @@ class _Expected:
             )
 
 
-def ends_early(scalar: Tensor) -> bool:
-    """Whether a gradient goes through a backward pass that can be taken only once, and so lacks terms beyond it."""
-    nodes, seen = [scalar.grad_fn], set()
-    while nodes:
-        node = nodes.pop()
-        if node is None or node in seen:
-            continue
-        seen.add(node)
-        if node.name() in ("torch::autograd::Error", "torch::autograd::DelayedError", "Error", "DelayedError"):
-            return True
-        nodes += [following for following, _ in node.next_functions]
-    return False
-
-
 def _check_accelerations(tape: Tape, summary: Summary) -> None:
     """Compares the loss's own second derivatives, which the third order is made of, with the diagonal of H̄."""
     if summary.third is None or tape.final is None or not tape.final.second:
@@ -324,5 +297,3 @@ def _check_accelerations(tape: Tape, summary: Summary) -> None:
             }
         )
         raise Refusal(f"no reliable third derivatives of {', '.join(general) or 'some operation'}")
-
-

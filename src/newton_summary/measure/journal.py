@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.grad_mode import _unsafe_preserve_version_counter  # nothing public keeps a version
 from torch.utils._python_dispatch import TorchDispatchMode
 from typing_extensions import override
 
@@ -74,7 +75,9 @@ def effects_of(op: Any) -> Effects:
     draws = torch.Tag.nondeterministic_seeded in op.tags and op not in _UNDRAWN
     name = op._schema.name
     forgets = not positions and not names and (name.endswith("_like") or name.startswith("aten::new_"))
-    return Effects((*positions, *STATISTICS.get(op, ())), tuple(names), shares, draws, forgets, torch.Tag.inplace_view in op.tags)
+    return Effects(
+        (*positions, *STATISTICS.get(op, ())), tuple(names), shares, draws, forgets, torch.Tag.inplace_view in op.tags
+    )
 
 
 class Journal(TorchDispatchMode):
@@ -90,7 +93,7 @@ class Journal(TorchDispatchMode):
         return False  # else the first use imports torch's compiler, which takes a second
 
     def __init__(self) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self._own: set[int] = set()
         self._before: dict[int, tuple[Tensor, Tensor]] = {}
         self._versions: list[Any] = []
@@ -121,7 +124,7 @@ class Journal(TorchDispatchMode):
             return
         alias = torch.empty(0, dtype=torch.uint8, device=tensor.device).set_(memory)
         self._before[memory._cdata] = (alias, alias.clone())
-        self._versions.append(torch.autograd._unsafe_preserve_version_counter(tensor))
+        self._versions.append(_unsafe_preserve_version_counter(tensor))
 
     def undo(self) -> None:
         """Gives tensors from outside back what they held, bit for bit; to be called outside the block.

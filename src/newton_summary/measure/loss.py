@@ -48,9 +48,7 @@ class Loss:
         return generator_rewinds(owners(self.model, self.loss_fn)[1])
 
     @contextlib.contextmanager
-    def evaluated(
-        self, batch: Any, journal: Journal | None = None, differentiable: bool = False
-    ) -> Iterator[Tensor]:
+    def evaluated(self, batch: Any, journal: Journal | None = None, differentiable: bool = False) -> Iterator[Tensor]:
         """A block that begins with the loss on a batch, with its graph, and after which nothing has changed.
 
         The loss meets the model and its parameters themselves, and a batch with containers of its own.  What it
@@ -170,6 +168,7 @@ def without_hooks(parameters: Sequence[Tensor]) -> Iterator[None]:
 
 
 def fresh(batch: Any) -> Any:
+    """The same batch in containers of its own."""
     return pytree.tree_map(lambda leaf: leaf, with_known_mappings(batch))
 
 

@@ -28,7 +28,7 @@ class Geometry(NamedTuple):
 
 def geometry(tensor: Tensor) -> Geometry:
     """How a tensor looks at its memory."""
-    return Geometry(tensor.storage_offset(), tuple(tensor.size()), tensor.stride(), tensor.dtype)
+    return Geometry(int(tensor.storage_offset()), tuple(tensor.size()), tensor.stride(), tensor.dtype)
 
 
 @functools.lru_cache(maxsize=256)
@@ -68,7 +68,8 @@ def _places(whole: Geometry, views: tuple[Geometry, ...]) -> NDArray[np.int64]:
     found = number[np.concatenate([_positions(v) for v in views])]
     if (found < 0).any() or len(np.unique(inside)) != len(inside) or any(v.dtype != whole.dtype for v in views):
         raise ValueError("two tensors look at the same memory in ways that cannot be told apart")
-    return found
+    places: NDArray[np.int64] = found
+    return places
 
 
 @dataclass(frozen=True, slots=True)

@@ -12,7 +12,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from newton_summary.measure.autograd import once_differentiable
 from newton_summary.measure.loss import Loss, batch_size, check_dependence, without_hooks
+from newton_summary.measure.record import Refusal
 from newton_summary.partition import Partition
 from newton_summary.summary import Summary
 
@@ -39,6 +41,7 @@ class NestedEngine:
 
         Raises:
             ValueError: the loss does not depend on the parameters.
+            Refusal: autograd does not know a derivative, and would leave terms out.
         """
         with (
             loss.undisturbed(),
@@ -91,6 +94,8 @@ class _Nesting:
         first = prefix[-1] if prefix else 0
         only_diagonal = self.diagonal and depth == 3
         groups = range(first, first + 1 if only_diagonal else len(self.partition))
+        if not last and len(set(prefix)) < 2:
+            _check_differentiable(scalar, depth + 1)
         gradients = self._gradients(scalar, groups, not last)
         if not prefix:
             check_dependence(gradients)
@@ -118,3 +123,14 @@ class _Nesting:
             for i, gradient in zip(chosen, gradients, strict=True):
                 results[i] = gradient
         return results
+
+
+def _check_differentiable(scalar: Tensor, order: int) -> None:
+    """Raises where the next derivative would lack terms."""
+    names = once_differentiable(scalar)
+    if names:
+        raise Refusal(
+            f"derivatives of order {order} are unknown to autograd behind {', '.join(sorted(set(names)))}, whose "
+            "backward pass is marked once_differentiable: use engine='forward', or a function that can be "
+            "differentiated twice"
+        )

@@ -22,7 +22,7 @@ from typing_extensions import override
 
 from newton_summary.measure.journal import Effects, Journal, effects_of
 from newton_summary.measure.lowering import CONSTANT
-from newton_summary.measure.memory import Memory, Views, geometry
+from newton_summary.measure.memory import Memory, Views, geometry, overlaps
 
 aten = torch.ops.aten
 
@@ -113,7 +113,8 @@ class Recording:
 
 def overwritten(x: Tensor, value: Tensor) -> Tensor:
     """A value that was replaced where autograd does not look: it moves as before."""
-    return x + (value - CONSTANT(x)).to(x.dtype)
+    shifted: Tensor = x + (value - CONSTANT(x)).to(x.dtype)
+    return shifted
 
 
 class Tracer(Journal):
@@ -350,19 +351,22 @@ class Recorder(Tracer):
         views = [geometry(p) for p in parameters]
         for i in range(len(views)):
             for j in range(i):
-                if _meet(views[i], views[j]):
+                if overlaps(views[i], views[j]):
                     self.refuse(f"parameters {names[j]!r} and {names[i]!r} are different tensors in the same memory")
 
     @override
     def slot_of(self, tensor: Tensor) -> int | None:
         if tensor.requires_grad:
             if tensor.is_leaf:
-                return self._parameters.get(id(tensor))
+                known = self._parameters.get(id(tensor))
+                return known if known is None or tensor.layout is not torch.strided else self.find(tensor)
             slot = self.find(tensor)
-            return self._unknown(tensor) if slot is None else slot
+            if slot is None:
+                self._check_unknown(tensor)
+            return slot
         return None if torch.is_grad_enabled() else self.find(tensor)
 
-    def _unknown(self, tensor: Tensor) -> None:
+    def _check_unknown(self, tensor: Tensor) -> None:
         """Refuses a value that depends on parameters in a way that was not seen."""
         nodes = [tensor.grad_fn]
         while nodes:
@@ -469,17 +473,5 @@ def functional_of(op: Any) -> Callable[..., Any] | None:
     return same[0] if same else None
 
 
-def _meet(one: Any, other: Any) -> bool:
-    """Whether two parameters share an entry, as far as their ranges tell."""
-    if 0 in one.size or 0 in other.size:
-        return False
-    ends = [
-        (v.offset, v.offset + 1 + sum((n - 1) * s for n, s in zip(v.size, v.stride, strict=True))) for v in (one, other)
-    ]
-    return ends[0][0] < ends[1][1] and ends[1][0] < ends[0][1]
-
-
 def _shape(value: Any) -> Any:
     return tuple(value.shape) if isinstance(value, Tensor) else None
-
-
