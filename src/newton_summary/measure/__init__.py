@@ -3,25 +3,24 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from typing import Any, Literal, Protocol, TypeAlias
 
 import torch
 from torch import Tensor, nn
-from torch.utils import _pytree as pytree
 from tqdm import tqdm
 
 from newton_summary._checks import check_batches, check_count
 from newton_summary.measure.auto import AUTO, FORWARD, AutoEngine
+from newton_summary.measure.batches import BatchSizes, SizeOf, cut, fresh
 from newton_summary.measure.forward import ForwardEngine
 from newton_summary.measure.loss import (
     Loss,
     LossFunction,
-    batch_size,
     check_dependence,
     gradients_of,
     preserved_randomness,
-    with_known_mappings,
     without_hooks,
 )
 from newton_summary.measure.nested import NestedEngine, taylor
@@ -85,6 +84,7 @@ def summarize(
     third: Literal["diagonal", "full"] = "diagonal",
     engine: str | Engine = "auto",
     slices: int = 1,
+    batch_size: SizeOf = None,
     progress: bool = False,
 ) -> Summary:
     """Measures the derivatives of a loss according to a partition (docs/method.md, section 1).
@@ -105,6 +105,8 @@ def summarize(
         engine: ``"auto"``, ``"forward"`` (which raises where it does not work) or ``"nested"``, or an :class:`Engine`.
         slices: into how many parts along the first dimension of its tensors each batch is cut, to bound memory.  The
             result is the same where the loss is a mean over samples, which batch normalisation in training mode breaks.
+        batch_size: the number of samples in every batch, or a function that tells it.  Default: the first dimension of
+            the tensors in a batch, where they agree on how batches compare.
         progress: whether to show a progress bar over the batches.
 
     Returns:
@@ -113,7 +115,9 @@ def summarize(
     Raises:
         ValueError: there are no batches, or they can be read only once where they are needed twice; the loss is not a
             scalar, not finite or does not depend on the parameters; the direction does not fit or is not finite; the
-            partition is of another model; the order is below 1.
+            partition is of another model; the order is below 1; how many samples batches have is not clear; the mean
+            over slices of a batch is not its loss.
+        Refusal: no engine can measure the loss; the reason is named.
 
     Example:
         >>> model = nn.Sequential(nn.Linear(4, 3), nn.Tanh(), nn.Linear(3, 1))
@@ -127,14 +131,15 @@ def summarize(
     partition = resolve_partition(partition, model)
     partition.check_is_of(model)
     loss = Loss(loss_fn, model)
+    pieces = _Pieces(loss, batches, slices, batch_size, progress)
     with torch.inference_mode(False), _rewinding(batches, partition.device):
         if direction is None:
-            direction = _mean_gradient(loss, partition, _counted(batches, slices, progress, "gradient"))
+            direction = _mean_gradient(loss, partition, pieces.each("gradient"))
         along = resolve_direction(direction, partition)
     with torch.inference_mode(False), _rewinding(batches, partition.device):
         parts = [
-            chosen.measure(loss, batch, partition, along, order, third)
-            for batch in _counted(batches, slices, progress, "summary")
+            replace(chosen.measure(loss, batch, partition, along, order, third), weight=float(size))
+            for batch, size in pieces.each("summary")
         ]
         if not parts:
             raise ValueError("there are no batches to measure on")
@@ -182,16 +187,15 @@ def resolve_direction(direction: DirectionLike, partition: Partition) -> list[Te
     ]
 
 
-def _mean_gradient(loss: Loss, partition: Partition, batches: Iterable[Any]) -> list[Tensor]:
-    """The gradient of the mean loss over all samples."""
+def _mean_gradient(loss: Loss, partition: Partition, pieces: Iterable[tuple[Any, int]]) -> list[Tensor]:
+    """The gradient of the mean loss over all samples, from batches and their sizes."""
     total = [torch.zeros_like(p, requires_grad=False) for p in partition.parameters]
     weight = 0
-    for batch in batches:
+    for batch, size in pieces:
         with loss.undisturbed(), without_hooks(partition.parameters), loss.evaluated(batch) as value:
             _check_finite(value)
             gradients = gradients_of(value, partition.parameters)
             check_dependence(gradients)
-        size = batch_size(batch)
         for mean, gradient in zip(total, gradients, strict=True):
             if gradient is not None:
                 mean.add_(gradient, alpha=size)
@@ -202,23 +206,63 @@ def _mean_gradient(loss: Loss, partition: Partition, batches: Iterable[Any]) -> 
     return total
 
 
-def _counted(batches: Iterable[Any], slices: int, progress: bool, what: str) -> Iterator[Any]:
-    for batch in tqdm(batches, desc=what, disable=not progress, leave=False):
-        yield from _cut(pytree.tree_map(_ordinary, with_known_mappings(batch)), slices)
+class _Pieces:
+    """Batches, or slices of them, with the number of their samples.
+
+    Args:
+        loss: what is measured.
+        batches: the batches.
+        slices: into how many parts each is cut.
+        given: the number of samples, where it is given.
+        progress: whether to show a bar.
+    """
+
+    def __init__(self, loss: Loss, batches: Iterable[Any], slices: int, given: SizeOf, progress: bool) -> None:
+        self.loss, self.batches, self.slices, self.given, self.progress = loss, batches, slices, given, progress
+        self._is_checked = False
+
+    def each(self, what: str) -> Iterator[tuple[Any, int]]:
+        """Goes through all batches once."""
+        sizes = BatchSizes(self.given)
+        for batch in tqdm(self.batches, desc=what, disable=not self.progress, leave=False):
+            size = sizes(batch)
+            if self.slices == 1:
+                yield fresh(batch), size
+                continue
+            parts = cut(fresh(batch), self.slices, size)
+            counts = [(i + 1) * size // len(parts) - i * size // len(parts) for i in range(len(parts))]
+            if not self._is_checked:
+                self._check(batch, parts, counts)
+            yield from zip(parts, counts, strict=True)
+
+    def _check(self, batch: Any, parts: Sequence[Any], counts: Sequence[int]) -> None:
+        """Raises where a batch is not what was cut: its loss is not the mean over its slices."""
+        self._is_checked = True
+        with self.loss.undisturbed() as rewind, torch.no_grad():
+            whole = [self._value(batch, rewind, again) for again in (False, True)]
+            if whole[0] != whole[1]:
+                return  # random: there is nothing to compare
+            try:
+                values = [self._value(part, rewind, False) for part in parts]
+            except (RuntimeError, IndexError) as error:
+                raise ValueError(
+                    f"slices={self.slices}: the loss cannot be computed on slices along the first dimension ({error}): "
+                    "pass smaller batches instead"
+                ) from error
+        mean = sum(v * n for v, n in zip(values, counts, strict=True)) / sum(counts)
+        if abs(mean - whole[0]) > _SAME * max(abs(whole[0]), *(abs(v) for v in values)):
+            raise ValueError(
+                f"slices={self.slices}: the mean loss over slices along the first dimension is {mean:.6g}, that of the "
+                f"batch {whole[0]:.6g}: pass smaller batches instead"
+            )
+
+    def _value(self, batch: Any, rewind: Callable[[], None], again: bool) -> float:
+        if not again:
+            rewind()
+        return self.loss.value(batch)
 
 
-def _cut(batch: Any, slices: int) -> Iterator[Any]:
-    """A batch in parts of nearly equal size: slices of the tensors that have an entry for each sample."""
-    size = batch_size(batch)
-    count = min(slices, size)
-    for part in range(count):
-        samples = slice(part * size // count, (part + 1) * size // count)
-        yield pytree.tree_map(
-            lambda leaf, samples=samples: (
-                leaf[samples] if isinstance(leaf, Tensor) and leaf.dim() > 0 and len(leaf) == size else leaf
-            ),
-            batch,
-        )
+_SAME = 1e-3  # losses that are this close, relatively, differ by rounding
 
 
 def _ordinary(value: Any) -> Any:

@@ -19,8 +19,9 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from newton_summary.measure.autograd import once_differentiable, own_derivatives
+from newton_summary.measure.batches import batch_size
 from newton_summary.measure.graph import Graph, first_line, lower
-from newton_summary.measure.loss import Loss, batch_size, check_dependence, gradients_of, without_hooks
+from newton_summary.measure.loss import Loss, check_dependence, gradients_of, without_hooks
 from newton_summary.measure.record import Recorder, Recording, Refusal
 from newton_summary.measure.sweep import Request, Tape, sweep
 from newton_summary.partition import Partition

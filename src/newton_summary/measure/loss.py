@@ -3,21 +3,19 @@
 from __future__ import annotations
 
 import contextlib
-import copy
 import ctypes
 import random
 import sys
-from collections.abc import Callable, Iterable, Iterator, MutableMapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, TypeAlias
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.utils import _pytree as pytree
 
 from newton_summary.measure.attributes import Attributes, generator_rewinds, owners
+from newton_summary.measure.batches import fresh
 from newton_summary.measure.composed import Composed
 from newton_summary.measure.journal import Journal
 from newton_summary.partition import Partition, unwrap
@@ -167,11 +165,6 @@ def without_hooks(parameters: Sequence[Tensor]) -> Iterator[None]:
             p._backward_hooks = hooks
 
 
-def fresh(batch: Any) -> Any:
-    """The same batch in containers of its own."""
-    return pytree.tree_map(lambda leaf: leaf, with_known_mappings(batch))
-
-
 def _scalar(value: Any) -> Tensor:
     """What a loss function returned, without axes.
 
@@ -316,41 +309,3 @@ def check_dependence(gradients: Iterable[Tensor | None]) -> None:
         raise ValueError(
             "the loss does not depend on the parameters: compute it with the model that the loss function is given"
         )
-
-
-def with_known_mappings(batch: Any) -> Any:
-    """The same batch; torch's tree functions now look into the mappings in it, such as those of Hugging Face."""
-    for leaf in pytree.tree_leaves(batch):
-        if isinstance(leaf, MutableMapping):
-            pytree.register_pytree_node(type(leaf), _entries, _mapping)
-            return with_known_mappings(batch)
-    return batch
-
-
-def _entries(mapping: MutableMapping[Any, Any]) -> tuple[list[Any], _Frame]:
-    empty = copy.copy(mapping)
-    empty.clear()
-    return list(mapping.values()), _Frame(type(mapping), tuple(mapping), empty)
-
-
-def _mapping(values: Iterable[Any], frame: _Frame) -> MutableMapping[Any, Any]:
-    mapping = copy.copy(frame.empty)
-    mapping.update(zip(frame.keys, values, strict=True))
-    return mapping
-
-
-@dataclass(frozen=True)
-class _Frame:
-    """What a mapping is apart from its values."""
-
-    kind: type
-    keys: tuple[Any, ...]
-    empty: MutableMapping[Any, Any] = field(compare=False, repr=False)
-
-
-def batch_size(batch: Any) -> int:
-    """The number of samples in a batch: the first dimension of the first tensor in it that has one, else 1."""
-    for leaf in pytree.tree_leaves(with_known_mappings(batch)):
-        if isinstance(leaf, Tensor) and leaf.dim() > 0:
-            return leaf.shape[0]
-    return 1

@@ -13,7 +13,8 @@ import torch
 from torch import Tensor
 
 from newton_summary.measure.autograd import once_differentiable
-from newton_summary.measure.loss import Loss, batch_size, check_dependence, without_hooks
+from newton_summary.measure.batches import batch_size
+from newton_summary.measure.loss import Loss, check_dependence, without_hooks
 from newton_summary.measure.record import Refusal
 from newton_summary.partition import Partition
 from newton_summary.summary import Summary

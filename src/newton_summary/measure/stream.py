@@ -10,10 +10,10 @@ from typing import Any, TypeGuard, cast
 
 import numpy as np
 import torch
-from torch.utils import _pytree as pytree
 from torch.utils.data import BatchSampler, DataLoader, Dataset, IterableDataset, RandomSampler, SequentialSampler
 
 from newton_summary._checks import check_batches, check_not_negative
+from newton_summary.measure.batches import to_device
 from newton_summary.measure.loss import preserved_randomness
 
 
@@ -81,7 +81,7 @@ class BatchStream:
             batch = self._advance()
         if rewind is not None:
             rewind()
-        return pytree.tree_map(lambda leaf: leaf.to(device) if hasattr(leaf, "to") else leaf, batch)
+        return to_device(batch, device)
 
     def state_dict(self) -> dict[str, int]:
         """Where the stream is."""

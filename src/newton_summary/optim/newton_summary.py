@@ -15,7 +15,8 @@ from torch import Tensor, nn
 
 from newton_summary._checks import check_count, check_not_negative
 from newton_summary.measure import Engine, Loss, LossFunction, resolve_engine
-from newton_summary.measure.loss import batch_size, preserved_randomness
+from newton_summary.measure.batches import batch_size
+from newton_summary.measure.loss import preserved_randomness
 from newton_summary.measure.stream import BatchStream
 from newton_summary.optim import directions
 from newton_summary.optim.cadence import COMPARED, LOOKS, MEASUREMENTS, LookTimes, Price, affordable_period
