@@ -12,6 +12,7 @@ import tracemalloc
 import pytest
 import torch
 from reference import dense_derivatives
+from rounding import assert_rounded
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
@@ -134,7 +135,9 @@ def test_the_actual_decrease_meets_the_same_dropout_and_batch_statistics() -> No
     optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
     monitor = ns.Monitor(model, loss_fn, optimizer=optimizer, every=1)
     train(model, optimizer, batches, 3, monitor)
-    assert [record.actual_decrease for record in monitor.records] == [0.0, 0.0, 0.0]
+    assert len(monitor.records) == 3
+    for record in monitor.records:  # other masks or statistics would change it by a tenth
+        assert_rounded(record.loss - record.actual_decrease, record.loss, 100)
 
 
 def test_repeated_batches_are_pooled_over_the_window() -> None:

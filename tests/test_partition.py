@@ -193,7 +193,7 @@ def test_any_assignment_of_entries_is_kept(data):
     assert list(partition.sizes) == labels.bincount(minlength=3).tolist()
     values = torch.arange(8.0, dtype=torch.float64)
     reduced = partition.reduce([values[:6].view(2, 3), values[6:]])
-    assert reduced.tolist() == [values[labels == s].sum().item() for s in range(3)]
+    assert reduced.tolist() == pytest.approx([values[labels == s].sum().item() for s in range(3)])
 
 
 # What counts ----------------------------------------------------------------------------------------------------------

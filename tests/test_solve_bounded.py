@@ -174,17 +174,17 @@ def test_clipping_raises_the_model_where_a_nonnegative_solve_lowers_it():
     assert free.sizes.numpy() == pytest.approx([25.4, -24.6], rel=1e-2)
     assert decrease(summary, free.sizes.clamp(min=0), 0.0) == pytest.approx(-297, rel=1e-2)
     step = newton(summary, nonnegative=True)
-    assert step.sizes.tolist() == [1.0, 0.0]
-    assert step.predicted_decrease == 0.5
+    assert step.sizes.tolist() == [pytest.approx(1.0, rel=1e-12), 0.0]
+    assert step.predicted_decrease == pytest.approx(0.5, rel=1e-12)
 
 
 def test_a_solution_inside_the_bounds_is_the_unconstrained_one():
     p = problem("indefinite", 4)
     free = cubic(p.summary, p.regularization)
     wide = cubic(p.summary, p.regularization, bounds=(-1e9, 1e9))
-    assert torch.equal(wide.sizes, free.sizes)
+    torch.testing.assert_close(wide.sizes, free.sizes, rtol=1e-12, atol=0)
     open_ = cubic(p.summary, p.regularization, bounds=(-INF, INF))
-    assert torch.equal(open_.sizes, free.sizes)
+    torch.testing.assert_close(open_.sizes, free.sizes, rtol=1e-12, atol=0)
 
 
 def test_bounds_are_numbers_arrays_or_tensors():
@@ -200,13 +200,13 @@ def test_bounds_are_numbers_arrays_or_tensors():
 
 def test_nonnegative_and_bounds_hold_together():
     step = newton(summary_of([3.0, -3.0], np.eye(2)), nonnegative=True, bounds=(-1, 2))
-    assert step.sizes.tolist() == [2.0, 0.0]
+    assert step.sizes.tolist() == [pytest.approx(2.0, rel=1e-12), 0.0]
 
 
 def test_bounds_that_fix_a_rate():
     summary = summary_of([1.0, 1.0, 1.0], [[2.0, 1.0, 0.0], [1.0, -5.0, 0.0], [0.0, 0.0, 1.0]])
     step = newton(summary, bounds=([-INF, 0.25, 0.1], [INF, 0.25, 0.1]))
-    assert step.sizes.tolist() == [pytest.approx(0.375, rel=1e-15), 0.25, 0.1]
+    assert step.sizes.tolist() == [pytest.approx(0.375, rel=1e-12), 0.25, 0.1]
 
 
 def test_groups_that_nothing_depends_on_get_the_allowed_rate_next_to_0():
@@ -228,8 +228,8 @@ def test_no_gradient_leaves_a_saddle_into_the_box():
 def test_a_local_minimum_next_to_the_start_is_not_all():
     """The best of the points to start from ends at (0, 0.56), where the model is 0.59 lower than at the origin."""
     step = cubic(summary_of([0.0, 2.0], [[-2.0, 1.0], [1.0, 3.0]], [1.0, 1.0]), 2.0, nonnegative=True)
-    assert step.sizes.numpy() == pytest.approx([2.0, 0.0], rel=1e-14)
-    assert step.predicted_decrease == pytest.approx(4 / 3, rel=1e-14)
+    assert step.sizes.numpy() == pytest.approx([2.0, 0.0], rel=1e-12)
+    assert step.predicted_decrease == pytest.approx(4 / 3, rel=1e-12)
 
 
 def test_a_saddle_inside_is_left_also_where_the_lowest_curvature_of_all_points_out_of_the_box():
@@ -243,7 +243,7 @@ def test_a_saddle_inside_is_left_also_where_the_lowest_curvature_of_all_points_o
 
 def test_a_ridge_is_minimised_in_the_box():
     summary = summary_of([1.0, 0.5], [[0.0, 0.99], [0.99, 0.0]])
-    assert ridge(summary, 1.0, nonnegative=True).sizes.tolist() == [1.0, 0.0]
+    assert ridge(summary, 1.0, nonnegative=True).sizes.tolist() == [pytest.approx(1.0, rel=1e-12), 0.0]
     assert ridge(summary, 1.0, nonnegative=True).predicted_decrease == 0.5
 
 
@@ -285,7 +285,7 @@ def test_models_that_are_bounded_only_in_the_box_are_solved(gradient, hessian, e
     assert cubic(summary).status is not Status.SOLVED
     step = cubic(summary, nonnegative=True)
     assert step.ok
-    assert step.sizes.numpy() == pytest.approx(expected, abs=1e-14)
+    assert step.sizes.numpy() == pytest.approx(expected, abs=1e-12)
 
 
 def test_a_flat_valley_in_the_box_has_a_solution():

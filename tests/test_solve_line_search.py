@@ -39,8 +39,8 @@ def test_no_point_of_a_fine_grid_is_lower(seed, kind, limit):
     assert -step.predicted_decrease <= lowest + 1e-13 * limit * size
     assert step.predicted_decrease >= 0
     t = step.sizes.numpy() / eta
-    assert t == pytest.approx(np.full(len(eta), t[0]), rel=1e-13)
-    assert 0 <= t[0] <= limit * (1 + 1e-15)
+    assert t == pytest.approx(np.full(len(eta), t[0]), rel=1e-12)
+    assert 0 <= t[0] <= limit * (1 + 1e-12)
 
 
 @pytest.mark.parametrize(
@@ -63,7 +63,7 @@ def test_no_point_of_a_fine_grid_is_lower(seed, kind, limit):
 )
 def test_closed_forms(gradient, hessian, third, expected):
     step = line_search(one_group(gradient, hessian, third), sizes(1.0))
-    assert step.sizes.item() == pytest.approx(expected, rel=1e-15)
+    assert step.sizes.item() == pytest.approx(expected, rel=1e-12)
     assert step.predicted_decrease == decrease(one_group(gradient, hessian, third), step.sizes)
 
 
@@ -71,7 +71,7 @@ def test_a_small_curvature_costs_no_digits():
     step = line_search(one_group(1.0, 1.0, 2e-20), sizes(1.0))  # 1 = t + 1e-20 t²
     assert step.sizes.item() == 1.0
     step = line_search(one_group(1e-20, 1.0, 2.0), sizes(1.0))
-    assert step.sizes.item() == pytest.approx(1e-20, rel=1e-15)
+    assert step.sizes.item() == pytest.approx(1e-20, rel=1e-12)
 
 
 def test_a_solvers_own_step_is_best_as_it_is():
@@ -88,8 +88,8 @@ def test_a_clipped_step_that_goes_uphill_is_shortened_until_it_goes_down():
     clipped = newton(summary).sizes.clamp(min=0)
     assert decrease(summary, clipped, 0.0) < -290
     step = line_search(summary, clipped, 0.0)
-    assert step.sizes.numpy() == pytest.approx([1.0, 0.0], rel=1e-14)
-    assert step.predicted_decrease == pytest.approx(0.5, rel=1e-14)
+    assert step.sizes.numpy() == pytest.approx([1.0, 0.0], rel=1e-12)
+    assert step.predicted_decrease == pytest.approx(0.5, rel=1e-12)
 
 
 def test_the_limit():
@@ -136,7 +136,7 @@ def test_the_decrease_term_by_term(kind):
         terms = abs(p.gradient) @ abs(eta) + abs(eta) @ abs(p.hessian) @ abs(eta)
         terms += p.regularization * np.linalg.norm(np.cbrt(p.third) * eta) ** 3
         found = decrease(p.summary, torch.as_tensor(eta), p.regularization)
-        assert found == pytest.approx(-objective(p, eta), rel=1e-13, abs=1e-14 * terms)
+        assert found == pytest.approx(-objective(p, eta), rel=1e-12, abs=1e-14 * terms)
 
 
 def test_the_decrease_of_sizes_of_another_number_of_groups():

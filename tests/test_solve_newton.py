@@ -57,14 +57,14 @@ def test_one_group_is_cauchys_step():
 
 def test_the_stationary_point_of_an_indefinite_model_is_a_saddle():
     step = newton(summary_of([1.0, 2.0], [[1.0, 0.0], [0.0, -1.0]]))
-    assert step.sizes.tolist() == [1.0, -2.0]
+    assert step.sizes.tolist() == pytest.approx([1.0, -2.0], rel=1e-12)
     assert step.predicted_decrease == -1.5
 
 
 def test_a_diagonal_of_zeros():
     step = newton(summary_of([1.0, 2.0, 3.0], [[0.0, 1e8, 0.0], [1e8, 0.0, 1.0], [0.0, 1.0, 1e-8]]))
     expected = exact_solution([[0.0, 1e8, 0.0], [1e8, 0.0, 1.0], [0.0, 1.0, 1e-8]], [1.0, 2.0, 3.0])
-    assert step.sizes.numpy() == pytest.approx(expected, rel=1e-13)
+    assert step.sizes.numpy() == pytest.approx(expected, rel=1e-12)
 
 
 def test_groups_that_nothing_depends_on_get_no_rate():
@@ -92,7 +92,7 @@ def test_singular_matrices_say_so(gradient, hessian):
 
 def test_only_the_symmetric_part_of_a_hessian_by_hand_counts():
     step = newton(summary_of([1.0, 1.0], [[2.0, 1.0], [0.0, 2.0]]))
-    assert step.sizes.numpy() == pytest.approx([0.4, 0.4], rel=1e-15)
+    assert step.sizes.numpy() == pytest.approx([0.4, 0.4], rel=1e-12)
 
 
 @pytest.mark.parametrize("solver", [newton, lambda s: ridge(s, 1.0)])
@@ -134,7 +134,7 @@ def test_the_ridge_is_added_to_the_matrix():
 
 def test_no_damping_is_newtons_step():
     summary = summary_of(*random_problem(2, 5))
-    assert torch.equal(ridge(summary, 0.0).sizes, newton(summary).sizes)
+    torch.testing.assert_close(ridge(summary, 0.0).sizes, newton(summary).sizes, rtol=1e-12, atol=0)
 
 
 def test_the_ridge_makes_a_singular_matrix_regular():
