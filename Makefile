@@ -2,7 +2,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 SUDO := $(if $(filter 0,$(shell id -u)),,sudo -n)
 
-.PHONY: demo reproduce-quick test test-slow check browser clean docs dist
+.PHONY: demo reproduce-quick test test-slow test-kernels check browser clean docs dist
 
 .installed: pyproject.toml experiments/pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv
@@ -25,6 +25,10 @@ test: .installed
 # What takes longer
 test-slow: .installed
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 -m slow
+
+# The tests of numbers under other kernels than this processor's own choice; the table is results/kernels.md
+test-kernels: .installed
+	nice $(BIN)/python benchmarks/kernels.py
 
 # Style and types
 check: .installed
