@@ -12,7 +12,7 @@ ROUNDINGS = 1000
 
 def is_close(actual, expected, roundings: float = ROUNDINGS) -> bool:
     """Whether two tensors or numbers agree up to some roundings of the largest entry, in their own type."""
-    actual, expected = torch.as_tensor(actual), torch.as_tensor(expected)
+    actual, expected = torch.as_tensor(actual).detach(), torch.as_tensor(expected).detach()
     if actual.shape != expected.shape or actual.dtype != expected.dtype:
         return False
     kind = actual.dtype if actual.is_floating_point() else torch.float64
