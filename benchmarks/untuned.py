@@ -29,7 +29,7 @@ from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 import newton_summary as ns
-from newton_summary.optim.cadence import BEGINNING, COMPARED, period_at
+from newton_summary.optim.cadence import BEGINNING, COMPARED, interval_at
 from newton_summary.optim.rates import AveragedRates
 from newton_summary.solve import Status
 from newton_summary_experiments.data import InMemory, as_it_is, shuffled
@@ -184,9 +184,9 @@ def run(
                 break
     validation = evaluate(problem, model, samples.validation, problem.score == "accuracy")
     train = evaluate(problem, model, samples.train) if math.isfinite(curve[-1]) else math.inf
-    counts = optimizer.counts if isinstance(optimizer, ns.NewtonSummary) else {"measured": 0, "looked": 0}
+    counts = optimizer.counts if isinstance(optimizer, ns.NewtonSummary) else {"measured": 0, "searched": 0}
     at_marks = [marked.get(mark, math.inf) for mark in marks] if marks else None
-    found = (stops[: len(curve)], curve, train, validation, initial, at_marks, counts["measured"], counts["looked"])
+    found = (stops[: len(curve)], curve, train, validation, initial, at_marks, counts["measured"], counts["searched"])
     return Record(problem.name, name, rate, seed, *found)
 
 
@@ -330,7 +330,7 @@ def ours(problem: Problem, seed: int, form: str = "default", batch_size: int | N
             rule = optimizer.rule
             optimizer.rule = DiagonalRates(rule.regularization, rule.shrinkage, rule.target, rule.average.momentum)
         if form == "constant λ":
-            optimizer._pace.boldness.compare = lambda *losses: None
+            optimizer._search.line_search.multiplier.compare = lambda *losses: None
         return optimizer
 
     return make
@@ -391,8 +391,8 @@ def step_times(problem: Problem) -> dict[str, float]:
 
     for name in trained:
         timed(name, WARM)
-    settled = trained["ours"][1].look_every
-    often = period_at(0, settled)
+    settled = trained["ours"][1].line_search_every
+    often = interval_at(0, settled)
     early = medians(often, (BEGINNING - WARM) // (COMPARED * often))
     for name in trained:
         timed(name, COMPARED * often)  # to the end of the beginning
@@ -520,7 +520,9 @@ def robust(problems: Sequence[Problem], baseline: Store, own: Store) -> None:
         options = {"scale": setting.scale, "batch_size": setting.batch}
         *periods, (adam, _) = setting.names.items()
         runs = [
-            own.get(problem, name, ours(problem, seed, look_every=n, batch_size=setting.batch), 0.0, seed, **options)
+            own.get(
+                problem, name, ours(problem, seed, line_search_every=n, batch_size=setting.batch), 0.0, seed, **options
+            )
             for name, n in periods
         ]
         if any(map(failure, runs)):

@@ -156,7 +156,7 @@ def measure_uneven(sizes):
     x, y = make_data(sum(sizes))
     loss_fn(model, (x, y)).backward()
     own = (x.split(sizes)[rank], y.split(sizes)[rank]) if count > 1 else (x, y)
-    optimizer.rule.fidelity = False
+    optimizer._backtrack = lambda *measured: None
     all_reduce = dist.all_reduce
     try:
         dist.all_reduce = lambda tensor, **options: (sent.append(tensor.numel()), all_reduce(tensor, **options))
@@ -221,7 +221,7 @@ def test_what_is_not_finite_for_one_has_failed_for_all(two, value) -> None:
     (first, failed, last), counts, _ = results[0]
     assert [first[0], failed[0], last[0]] == [Status.SOLVED, Status.NOT_FINITE, Status.SOLVED]
     assert failed[1] == first[1] != last[1]
-    assert counts == {"measured": 3, "failed": 1, "looked": 0, "halved": counts["halved"]}
+    assert counts == {"measured": 3, "failed": 1, "searched": 0, "halved": counts["halved"]}
 
 
 def count_hooks():
@@ -258,8 +258,8 @@ def each_alone(explicit: bool):
     groups = [dist.new_group([r]) for r in range(2)]
     optimizer = ns.NewtonSummary(make_model(), loss_fn, process_group=groups[rank] if explicit else None)
     batch = tuple(t[rank * 50 : rank * 50 + 50] for t in make_data(100))
-    loss_fn(optimizer._loss.model, batch if explicit else make_data(100)).backward()
-    return optimizer.measure(batch).loss.item(), loss_fn(optimizer._loss.model, batch).item()
+    loss_fn(optimizer._samples.loss.model, batch if explicit else make_data(100)).backward()
+    return optimizer.measure(batch).loss.item(), loss_fn(optimizer._samples.loss.model, batch).item()
 
 
 def of_wrapper(compiled: bool) -> int:
@@ -307,16 +307,16 @@ def looks_after_an_alarm_of(who: int) -> list[int]:
     """The steps that look, where the guard of one process alone has shortened a gradient at step 41."""
     model, looks = make_model(), []
     parallel = DistributedDataParallel(model)
-    optimizer = ns.NewtonSummary(parallel, loss_fn, curvature_data=plain_loader(), look_every=16)
+    optimizer = ns.NewtonSummary(parallel, loss_fn, curvature_data=plain_loader(), line_search_every=16)
     x, y = make_data()
     for t in range(50):
-        before = optimizer.counts["looked"]
+        before = optimizer.counts["searched"]
         optimizer.zero_grad()
         loss_fn(parallel, part((x.split(BATCH)[t % 5], y.split(BATCH)[t % 5]))).backward()
         if t == 41 and here()[0] == who:
-            optimizer._guard._shortened = True
+            optimizer._clipping._shortened = True
         optimizer.step()
-        looks += [t] * (optimizer.counts["looked"] - before)
+        looks += [t] * (optimizer.counts["searched"] - before)
     return looks
 
 
@@ -483,7 +483,7 @@ def test_parallel_in_one_process_is_measured_bare() -> None:
 def test_in_a_plain_script_nothing_is_exchanged(monkeypatch) -> None:
     monkeypatch.setattr(dist, "all_reduce", None)
     optimizer = MAKERS["default"](make_model(), plain_loader())
-    assert (optimizer._processes.rank, optimizer._processes.count) == (0, 1)
+    assert (optimizer._samples.processes.rank, optimizer._samples.processes.count) == (0, 1)
     assert_same(train("default", "plain", 4), train("default", "plain", 4), tolerance=0.0)
 
 

@@ -67,7 +67,7 @@ def test_a_killed_rank_ends_the_run_which_then_resumes_to_the_same_result(tmp_pa
 
 def measure_for_ever() -> None:
     optimizer = ns.NewtonSummary(make_model(), loss_fn)
-    loss_fn(optimizer._loss.model, make_data(20)).backward()
+    loss_fn(optimizer._samples.loss.model, make_data(20)).backward()
     while True:
         optimizer.measure(make_data(20))
 

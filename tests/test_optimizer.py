@@ -211,7 +211,7 @@ def nadam_direction(gradients, moments, t):
 def test_default_rates_equal_their_slow_twin() -> None:
     model, batches = make_model(), make_batches()
     optimizer = ns.NewtonSummary(
-        model, loss_fn, curvature_data=batches, every=1, lr=0.5, partition="canonical", look_every=0
+        model, loss_fn, curvature_data=batches, every=1, lr=0.5, partition="canonical", line_search_every=0
     )
     twin = DefaultReference(rho=0.1)
     moments = [(torch.zeros_like(p), torch.zeros_like(p)) for p in model.parameters()]
@@ -224,7 +224,7 @@ def test_default_rates_equal_their_slow_twin() -> None:
         optimizer.step()
         if optimizer.counts["halved"]:
             break
-        assert np.allclose(list(optimizer.rates.values()), expected, rtol=2e-6, atol=1e-9)
+        assert np.allclose(list(optimizer.measured_rates.values()), expected, rtol=2e-6, atol=1e-9)
     assert t > 3
     assert twin.alerts, "the curvature never rose so much that the average was too flat"
 
@@ -234,11 +234,13 @@ def test_default_rates_equal_their_slow_twin() -> None:
 
 def test_rates_at_most_double_between_measurements() -> None:
     model, batches = make_model(), make_batches()
-    optimizer = ns.NewtonSummary(model, loss_fn, curvature_data=batches, every=1, partition="canonical", look_every=0)
+    optimizer = ns.NewtonSummary(
+        model, loss_fn, curvature_data=batches, every=1, partition="canonical", line_search_every=0
+    )
     seen = []
     for t in range(60):
         run(model, optimizer, batches, 1, t)
-        seen.append(torch.tensor(list(optimizer.rates.values())))
+        seen.append(torch.tensor(list(optimizer.measured_rates.values())))
     grown = [b[a > 0] / a[a > 0] for a, b in itertools.pairwise(seen)]
     assert max(float(g.max()) for g in grown) <= 2 + 1e-12
     assert any(float(g.max()) > 1.5 for g in grown), "no rate ever grew: the limit was not at work"
@@ -261,14 +263,16 @@ def test_a_curvature_that_rises_counts_at_once() -> None:
 
 def test_the_step_goes_downhill_in_the_model_it_came_from() -> None:
     model, batches = make_model(), make_batches()
-    optimizer = ns.NewtonSummary(model, loss_fn, curvature_data=batches, every=1, partition="canonical", look_every=0)
+    optimizer = ns.NewtonSummary(
+        model, loss_fn, curvature_data=batches, every=1, partition="canonical", line_search_every=0
+    )
     for t in range(40):
         run(model, optimizer, batches, 1, t)
-        mean, eta = optimizer.rule.average.value, torch.tensor(list(optimizer.rates.values()), dtype=DTYPE)
+        mean, eta = optimizer.rule.average.value, torch.tensor(list(optimizer.measured_rates.values()), dtype=DTYPE)
         assert -mean.gradient @ eta + 0.5 * eta @ mean.hessian @ eta <= 0
 
 
-def test_fidelity_halves_rates_where_the_loss_leaves_its_model() -> None:
+def test_rates_are_halved_where_the_loss_leaves_its_model() -> None:
     """A wall near the starting point, which no derivative at that point can see."""
     model = nn.ParameterDict({"w": torch.tensor([1.0], dtype=DTYPE)})
 
@@ -283,7 +287,7 @@ def test_fidelity_halves_rates_where_the_loss_leaves_its_model() -> None:
     assert 0.85 < model["w"].item() < 1.0
 
 
-def test_fidelity_takes_a_noisy_loss_for_what_it_is() -> None:
+def test_a_noisy_loss_is_taken_for_what_it_is() -> None:
     """A loss with a randomness of its own agrees with its model at no length of step: the rates stay as solved."""
     rates = []
     for noise in (0.0, 100.0):
@@ -293,11 +297,11 @@ def test_fidelity_takes_a_noisy_loss_for_what_it_is() -> None:
             return loss_fn(model, batch) + noise * next(calls)
 
         optimizer = ns.NewtonSummary(
-            model, noisy, curvature_data=batches, engine="nested", partition="canonical", look_every=0
+            model, noisy, curvature_data=batches, engine="nested", partition="canonical", line_search_every=0
         )
         run(model, optimizer, batches, 1)
-        assert optimizer.counts == {"measured": 1, "failed": 0, "looked": 0, "halved": 0}
-        rates.append(list(optimizer.rates.values()))
+        assert optimizer.counts == {"measured": 1, "failed": 0, "searched": 0, "halved": 0}
+        rates.append(list(optimizer.measured_rates.values()))
     assert rates[0] == pytest.approx(rates[1], rel=1e-12)
 
 
@@ -319,25 +323,25 @@ def test_a_bias_before_a_batch_norm_does_not_run_away(target) -> None:
     model = nn.Sequential(nn.Linear(5, 8), nn.BatchNorm1d(8), nn.ReLU(), nn.Linear(8, 3))
     batches = make_batches(dtype=torch.float32)
     optimizer = ns.NewtonSummary(
-        model, loss_fn, curvature_data=batches, every=5, target=target, partition="canonical", look_every=0
+        model, loss_fn, curvature_data=batches, every=5, target=target, partition="canonical", line_search_every=0
     )
     before = loss_fn(model.eval(), make_data(dtype=torch.float32)).item()
     run(model.train(), optimizer, batches, 100)
     assert loss_fn(model.eval(), make_data(dtype=torch.float32)).item() < 0.3 * before
     assert model[0].bias.abs().max() < 10
-    assert optimizer.rates["0.bias"] < 100 * optimizer.rates["0.weight"]
+    assert optimizer.measured_rates["0.bias"] < 100 * optimizer.measured_rates["0.weight"]
 
 
 def test_lambda_goes_to_zero_over_the_last_quarter_when_the_steps_are_known() -> None:
     model, batches = make_model(), make_batches()
-    options = {"steps": 30, "direction": "gradient", "every": 100, "partition": "canonical", "look_every": 0}
+    options = {"steps": 30, "direction": "gradient", "every": 100, "partition": "canonical", "line_search_every": 0}
     optimizer = ns.NewtonSummary(model, loss_fn, curvature_data=batches, **options)
     lengths = []
     for t in range(40):
         before = [p.detach().clone() for p in model.parameters()]
         run(model, optimizer, batches, 1, t)
         p, q = next(model.parameters()), before[0]
-        lengths.append(float((q - p.detach()).norm() / (optimizer.rates["0.weight"] * p.grad.norm())))
+        lengths.append(float((q - p.detach()).norm() / (optimizer.measured_rates["0.weight"] * p.grad.norm())))
     assert lengths[:23] == pytest.approx([1.5] * 23)
     assert lengths[26] == pytest.approx(0.8)
     assert lengths[30:] == [0.0] * 10
@@ -348,10 +352,10 @@ def test_the_invariant_target_is_an_option() -> None:
     for target in ("shared", "invariant"):
         model, batches = make_model(), make_batches()
         optimizer = ns.NewtonSummary(
-            model, loss_fn, curvature_data=batches, target=target, partition="canonical", look_every=0
+            model, loss_fn, curvature_data=batches, target=target, partition="canonical", line_search_every=0
         )
         run(model, optimizer, batches, 1)
-        rates.append(list(optimizer.rates.values()))
+        rates.append(list(optimizer.measured_rates.values()))
     assert rates[0] != rates[1]
 
 
@@ -375,9 +379,10 @@ def test_a_rate_of_one_repeats_the_step_of_another_optimizer(make_inner) -> None
         direction=make_inner(model.parameters()),
         lr=1.0,
         partition="canonical",
-        look_every=0,
+        line_search_every=0,
     )
     optimizer.rule = _FixedRates(torch.ones(4, dtype=DTYPE))
+    optimizer._backtrack = lambda *measured: None
     run(model, optimizer, batches, 20)
     run(twin, make_inner(twin.parameters()), batches, 20)
     for p, q in zip(model.parameters(), twin.parameters(), strict=True):
@@ -385,8 +390,6 @@ def test_a_rate_of_one_repeats_the_step_of_another_optimizer(make_inner) -> None
 
 
 class _FixedRates:
-    fidelity = False
-
     def __init__(self, rates) -> None:
         self.rates = rates
 
@@ -398,10 +401,59 @@ def test_rates_are_in_the_units_of_the_other_optimizer() -> None:
     model, batches = make_model(), make_batches()
     inner = torch.optim.SGD(model.parameters(), lr=0.25)
     optimizer = ns.NewtonSummary(
-        model, loss_fn, curvature_data=batches, direction=inner, partition="canonical", look_every=0
+        model, loss_fn, curvature_data=batches, direction=inner, partition="canonical", line_search_every=0
     )
     run(model, optimizer, batches, 1)
-    assert list(optimizer.rates.values()) == pytest.approx((optimizer.rule.rates * 0.25).tolist())
+    assert list(optimizer.measured_rates.values()) == pytest.approx((optimizer.rule.rates * 0.25).tolist())
+
+
+@pytest.mark.parametrize("name", ["default", "each tensor", "known length", "paper", "AdamW's step"])
+def test_rates_are_those_that_are_applied(name) -> None:
+    """All factors are in: λ_1 and its scheduler, the line search's step size, the multiplier, the schedule."""
+    model, batches = make_model(), make_batches()
+    optimizer = MAKERS[name](model, batches)
+    scheduler = lr_scheduler.ExponentialLR(optimizer, 0.97)
+    run(model, optimizer, batches, 43, scheduler=scheduler)
+    if name in ("default", "each tensor", "AdamW's step"):
+        assert optimizer._search.line_search.multiplier.value != 1.0  # else the test tells less
+        assert optimizer._search.line_search.step_size != 1.0
+    for number in range(4):  # line searches in between change it before the step
+        optimizer.zero_grad()
+        loss_fn(model, batches[number]).backward()
+        before, u, made = (
+            [p.detach().clone() for p in model.parameters()],
+            optimizer._current_direction(),
+            dict(optimizer.counts),
+        )
+        rates, factor, measured = optimizer.rates, optimizer.factor, optimizer.measured_rates
+        optimizer.step()
+        if optimizer.counts != made:
+            continue
+        names = optimizer.partition.names
+        assert rates == {s: optimizer.param_groups[0]["lr"] * factor * measured[s] for s in names}
+        for p, old, groups in zip(model.parameters(), before, optimizer.partition.groups_of, strict=True):
+            (group,) = groups
+            size = rates[names[group]] / optimizer.direction.unit(p)
+            torch.testing.assert_close(p.detach(), old - size * u[p], rtol=1e-12, atol=1e-14)
+
+
+def test_reading_rates_changes_nothing() -> None:
+    model, batches = make_model(), make_batches()
+    optimizer = MAKERS["each tensor"](model, batches)
+    run(model, optimizer, batches, 12)
+    before = copy.deepcopy(optimizer.state_dict())
+    for _ in range(2):
+        assert all((optimizer.rates, optimizer.measured_rates, optimizer.factor, optimizer.line_search_every))
+    assert str(optimizer.state_dict()) == str(before)
+
+
+def test_the_old_name_of_line_search_every_warns_and_works() -> None:
+    model, batches = make_model(), make_batches()
+    with pytest.warns(DeprecationWarning, match="line_search_every"):
+        optimizer = ns.NewtonSummary(model, loss_fn, curvature_data=batches, look_every=7)
+    assert optimizer.line_search_every == 7
+    with pytest.warns(DeprecationWarning, match="line_search_every"):
+        assert optimizer.look_every == 7
 
 
 def test_other_optimizer_over_other_parameters_is_refused() -> None:
@@ -421,7 +473,7 @@ def test_steps_in_one_kernel_are_those_along_the_direction(partition):
 
     models, batches = (make_model(), make_model()), make_batches()
     for model, direction in zip(models, ("nadam", Longhand()), strict=True):
-        options = {"partition": partition, "direction": direction, "look_every": 7, "every": 20}
+        options = {"partition": partition, "direction": direction, "line_search_every": 7, "every": 20}
         optimizer = ns.NewtonSummary(model, loss_fn, curvature_data=batches, **options)
         scheduler = lr_scheduler.ExponentialLR(optimizer, 0.99)
         run(model, optimizer, batches, 30, scheduler=scheduler)
@@ -623,7 +675,9 @@ def total_loss_on(model, batch) -> float:
 
 def test_explicit_measuring() -> None:
     model, twin, batches = make_model(), make_model(), make_batches()
-    automatic = ns.NewtonSummary(model, loss_fn, curvature_data=batches, every=2, partition="canonical", look_every=0)
+    automatic = ns.NewtonSummary(
+        model, loss_fn, curvature_data=batches, every=2, partition="canonical", line_search_every=0
+    )
     explicit = ns.NewtonSummary(twin, loss_fn, partition="canonical")
     for t in range(6):
         run(model, automatic, batches, 1, t)
@@ -712,7 +766,9 @@ def test_piecewise_linear_network_under_a_squared_error_learns() -> None:
         return (model(batch[0]) - batch[1]).square().mean()
 
     start = squared(model, batches[0]).item()
-    optimizer = ns.NewtonSummary(model, squared, curvature_data=batches, every=5, partition="canonical", look_every=0)
+    optimizer = ns.NewtonSummary(
+        model, squared, curvature_data=batches, every=5, partition="canonical", line_search_every=0
+    )
     for _ in range(100):
         optimizer.zero_grad()
         squared(model, batches[0]).backward()
@@ -730,7 +786,7 @@ def test_split_tensors_move_by_the_rates_of_their_groups() -> None:
     before = model[0].weight.detach().clone()
     run(model, optimizer, batches, 1)
     moved = (before - model[0].weight).detach() / model[0].weight.grad
-    rates = torch.tensor(list(optimizer.rates.values()), dtype=DTYPE)
+    rates = torch.tensor(list(optimizer.measured_rates.values()), dtype=DTYPE)
     assert torch.allclose(moved[:4], rates[0].expand(4, 5), rtol=1e-6)
     assert torch.allclose(moved[4:], rates[1].expand(4, 5), rtol=1e-6)
     assert [group["name"] for group in optimizer.param_groups] == ["rest", "0.weight"]
@@ -751,26 +807,31 @@ def test_a_measurement_that_is_not_finite_keeps_the_rates_and_is_counted(caplog)
     model, batches = make_model(), make_batches()
     poisoned = (torch.full_like(batches[0][0], torch.nan), batches[0][1])
     optimizer = ns.NewtonSummary(
-        model, loss_fn, curvature_data=[batches[0], poisoned, batches[1]], every=1, partition="canonical", look_every=0
+        model,
+        loss_fn,
+        curvature_data=[batches[0], poisoned, batches[1]],
+        every=1,
+        partition="canonical",
+        line_search_every=0,
     )
     run(model, optimizer, batches, 1)
-    rates = optimizer.rates
+    rates = optimizer.measured_rates
     with caplog.at_level(logging.INFO, logger="newton_summary"):
         run(model, optimizer, batches, 1, 1)
-    assert optimizer.rates == rates
+    assert optimizer.measured_rates == rates
     assert optimizer.counts["failed"] == 1
     assert optimizer.status is Status.NOT_FINITE
     assert "not finite" in caplog.text
     run(model, optimizer, batches, 1, 2)
-    assert optimizer.counts == {"measured": 3, "failed": 1, "looked": 0, "halved": 0}
-    assert optimizer.rates != rates
+    assert optimizer.counts == {"measured": 3, "failed": 1, "searched": 0, "halved": 0}
+    assert optimizer.measured_rates != rates
 
 
 def test_a_first_measurement_that_fails_takes_no_step() -> None:
     model, batches = make_model(), make_batches()
     poisoned = (torch.full_like(batches[0][0], torch.nan), batches[0][1])
     optimizer = ns.NewtonSummary(
-        model, loss_fn, curvature_data=[poisoned, batches[0]], every=1, partition="canonical", look_every=0
+        model, loss_fn, curvature_data=[poisoned, batches[0]], every=1, partition="canonical", line_search_every=0
     )
     run(model, optimizer, batches, 1)
     assert same(model, make_model())
@@ -834,10 +895,10 @@ def test_groups_cannot_be_added() -> None:
 def test_param_groups_show_names_and_rates() -> None:
     model, batches = make_model(), make_batches()
     optimizer = MAKERS["each tensor"](model, batches)
-    assert optimizer.rates == {}
+    assert optimizer.measured_rates == {}
     run(model, optimizer, batches, 1)
     shown = {group["name"]: group["rate"] for group in optimizer.param_groups}
-    assert shown == optimizer.rates
+    assert shown == optimizer.measured_rates
     assert all(group["lr"] == 1.5 for group in optimizer.param_groups)
     assert "0.weight" in repr(optimizer)
 
@@ -861,7 +922,7 @@ def test_memory_is_flat_over_200_steps() -> None:
 
 def test_nothing_is_read_from_the_device_between_measurements(monkeypatch) -> None:
     model, batches = make_model(), make_batches()
-    optimizer = ns.NewtonSummary(model, loss_fn, curvature_data=batches, every=100, look_every=100)
+    optimizer = ns.NewtonSummary(model, loss_fn, curvature_data=batches, every=100, line_search_every=100)
     run(model, optimizer, batches, 3)
     loss_fn(model, batches[3]).backward()
     monkeypatch.setattr(newton_summary.optim.clipping, "_HOST", "no device")

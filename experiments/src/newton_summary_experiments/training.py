@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from newton_summary.errors import UsageError
-from newton_summary.optim.newton_summary import NewtonSummary
+from newton_summary.optim import MeasuredOptimizer
 from newton_summary.report.records import Config, Row, Snapshot
 from newton_summary_experiments import files, snapshots
 from newton_summary_experiments.data import Batch, Data, shuffled
@@ -223,7 +223,7 @@ class Trainer:
 
     def record(self, exploded: bool = False) -> None:
         """Evaluates the model, at the average of its weights where the optimizer has a better one, and adds a row."""
-        newton = self.optimizer if isinstance(self.optimizer, NewtonSummary) else None
+        newton = self.optimizer if isinstance(self.optimizer, MeasuredOptimizer) else None
         if newton is not None:
             newton.eval()
         train_loss = mean_loss(self.task, self.model, self.data.train)
@@ -241,7 +241,7 @@ class Trainer:
                 validation_accuracy=accuracy,
                 seconds=self.seconds,
                 lr=float(self.optimizer.param_groups[0]["lr"]),
-                rates=dict(newton.rates) if newton else {},
+                rates=dict(newton.measured_rates) if newton else {},
                 counts=dict(getattr(self.optimizer, "counts", {})),
                 diverged=exploded,
             )

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from newton_summary.integrations.news import Measured, News, Source
 from newton_summary.measure import LossFunction
 from newton_summary.measure.stream import BatchStream
-from newton_summary.optim import NewtonSummary
+from newton_summary.optim import MeasuredOptimizer
 from newton_summary.watch.monitor import Monitor
 
 
@@ -79,7 +79,7 @@ class MonitorCallback(Callback):
         """Puts the monitor beside the optimizer."""
         optimizer = trainer.optimizers[self.number]
         source: Source
-        if isinstance(optimizer, NewtonSummary):
+        if isinstance(optimizer, MeasuredOptimizer):
             source = optimizer
         elif self.loss_fn is None:
             raise ValueError("to watch an optimizer, MonitorCallback needs loss_fn(module, batch)")

@@ -8,11 +8,11 @@ from typing import TypeAlias
 
 import torch
 
-from newton_summary.optim import NewtonSummary
+from newton_summary.optim import MeasuredOptimizer
 from newton_summary.summary import Summary
 from newton_summary.watch.monitor import Monitor
 
-Source: TypeAlias = Monitor | NewtonSummary
+Source: TypeAlias = Monitor | MeasuredOptimizer
 """What measures."""
 
 
@@ -64,7 +64,7 @@ class News:
         return Measured(self.source._taken - 1, _of_optimizer(self.source), self.source.summary)
 
 
-def _of_optimizer(optimizer: NewtonSummary) -> dict[str, float]:
+def _of_optimizer(optimizer: MeasuredOptimizer) -> dict[str, float]:
     assert optimizer.summary is not None
     scalars = {"loss": optimizer.summary.loss.item(), "lr": float(optimizer.param_groups[0]["lr"])}
     scalars |= {key: float(optimizer.counts[key]) for key in ("measured", "failed")}

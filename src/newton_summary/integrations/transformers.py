@@ -10,7 +10,7 @@ from torch import Tensor
 from newton_summary.integrations.news import News, Source
 from newton_summary.measure import LossFunction
 from newton_summary.measure.stream import BatchStream
-from newton_summary.optim import NewtonSummary
+from newton_summary.optim import MeasuredOptimizer
 from newton_summary.watch.monitor import Monitor
 
 if TYPE_CHECKING:
@@ -79,7 +79,7 @@ class MonitorCallback(TrainerCallback):
         """Puts the monitor beside the optimizer."""
         optimizer = getattr(optimizer, "optimizer", optimizer)  # within accelerate's wrapper
         source: Source
-        if isinstance(optimizer, NewtonSummary):
+        if isinstance(optimizer, MeasuredOptimizer):
             source = optimizer
         else:
             self._stream = BatchStream(train_dataloader if self.data is None else self.data, self.seed)

@@ -18,7 +18,7 @@ _MEMORY = 0.99
 _HOST = "cpu"  # where to read a number costs nothing
 
 
-class GradientGuard:
+class GradientClipping:
     """Shortens the gradients of a step, all together, to three times their usual length; a thousand times counts as 0.
 
     A direction with a memory, such as Adam's, would keep a gradient that is far too long, or no number, for hundreds of

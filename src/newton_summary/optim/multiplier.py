@@ -1,4 +1,4 @@
-"""The boldness of a training: whether steps as long as looks allow are worth their noise."""
+"""The learning-rate multiplier: whether steps as long as line searches allow are worth their noise."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ _SLIGHT = 0.02  # below which such a fall, or an advantage of the average, is no
 _RECENT = 0.3  # of a comparison, in the advantage of the average
 
 
-class Boldness:
+class LearningRateMultiplier:
     """A factor on λ_1, which weighs two gains.
 
-    A look is greedy: where noise rules, it would shorten steps before their time.  The loss at a moving average of the
-    weights, which oscillates less, tells what shorter steps would gain at once; the fall of that loss in the last
-    eighth of the run tells what steps as long as these gain in time.  Where the first is more, steps become shorter,
-    else longer.
+    A line search is greedy: where noise rules, it would shorten steps before their time.  The loss at a moving average
+    of the weights, which oscillates less, tells what shorter steps would gain at once; the fall of that loss in the
+    last eighth of the run tells what steps as long as these gain in time.  Where the first is more, steps become
+    shorter, else longer.
 
     Attributes:
         value: what λ_1 is multiplied by, between 2/3 and 1.4.
@@ -32,10 +32,10 @@ class Boldness:
         docs/method.md, section 2; docs/research.md has what it is worth.
 
     Example:
-        >>> boldness = Boldness()
-        >>> boldness.follow(2.0, steps=5)
-        >>> boldness.compare(average=1.0, here=2.0, steps=15)  # half the loss, if steps were shorter
-        >>> round(boldness.value, 6)
+        >>> multiplier = LearningRateMultiplier()
+        >>> multiplier.follow(2.0, steps=5)
+        >>> multiplier.compare(average=1.0, here=2.0, steps=15)  # half the loss, if steps were shorter
+        >>> round(multiplier.value, 6)
         0.8
     """
 

@@ -14,7 +14,7 @@ from newton_summary.parallel.sharding import sharded_like
 from newton_summary.partition import Partition
 
 
-class Descent:
+class ParameterUpdate:
     """Steps along a direction by the rates of the groups of a partition.
 
     Args:

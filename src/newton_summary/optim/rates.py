@@ -20,9 +20,6 @@ _EXPLOSION = 1000.0
 class RateRule(Protocol):
     """What turns the measurements of a run into rates."""
 
-    fidelity: bool
-    """Whether rates are to be checked against the actual change of the loss, and halved where it disagrees."""
-
     @property
     def rates(self) -> Tensor | None:
         """η ≥ 0, shape (S,), float64 on the host; ``None`` before the first solve that succeeded."""
@@ -54,8 +51,6 @@ class PaperRates:
         regularization: λ_int, the weight of the cubic term; without it the solution is Newton's, H̄⁻¹ḡ.
         momentum: μ_η, the share of the past in the average of the rates.
     """
-
-    fidelity = False
 
     def __init__(self, regularization: float = 1.0, momentum: float = 0.5) -> None:
         check_not_negative("regularization", regularization)
@@ -113,7 +108,6 @@ class AveragedRates:
         precision: the relative rounding of a measurement: the ``eps`` of the parameters' type.
     """
 
-    fidelity = True
     growth = 2.0
 
     def __init__(

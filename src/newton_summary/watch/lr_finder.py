@@ -15,7 +15,7 @@ from newton_summary._checks import check_positive
 from newton_summary.measure import Engine, Loss, LossFunction, preserved_randomness, resolve_engine
 from newton_summary.measure.next_step import next_step
 from newton_summary.measure.stream import BatchStream
-from newton_summary.optim import NewtonSummary
+from newton_summary.optim import MeasuredOptimizer
 from newton_summary.partition import Partition, default_partition, resolve_partition, unwrap
 from newton_summary.summary import Summary
 from newton_summary.watch.advice import alone
@@ -106,7 +106,7 @@ def suggest_rates(
         True
     """
     check_positive("steps", steps)
-    if isinstance(optimizer, NewtonSummary):
+    if isinstance(optimizer, MeasuredOptimizer):
         raise TypeError("NewtonSummary sets its rates by itself: it needs no suggestion")
     model = unwrap(model)
     partition = resolve_partition(partition, model, default_partition)

@@ -19,7 +19,7 @@ from newton_summary._checks import check_positive
 from newton_summary.measure import Engine, Loss, LossFunction, preserved_randomness, resolve_engine
 from newton_summary.measure.next_step import next_step
 from newton_summary.measure.stream import BatchStream
-from newton_summary.optim import NewtonSummary
+from newton_summary.optim import MeasuredOptimizer
 from newton_summary.parallel.processes import Processes
 from newton_summary.parallel.sharding import measurable
 from newton_summary.partition import Partition, default_partition, resolve_partition
@@ -156,7 +156,7 @@ class Monitor:
     ) -> None:
         for what, value in (("every", every), ("window", window), ("history", history)):
             check_positive(what, value)
-        if isinstance(optimizer, NewtonSummary):
+        if isinstance(optimizer, MeasuredOptimizer):
             raise TypeError("NewtonSummary measures by itself: read optimizer.summary and optimizer.rates")
         self.partition = resolve_partition(partition, model, default_partition)
         self.optimizer = optimizer

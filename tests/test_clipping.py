@@ -16,7 +16,7 @@ from torch.nn import functional
 
 import newton_summary as ns
 from newton_summary.optim import clipping as guards
-from newton_summary.optim.clipping import GradientGuard
+from newton_summary.optim.clipping import GradientClipping
 from newton_summary.optim.rates import AveragedRates
 from newton_summary.solve import Status
 
@@ -97,7 +97,7 @@ def apply(guard, *gradients):
 
 
 def test_gradients_are_shortened_all_together_and_else_kept_bit_for_bit() -> None:
-    guard, a, b, c = GradientGuard(), torch.tensor([3.0, 4.0]), torch.tensor([[1e-20]]), torch.tensor([1e10])
+    guard, a, b, c = GradientClipping(), torch.tensor([3.0, 4.0]), torch.tensor([[1e-20]]), torch.tensor([1e10])
     assert all(map(torch.equal, apply(guard, a, b, c), (a, b, c)))
     assert guard.usual == pytest.approx([5.0, 1e-20, 1e10])
     taken = apply(guard, 2.9 * a, 2.9 * b, 100 * c)
@@ -115,7 +115,7 @@ def test_gradients_are_shortened_all_together_and_else_kept_bit_for_bit() -> Non
 
 @pytest.mark.parametrize("broken", [torch.nan, torch.inf, 1e6])
 def test_gradients_are_refused_all_together(broken) -> None:
-    guard = GradientGuard()
+    guard = GradientClipping()
     apply(guard, torch.tensor([1.0]), torch.tensor([2.0]))
     assert [float(g) for g in apply(guard, torch.tensor([broken]), torch.tensor([3e6]))] == [0.0, 0.0]
     counted = [1.0, 2.0] if broken != 1e6 else [1.99, 3.98]
@@ -123,7 +123,7 @@ def test_gradients_are_refused_all_together(broken) -> None:
 
 
 def test_gradients_that_grow_for_good_are_followed() -> None:
-    guard = GradientGuard()
+    guard = GradientClipping()
     apply(guard, torch.tensor([1.0]))
     taken = [float(apply(guard, torch.tensor([1e6]))[0]) for _ in range(80)]
     usual = [1.99**t for t in range(11)]
@@ -150,7 +150,7 @@ def test_numbers_and_tensors_follow_the_same_rule(cases) -> None:
 
 
 def test_a_tensor_without_a_gradient_has_no_say() -> None:
-    guard, parameters = GradientGuard(), [nn.Parameter(torch.zeros(1)) for _ in range(3)]
+    guard, parameters = GradientClipping(), [nn.Parameter(torch.zeros(1)) for _ in range(3)]
     for t in range(4):
         for parameter, gradient in zip(parameters, (1.0, 5.0, 1.0), strict=True):
             parameter.grad = None if t % 2 and gradient == 5.0 else torch.tensor([gradient])
@@ -160,7 +160,7 @@ def test_a_tensor_without_a_gradient_has_no_say() -> None:
 
 
 def test_nothing_is_known_before_the_first_gradient_that_is_not_zero() -> None:
-    guard = GradientGuard()
+    guard = GradientClipping()
     for first in (torch.tensor([torch.inf]), torch.tensor([0.0])):
         apply(guard, first)
     assert float(apply(guard, torch.tensor([1e-3]))[0]) == pytest.approx(1e-3)
@@ -168,11 +168,11 @@ def test_nothing_is_known_before_the_first_gradient_that_is_not_zero() -> None:
 
 def test_half_precision_does_not_overflow_and_sparse_gradients_are_looked_at() -> None:
     large = torch.full((100,), 6e4, dtype=torch.float16)
-    assert torch.equal(apply(GradientGuard(), large)[0], large)
+    assert torch.equal(apply(GradientClipping(), large)[0], large)
     embedding = nn.Embedding(5, 2, sparse=True)
     embedding(torch.tensor([1, 3])).sum().backward()
     embedding.weight.grad._values()[0] = torch.nan
-    GradientGuard().apply([embedding.weight], lambda number: number)
+    GradientClipping().apply([embedding.weight], lambda number: number)
     assert torch.equal(embedding.weight.grad.to_dense(), torch.zeros(5, 2))
 
 
@@ -199,21 +199,21 @@ def test_an_explosion_is_believed_the_second_time() -> None:
 
 def test_a_resumed_run_knows_what_is_usual() -> None:
     _, optimizer = train("infinite", training=True, measuring=False, steps=20, at=10)
-    usual = optimizer._guard.usual
+    usual = optimizer._clipping.usual
     optimizer.load_state_dict(copy.deepcopy(optimizer.state_dict()))
-    assert optimizer._guard.usual == usual
+    assert optimizer._clipping.usual == usual
 
 
 @pytest.mark.parametrize("host", ["cpu", "no device"])
 def test_the_guard_raises_an_alarm_once_for_what_it_shortened(host, monkeypatch) -> None:
     monkeypatch.setattr(guards, "_HOST", host)
-    guard = GradientGuard()
+    guard = GradientClipping()
     apply(guard, torch.tensor([1.0]))
     assert not guard.take_alarm(), "nothing is known before the first gradient"
     for long in (4.0, 1e6, math.nan):
         apply(guard, torch.tensor([long]))
         apply(guard, torch.tensor([1.0]))
-        resumed = GradientGuard()
+        resumed = GradientClipping()
         resumed.load_state_dict(json.loads(json.dumps(guard.state_dict())))
         assert resumed.take_alarm()
         assert guard.take_alarm()

@@ -1,4 +1,4 @@
-"""The pace: how long steps are between measurements."""
+"""The search: how long steps are between measurements."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ from torch.nn import functional
 from torch.utils.data import DataLoader, TensorDataset
 
 import newton_summary as ns
-from newton_summary.optim.cadence import is_time_to_look, period_at
-from newton_summary.optim.line_search import Pace
-from newton_summary.optim.multiplier import Boldness
+from newton_summary.optim.cadence import interval_at, is_time_to_search
+from newton_summary.optim.line_search import LineSearch
+from newton_summary.optim.multiplier import LearningRateMultiplier
 
 EVERY = 5
 GROWTH = 2 ** (EVERY / 20)
@@ -28,11 +28,11 @@ def valley(bottom: float, curvature: float = 1.0, floor: float = 1.0):
     return lambda size: floor + 0.5 * curvature * (size - bottom) ** 2
 
 
-def followed(losses, count=80, every=EVERY) -> Pace:
-    pace = Pace()
+def followed(losses, count=80, every=EVERY) -> LineSearch:
+    search = LineSearch()
     for number in range(count):
-        pace.look(losses[number % len(losses)] if isinstance(losses, list) else losses, every)
-    return pace
+        search.search(losses[number % len(losses)] if isinstance(losses, list) else losses, every)
+    return search
 
 
 # The scale ------------------------------------------------------------------------------------------------------------
@@ -40,28 +40,28 @@ def followed(losses, count=80, every=EVERY) -> Pace:
 
 @given(bottom=st.floats(0.05, 20.0), curvature=st.floats(1e-3, 0.5), floor=st.floats(0.0, 10.0))
 def test_the_scale_reaches_the_bottom_of_a_valley(bottom, curvature, floor) -> None:
-    pace = followed(valley(bottom, curvature, floor + 200 * curvature))
-    assert pace.scale == pytest.approx(bottom, rel=1e-6)
+    search = followed(valley(bottom, curvature, floor + 200 * curvature))
+    assert search.step_size == pytest.approx(bottom, rel=1e-6)
 
 
 @given(factor=st.floats(1e-6, 1e6))
 def test_it_does_not_depend_on_the_unit_of_the_loss(factor) -> None:
     losses = [valley(0.5), valley(2.0, 3.0), valley(4.0, 0.1)]
     scaled = [lambda size, f=f: factor * f(size) for f in losses]
-    assert followed(scaled).scale == pytest.approx(followed(losses).scale, rel=1e-9)
+    assert followed(scaled).step_size == pytest.approx(followed(losses).step_size, rel=1e-9)
 
 
 @pytest.mark.parametrize("every", [1, EVERY, 15, 50])
 def test_it_agrees_with_parabolas_fitted_in_another_way(every) -> None:
     generator, growth = np.random.default_rng(0), 2 ** min(every / 20, 1)
-    pace, slope, curvatures, weights, trial = Pace(), 0.0, [], [], 1.0
+    search, slope, curvatures, weights, trial = LineSearch(), 0.0, [], [], 1.0
     for number in range(1, 60):
         a, b, c = generator.normal(0.05, 0.1), generator.uniform(0.01, 0.3), generator.normal(0, 0.02)
 
         def loss(size, a=a, b=b, c=c):
             return 2.0 - a * size + b * size**2 + c * math.sin(3 * size)
 
-        pace.look(loss, every)
+        search.search(loss, every)
         points = trial * np.arange(3)
         quadratic, linear, constant = np.polyfit(points, [loss(x) for x in points], 2)
         share = max(3 / (number + 2), min(every / 100, 0.15))
@@ -73,188 +73,190 @@ def test_it_agrees_with_parabolas_fitted_in_another_way(every) -> None:
         best = 0.0 if slope <= 0 else math.inf if steepest <= 0 else slope / steepest
         size = min(best, growth * trial)
         trial = max(size, trial / growth)
-        assert pace.scale == pytest.approx(size * min(20 / every, 1) ** 0.5, rel=1e-9, abs=1e-12)
+        assert search.step_size == pytest.approx(size * min(20 / every, 1) ** 0.5, rel=1e-9, abs=1e-12)
 
 
 def test_a_batch_counts_the_same_whatever_it_holds() -> None:
     """One whose loss is a hundred times the others' pulls no more than they do."""
     alike = followed([valley(1.0, 0.2), valley(3.0, 0.2)], count=200)
     uneven = followed([valley(1.0, 0.2), lambda size: 50 * valley(3.0, 0.2)(size)], count=200)
-    assert uneven.scale == pytest.approx(alike.scale, rel=0.05)
+    assert uneven.step_size == pytest.approx(alike.step_size, rel=0.05)
 
 
 def test_the_scale_doubles_in_twenty_steps_at_most_and_falls_at_once() -> None:
-    pace = followed(valley(1.0), count=40)
+    search = followed(valley(1.0), count=40)
     for number in range(1, 5):
-        pace.look(lambda size: 1.0 - 0.1 * size, EVERY)
-        assert pace.scale <= 1.0001 * GROWTH**number
-    pace = followed(valley(1.0), count=40)
-    pace.look(valley(0.3, 1.0, floor=0.16), EVERY)
-    assert pace.scale < 0.4, "a steep curvature counts at once"
-    pace.look(valley(1.0), EVERY)
-    assert 0.5 < pace.scale < 0.7, "and is remembered in part"
+        search.search(lambda size: 1.0 - 0.1 * size, EVERY)
+        assert search.step_size <= 1.0001 * GROWTH**number
+    search = followed(valley(1.0), count=40)
+    search.search(valley(0.3, 1.0, floor=0.16), EVERY)
+    assert search.step_size < 0.4, "a steep curvature counts at once"
+    search.search(valley(1.0), EVERY)
+    assert 0.5 < search.step_size < 0.7, "and is remembered in part"
     for _ in range(100):
-        pace.look(valley(1.0), EVERY)
-    assert pace.scale > 0.9, "for as long as the averages last"
+        search.search(valley(1.0), EVERY)
+    assert search.step_size > 0.9, "for as long as the averages last"
 
 
 def test_uphill_it_stands_still_and_goes_on_afterwards() -> None:
-    pace = followed(valley(1.0), count=40)
+    search = followed(valley(1.0), count=40)
     for _ in range(30):
-        pace.look(valley(-3.0), EVERY)
-    assert pace.scale == 0.0
+        search.search(valley(-3.0), EVERY)
+    assert search.step_size == 0.0
     for _ in range(100):
-        pace.look(valley(1.0), EVERY)
-    assert pace.scale == pytest.approx(1.0, rel=0.1)
+        search.search(valley(1.0), EVERY)
+    assert search.step_size == pytest.approx(1.0, rel=0.1)
 
 
 def test_the_size_of_a_look_is_halved_until_the_loss_follows() -> None:
-    pace = Pace()
-    pace.look(lambda size: 1.0 + (10 * size) ** 2 - 5 * size, EVERY)
-    assert pace.halvings == 3
-    assert 0 < pace.scale < 0.125
+    search = LineSearch()
+    search.search(lambda size: 1.0 + (10 * size) ** 2 - 5 * size, EVERY)
+    assert search.halvings == 3
+    assert 0 < search.step_size < 0.125
 
 
 @pytest.mark.parametrize("cliff", [0.3, 1.5])
 def test_it_stays_before_a_cliff(cliff) -> None:
-    pace = Pace()
+    search = LineSearch()
     for _ in range(40):
-        pace.look(lambda size: math.inf if size > cliff else 1.0 - 0.1 * size, EVERY)
-        assert 0 < pace.scale <= GROWTH * cliff
-    assert pace.halvings > 0
+        search.search(lambda size: math.inf if size > cliff else 1.0 - 0.1 * size, EVERY)
+        assert 0 < search.step_size <= GROWTH * cliff
+    assert search.halvings > 0
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf])
 def test_a_loss_that_is_no_number_changes_nothing(value) -> None:
-    pace = followed(valley(2.0), count=7)
-    before = pace.state_dict()
-    pace.look(lambda size: value, EVERY)
-    assert pace.state_dict() == before
-    pace.look(lambda size: 1.0 if size == 0 else value, EVERY)
-    assert pace.state_dict() == before
+    search = followed(valley(2.0), count=7)
+    before = search.state_dict()
+    search.search(lambda size: value, EVERY)
+    assert search.state_dict() == before
+    search.search(lambda size: 1.0 if size == 0 else value, EVERY)
+    assert search.state_dict() == before
 
 
 def test_a_loss_that_passes_through_zero_does_no_harm() -> None:
-    pace = followed([lambda size, c=c: c + 0.01 * (size - 2.0) ** 2 for c in (1.0, 0.0, -1.0, 1e-9, 0.5)], count=200)
-    assert 1.5 < pace.scale <= 2.0, "where the loss is nearly 0 the parabolas are steep, in units of it"
+    search = followed([lambda size, c=c: c + 0.01 * (size - 2.0) ** 2 for c in (1.0, 0.0, -1.0, 1e-9, 0.5)], count=200)
+    assert 1.5 < search.step_size <= 2.0, "where the loss is nearly 0 the parabolas are steep, in units of it"
 
 
 @pytest.mark.parametrize("slope", [0.0, 1e-30, -1e-30])
 @pytest.mark.parametrize("level", [0.0, 1.0])
 def test_a_loss_that_has_become_constant_does_no_harm(level, slope) -> None:
-    pace = followed(lambda size: level - slope * size, count=20_000, every=20)
+    search = followed(lambda size: level - slope * size, count=20_000, every=20)
     for _ in range(1000):
-        pace.look(valley(1.0), 20)
-    assert pace.scale == pytest.approx(1.0, rel=0.01)
+        search.search(valley(1.0), 20)
+    assert search.step_size == pytest.approx(1.0, rel=0.01)
 
 
 def test_what_is_left_of_a_loss_when_it_is_rounded_away_tells_nothing() -> None:
     """The mean of a hundred losses of which single ones are 1.2e-7, the least that float32 has beside 1, or 0."""
-    pace, generator, quantum = followed(valley(2.0), count=60), np.random.default_rng(0), 1.2e-9
+    search, generator, quantum = followed(valley(2.0), count=60), np.random.default_rng(0), 1.2e-9
     for _ in range(300):
         left = int(generator.integers(0, 3))
         after = {0.0: left, 1.0: max(left - int(generator.integers(0, 2)), 0)}
-        pace.look(lambda size, after=after: quantum * after.get(min(size / pace._trial, 1.0), after[1.0]), EVERY)
-    assert pace.scale == pytest.approx(2.0, rel=1e-6)
+        search.search(lambda size, after=after: quantum * after.get(min(size / search._trial, 1.0), after[1.0]), EVERY)
+    assert search.step_size == pytest.approx(2.0, rel=1e-6)
 
 
 def test_the_state_goes_through_json() -> None:
-    pace, twin = followed(valley(3.0), count=5), Pace()
-    pace.boldness.compare(0.5, 1.0, 15)
-    twin.load_state_dict(json.loads(json.dumps(pace.state_dict())))
-    for each in (pace, twin):
-        each.look(valley(2.5), EVERY)
-    assert twin.state_dict() == pace.state_dict()
+    search, twin = followed(valley(3.0), count=5), LineSearch()
+    search.multiplier.compare(0.5, 1.0, 15)
+    twin.load_state_dict(json.loads(json.dumps(search.state_dict())))
+    for each in (search, twin):
+        each.search(valley(2.5), EVERY)
+    assert twin.state_dict() == search.state_dict()
 
 
-# The boldness ---------------------------------------------------------------------------------------------------------
+# The multiplier -------------------------------------------------------------------------------------------------------
 
 
-def falling(rate: float, count: int) -> Pace:
+def falling(rate: float, count: int) -> LineSearch:
     """A run whose loss falls by this in its logarithm at each step, and is the same all along the step."""
-    pace = Pace()
+    search = LineSearch()
     for number in range(count):
-        pace.look(lambda size, n=number: math.exp(-rate * n * EVERY), EVERY)
-    return pace
+        search.search(lambda size, n=number: math.exp(-rate * n * EVERY), EVERY)
+    return search
 
 
-def steady(oscillating: bool = False) -> Pace:
-    pace = followed([lambda size, n=n: 0.97**n * valley(1.0)(size) for n in range(40)], count=40)
+def steady(oscillating: bool = False) -> LineSearch:
+    search = followed([lambda size, n=n: 0.97**n * valley(1.0)(size) for n in range(40)], count=40)
     for _ in range(10):
-        pace.boldness.compare(0.6 if oscillating else 1.0, 1.0, 3 * EVERY)
-    return pace
+        search.multiplier.compare(0.6 if oscillating else 1.0, 1.0, 3 * EVERY)
+    return search
 
 
 def test_slopes_halve_the_scale_in_four_hundred_steps_at_most() -> None:
-    pace = steady()
+    search = steady()
     for number in range(1, 400 // EVERY + 1):
-        pace.look(valley(-3.0), EVERY)
-        assert pace.scale == pytest.approx(0.5 ** (number * EVERY / 400), rel=1e-6)
+        search.search(valley(-3.0), EVERY)
+        assert search.step_size == pytest.approx(0.5 ** (number * EVERY / 400), rel=1e-6)
 
 
 def test_where_the_weights_oscillate_slopes_count_in_full() -> None:
-    pace = steady(oscillating=True)
+    search = steady(oscillating=True)
     for _ in range(30):
-        pace.look(valley(-3.0), EVERY)
-    assert pace.scale == 0.0
+        search.search(valley(-3.0), EVERY)
+    assert search.step_size == 0.0
 
 
 def test_a_growing_curvature_shortens_the_scale_as_ever() -> None:
-    pace, free = steady(), steady(oscillating=True)
+    search, free = steady(), steady(oscillating=True)
     for number in range(1, 200):
         steep = valley(2.0**-number, 4.0 ** min(number, 5), floor=3.0)
-        pace.look(steep, EVERY)
-        free.look(steep, EVERY)
-        assert pace.scale >= free.scale * (1 - 1e-12)
-    assert pace.scale < 2.0**-8
+        search.search(steep, EVERY)
+        free.search(steep, EVERY)
+        assert search.step_size >= free.step_size * (1 - 1e-12)
+    assert search.step_size < 2.0**-8
 
 
 @pytest.mark.parametrize("rate", [1e-5, 1e-4, 5e-4])
 @pytest.mark.parametrize("count", [200, 1000])
-def test_the_boldness_weighs_the_advantage_of_the_average_against_what_an_eighth_of_the_run_gains(rate, count) -> None:
+def test_the_multiplier_weighs_the_advantage_of_the_average_against_the_gain_of_an_eighth_of_the_run(
+    rate, count
+) -> None:
     eighth = min(rate * count * EVERY / 8, 0.3)
     for share in (0.0, 0.9, 1.1):
-        pace = falling(rate, count)
-        pace.boldness.compare(math.exp(-share * eighth), 1.0, 15)
-        assert pace.boldness.value == pytest.approx(1 + 0.06 * (1 - share) * eighth / max(eighth, 0.02), abs=0.003)
-        assert (pace.boldness.value > 1) == (share < 1)
+        search = falling(rate, count)
+        search.multiplier.compare(math.exp(-share * eighth), 1.0, 15)
+        assert search.multiplier.value == pytest.approx(1 + 0.06 * (1 - share) * eighth / max(eighth, 0.02), abs=0.003)
+        assert (search.multiplier.value > 1) == (share < 1)
 
 
 @pytest.mark.parametrize("rate", [0.0, -1e-3])
 def test_where_a_run_gains_nothing_a_slight_advantage_shortens_steps(rate) -> None:
-    pace = falling(rate, 100)
-    pace.boldness.compare(1.0, 1.0, 15)
-    assert pace.boldness.value == 1.0
-    pace.boldness.compare(0.99, 1.0, 15)
-    assert pace.boldness.value == pytest.approx(1 + 0.06 * math.log(0.99) / 0.02)
+    search = falling(rate, 100)
+    search.multiplier.compare(1.0, 1.0, 15)
+    assert search.multiplier.value == 1.0
+    search.multiplier.compare(0.99, 1.0, 15)
+    assert search.multiplier.value == pytest.approx(1 + 0.06 * math.log(0.99) / 0.02)
 
 
-def test_the_boldness_has_limits() -> None:
-    pace = falling(1e-3, 200)
+def test_the_multiplier_has_limits() -> None:
+    search = falling(1e-3, 200)
     for _ in range(50):
-        pace.boldness.compare(0.5, 1.0, 15)
-    assert pace.boldness.value == 2 / 3
+        search.multiplier.compare(0.5, 1.0, 15)
+    assert search.multiplier.value == 2 / 3
     for _ in range(50):
-        pace.boldness.compare(1.0, 1.0, 15)
-    assert pace.boldness.value == 1.4
+        search.multiplier.compare(1.0, 1.0, 15)
+    assert search.multiplier.value == 1.4
 
 
 def test_a_fall_that_shorter_steps_have_brought_is_no_gain_of_the_run() -> None:
     """What the weights gain on their average, while that stays where it is."""
-    pace = Pace()
+    search = LineSearch()
     for advantage, comparisons in ((0.5, 100), (0.05, 40)):
         for _ in range(comparisons):
             for _ in range(3):
-                pace.look(lambda size, a=advantage: math.exp(a), EVERY)
-            pace.boldness.compare(1.0, math.exp(advantage), 3 * EVERY)
-    assert pace.boldness.value == 2 / 3
+                search.search(lambda size, a=advantage: math.exp(a), EVERY)
+            search.multiplier.compare(1.0, math.exp(advantage), 3 * EVERY)
+    assert search.multiplier.value == 2 / 3
 
 
 @pytest.mark.parametrize(("average", "here"), [(math.nan, 1.0), (1.0, math.nan), (0.0, 1.0), (1.0, 0.0), (-1.0, 1.0)])
-def test_losses_without_a_ratio_do_not_change_the_boldness(average, here) -> None:
-    pace = Pace()
-    pace.boldness.compare(average, here, 15)
-    assert pace.boldness.value == 1.0
+def test_losses_without_a_ratio_do_not_change_the_multiplier(average, here) -> None:
+    search = LineSearch()
+    search.multiplier.compare(average, here, 15)
+    assert search.multiplier.value == 1.0
 
 
 # In the optimizer -----------------------------------------------------------------------------------------------------
@@ -297,15 +299,15 @@ def train(model, optimizer, count, start=0):
 
 @pytest.mark.parametrize("partition", ["trivial", "canonical"])
 def test_a_look_sees_the_loss_along_the_step_and_at_averaged_weights(partition, monkeypatch) -> None:
-    model, optimizer = make(partition=partition, look_every=4)
-    train(model, optimizer, 24)  # with looks after 0, 1, 2, 4, 8, 12, 16 and 20
+    model, optimizer = make(partition=partition, line_search_every=4)
+    train(model, optimizer, 24)  # with searches after 0, 1, 2, 4, 8, 12, 16 and 20
     average = [optimizer.state[p]["average"].clone() for p in model.parameters()]
     backward(model, optimizer, 24)
     u = optimizer._current_direction()
     along = [u[p] for p in model.parameters()]
-    sizes = optimizer.partition.spread(optimizer._proportions.tolist())
+    sizes = optimizer.partition.spread(optimizer._relative.value.tolist())
     twin = copy.deepcopy(model)
-    stream = copy.deepcopy(optimizer._stream)
+    stream = copy.deepcopy(optimizer._samples.stream)
     batch, random = stream.next(torch.device("cpu")), torch.get_rng_state()
 
     def loss_at(weights) -> float:
@@ -316,7 +318,7 @@ def test_a_look_sees_the_loss_along_the_step_and_at_averaged_weights(partition, 
         torch.set_rng_state(random)
         return loss_fn(copied, batch).item()
 
-    def look(self, loss_after, every):
+    def search(self, loss_after, every):
         assert every == 4
         for size in (0.0, 1.3, 2.6, 0.4):
             moved = [p - size * f * v for p, v, f in zip(twin.parameters(), along, sizes, strict=True)]
@@ -324,51 +326,51 @@ def test_a_look_sees_the_loss_along_the_step_and_at_averaged_weights(partition, 
         return 1.5
 
     seen = []
-    monkeypatch.setattr(Pace, "look", look)
-    monkeypatch.setattr(Boldness, "compare", lambda self, *values: seen.append(values))
-    optimizer._look(u)
-    ((there, here, steps),) = seen  # every third look compares
+    monkeypatch.setattr(LineSearch, "search", search)
+    monkeypatch.setattr(LearningRateMultiplier, "compare", lambda self, *values: seen.append(values))
+    optimizer._search.run(u, optimizer._relative.value, optimizer.state, optimizer._taken)
+    ((there, here, steps),) = seen  # every third search compares
     assert torch.equal(torch.get_rng_state(), random)
     assert (here, steps) == (1.5, 12)
     assert there == pytest.approx(loss_at(average), rel=1e-12)
     for p, q in zip([*model.parameters(), *model.buffers()], [*twin.parameters(), *twin.buffers()], strict=True):
-        assert torch.equal(p, q), "a look changed the model"
+        assert torch.equal(p, q), "a search changed the model"
     for p, a in zip(model.parameters(), average, strict=True):
         assert torch.allclose(optimizer.state[p]["average"], a + 0.12 * (p - a))
 
 
-def test_rates_are_proportions_times_the_scale_and_steps_have_the_boldness() -> None:
-    model, optimizer = make(partition="canonical", look_every=1, lr=1.2)
+def test_rates_are_proportions_times_the_scale_and_steps_have_the_multiplier() -> None:
+    model, optimizer = make(partition="canonical", line_search_every=1, lr=1.2)
     train(model, optimizer, 6)
     backward(model, optimizer, 6)
     before = [p.detach().clone() for p in model.parameters()]
     u = optimizer._current_direction()
     optimizer.step()
-    rates = optimizer._proportions * optimizer._pace.scale
-    assert list(optimizer.rates.values()) == pytest.approx(rates.tolist())
+    rates = optimizer._relative.value * optimizer._search.line_search.step_size
+    assert list(optimizer.measured_rates.values()) == pytest.approx(rates.tolist())
     assert [g["rate"] for g in optimizer.param_groups] == pytest.approx(rates.tolist())
-    assert optimizer._pace.boldness.value != 1.0
-    factors = optimizer.partition.spread((1.2 * optimizer._pace.boldness.value * rates).tolist())
+    assert optimizer._search.line_search.multiplier.value != 1.0
+    factors = optimizer.partition.spread((1.2 * optimizer._search.line_search.multiplier.value * rates).tolist())
     for p, old, factor in zip(model.parameters(), before, factors, strict=True):
         assert torch.allclose(p, old - factor * u[p], rtol=1e-12)
 
 
-def test_new_proportions_leave_the_size_to_the_pace() -> None:
-    model, optimizer = make(partition="canonical", every=3, look_every=3)
+def test_new_proportions_leave_the_size_to_the_line_search() -> None:
+    model, optimizer = make(partition="canonical", every=3, line_search_every=3)
     train(model, optimizer, 10)
-    optimizer._pace.scale = 0.37
-    old = optimizer._proportions
+    optimizer._search.line_search.step_size = 0.37
+    old = optimizer._relative.value
     backward(model, optimizer, 10)
     optimizer.measure(next(iter(make_loader())))
-    new, hessian = optimizer._proportions, optimizer.rule.average.value.hessian
+    new, hessian = optimizer._relative.value, optimizer.rule.average.value.hessian
     assert not torch.allclose(new, old)
     assert float(new @ hessian @ new) == pytest.approx(float(old @ hessian @ old))
     assert torch.allclose(new / new.sum(), optimizer.rule.rates / optimizer.rule.rates.sum())
-    assert optimizer._pace.scale == 0.37
+    assert optimizer._search.line_search.step_size == 0.37
 
 
 def test_a_tensor_without_a_gradient_at_first_is_trained_later() -> None:
-    model, optimizer = make(look_every=2)
+    model, optimizer = make(line_search_every=2)
     model[4].bias.requires_grad_(False)
     train(model, optimizer, 6)
     before = model[4].bias.clone()
@@ -378,17 +380,17 @@ def test_a_tensor_without_a_gradient_at_first_is_trained_later() -> None:
 
 
 def test_a_step_that_is_far_too_long_leaves_no_rounding(monkeypatch) -> None:
-    model, optimizer = make(look_every=2)
+    model, optimizer = make(line_search_every=2)
     train(model, optimizer, 2)
     backward(model, optimizer, 2)
     seen = []
 
-    def look(self, loss_after, every):
+    def search(self, loss_after, every):
         seen.extend(loss_after(size) for size in (0.5, 1e20, 0.5))
         return 1.0
 
-    monkeypatch.setattr(Pace, "look", look)
-    optimizer._look(optimizer._current_direction())
+    monkeypatch.setattr(LineSearch, "search", search)
+    optimizer._search.run(optimizer._current_direction(), optimizer._relative.value, optimizer.state, optimizer._taken)
     assert seen[0] == seen[2] != seen[1]
 
 
@@ -396,7 +398,9 @@ def test_one_group_is_measured_once_and_several_now_and_then() -> None:
     model, optimizer = make()
     train(model, optimizer, 100)
     assert optimizer.counts["measured"] == 1
-    assert optimizer.counts["looked"] == sum(is_time_to_look(t, period_at(0, optimizer.look_every)) for t in range(100))
+    assert optimizer.counts["searched"] == sum(
+        is_time_to_search(t, interval_at(0, optimizer.line_search_every)) for t in range(100)
+    )
     model, optimizer = make(partition="canonical")
     train(model, optimizer, 100)
     assert optimizer.counts["measured"] > 1
@@ -408,11 +412,11 @@ def test_without_data_to_look_at_rates_are_those_measured_by_hand() -> None:
     backward(model, optimizer, 0)
     optimizer.measure(next(iter(make_loader())))
     before = [p.detach().clone() for p in model.parameters()]
-    u, (rate,) = optimizer._current_direction(), optimizer.rates.values()
+    u, (rate,) = optimizer._current_direction(), optimizer.measured_rates.values()
     optimizer.step()
     for p, old in zip(model.parameters(), before, strict=True):
         assert torch.allclose(p, old - 1.5 * rate * u[p], rtol=1e-12)
-    assert optimizer.counts["looked"] == 0
+    assert optimizer.counts["searched"] == 0
     assert "average" not in optimizer.state[p]
 
 
@@ -426,7 +430,7 @@ def test_a_resumed_run_looks_as_if_nothing_had_happened(at) -> None:
     train(model, optimizer, 40, at)
     train(twin, resumed, 40, at)
     assert resumed.rates == optimizer.rates
-    assert resumed._pace.state_dict() == optimizer._pace.state_dict()
+    assert resumed._search.line_search.state_dict() == optimizer._search.line_search.state_dict()
     for p, q in zip(model.parameters(), twin.parameters(), strict=True):
         assert torch.equal(p, q)
 
@@ -436,25 +440,25 @@ def test_at_the_end_of_a_run_of_known_length_steps_shrink_to_nothing() -> None:
     lengths = []
     for number in range(40):
         backward(model, optimizer, number)
-        (scale,) = set(optimizer._scales_of_param_groups())
-        lengths.append(scale / optimizer._pace.boldness.value / 1.5)
+        (scale,) = set(optimizer._scales())
+        lengths.append(scale / optimizer._search.line_search.multiplier.value / 1.5)
         optimizer.step()
     assert lengths[:31] == pytest.approx([1.0] * 31)
     assert lengths[31:] == pytest.approx([0.1 * n for n in range(9, 0, -1)])
 
 
 def test_looking_must_be_at_whole_steps() -> None:
-    with pytest.raises(ValueError, match="look_every"):
-        make(look_every=-1)
+    with pytest.raises(ValueError, match="line_search_every"):
+        make(line_search_every=-1)
 
 
 def test_without_looks_rates_are_those_measured() -> None:
-    model, optimizer = make(partition="canonical", look_every=0)
+    model, optimizer = make(partition="canonical", line_search_every=0)
     train(model, optimizer, 60)
-    assert optimizer.counts["looked"] == 0
+    assert optimizer.counts["searched"] == 0
     assert optimizer.counts["measured"] > 1
-    assert list(optimizer.rates.values()) == optimizer.rule.rates.tolist()
-    assert set(optimizer._scales_of_param_groups()) == {1.5}
+    assert list(optimizer.measured_rates.values()) == optimizer.rule.rates.tolist()
+    assert set(optimizer._scales()) == {1.5}
 
 
 # The average ----------------------------------------------------------------------------------------------------------
@@ -465,11 +469,11 @@ def weights_of(model):
 
 
 def test_the_average_takes_the_place_of_the_weights_where_it_is_better() -> None:
-    model, optimizer = make(look_every=4)
+    model, optimizer = make(line_search_every=4)
     train(model, optimizer, 20)
     before, average = weights_of(model), [optimizer.state[p]["average"].clone() for p in model.parameters()]
     for advantage, expected in ((-0.1, before), (0.1, average)):
-        optimizer._pace.boldness.advantage = advantage
+        optimizer._search.line_search.multiplier.advantage = advantage
         optimizer.eval()
         optimizer.eval()
         for p, w in zip(model.parameters(), expected, strict=True):
@@ -483,13 +487,13 @@ def test_the_average_takes_the_place_of_the_weights_where_it_is_better() -> None
 
 
 def test_a_run_does_not_depend_on_being_evaluated_or_saved_there() -> None:
-    model, optimizer = make(look_every=4)
-    other, evaluated = make(look_every=4)
+    model, optimizer = make(line_search_every=4)
+    other, evaluated = make(line_search_every=4)
     train(model, optimizer, 20)
     train(other, evaluated, 20)
-    evaluated._pace.boldness.advantage = optimizer._pace.boldness.advantage = 0.1
+    evaluated._search.line_search.multiplier.advantage = optimizer._search.line_search.multiplier.advantage = 0.1
     evaluated.eval()
-    twin, resumed = make(look_every=4)
+    twin, resumed = make(line_search_every=4)
     twin.load_state_dict(other.state_dict())
     resumed.load_state_dict(copy.deepcopy(evaluated.state_dict()))
     for each in (evaluated, resumed):
@@ -500,18 +504,18 @@ def test_a_run_does_not_depend_on_being_evaluated_or_saved_there() -> None:
 
 
 def test_the_advantage_is_that_of_the_last_comparisons() -> None:
-    pace = Pace()
+    search = LineSearch()
     for _ in range(20):
-        pace.boldness.compare(0.8, 1.0, 15)
-    assert pace.boldness.advantage == pytest.approx(-math.log(0.8), rel=1e-2)
-    pace.boldness.compare(2.0, 1.0, 15)
-    assert pace.boldness.advantage < 0.0
+        search.multiplier.compare(0.8, 1.0, 15)
+    assert search.multiplier.advantage == pytest.approx(-math.log(0.8), rel=1e-2)
+    search.multiplier.compare(2.0, 1.0, 15)
+    assert search.multiplier.advantage < 0.0
 
 
 @pytest.mark.parametrize("factor", [1e4, math.inf, math.nan])
-def test_after_an_explosion_the_weights_go_back_to_their_average(factor) -> None:
+def test_after_a_divergence_the_weights_go_back_to_their_average(factor) -> None:
     model, batches = wide(), list(make_loader())
-    optimizer = ns.NewtonSummary(model, loss_fn, curvature_data=make_loader(), look_every=5)
+    optimizer = ns.NewtonSummary(model, loss_fn, curvature_data=make_loader(), line_search_every=5)
     losses = []
     for t in range(160):
         if t == 62:
@@ -529,10 +533,10 @@ def test_after_an_explosion_the_weights_go_back_to_their_average(factor) -> None
 
 
 def test_looks_in_step_with_the_batches_do_not_stop_a_run() -> None:
-    """A period that is one longer than the list: every look is on the batch that comes next, for which steps of the
+    """A period that is one longer than the list: every search is on the batch that comes next, for which steps of the
     others go uphill."""
     model, batches = wide(), list(make_loader())
-    optimizer = ns.NewtonSummary(model, loss_fn, curvature_data=batches, look_every=len(batches) + 1)
+    optimizer = ns.NewtonSummary(model, loss_fn, curvature_data=batches, line_search_every=len(batches) + 1)
     before = sum(loss_fn(model, batch).item() for batch in batches)
     for t in range(160):
         optimizer.zero_grad()
@@ -541,25 +545,27 @@ def test_looks_in_step_with_the_batches_do_not_stop_a_run() -> None:
     assert sum(loss_fn(model, batch).item() for batch in batches) < before / 3
 
 
-def test_an_explosion_is_ten_times_the_rule_and_three_times_the_average() -> None:
-    pace = Pace()
-    pace.look(lambda size: math.nan, EVERY)
-    assert not pace.may_have_exploded(1e9), "there is nothing to compare with"
-    pace = followed([valley(1.0, 0.01, 20.0), *[valley(1.0, 0.01, 2.0), valley(1.0, 0.01, 8.0)] * 50], count=101)
-    assert not pace.may_have_exploded(37.0)
-    assert pace.may_have_exploded(43.0)
-    assert pace.may_have_exploded(math.nan)
-    before = pace.state_dict()
-    assert not pace.retreats(math.nan, 100.0)
-    assert not pace.retreats(34.0, 100.0)
-    assert pace.state_dict() == before
-    assert pace.retreats(33.0, 100.0)
-    assert pace.retreats(9.9, math.nan)
-    assert pace.scale == 0
+def test_a_divergence_is_ten_times_the_rule_and_three_times_the_average() -> None:
+    search = LineSearch()
+    search.search(lambda size: math.nan, EVERY)
+    assert not search.may_have_diverged(1e9), "there is nothing to compare with"
+    search = followed([valley(1.0, 0.01, 20.0), *[valley(1.0, 0.01, 2.0), valley(1.0, 0.01, 8.0)] * 50], count=101)
+    assert not search.may_have_diverged(37.0)
+    assert search.may_have_diverged(43.0)
+    assert search.may_have_diverged(math.nan)
+    before = search.state_dict()
+    assert not search.has_diverged(100.0, math.nan)
+    assert not search.has_diverged(100.0, 34.0)
+    assert search.has_diverged(100.0, 33.0)
+    assert search.has_diverged(math.nan, 9.9)
+    assert search.state_dict() == before, "a question changes nothing"
+    search.roll_back()
+    assert search.step_size == 0
+    assert search.state_dict()["_trial"] == before["_trial"] / 4
 
 
 def test_a_plateau_of_vanished_gradients_is_left_without_an_explosion() -> None:
-    """The first rate that is measured there is hundreds of times too long, and looks are rare."""
+    """The first rate that is measured there is hundreds of times too long, and searches are rare."""
     torch.manual_seed(0)
     x = torch.randn(400, 20)
     y = x[:, :4].argmax(1)
@@ -569,7 +575,7 @@ def test_a_plateau_of_vanished_gradients_is_left_without_an_explosion() -> None:
         for parameter in model.parameters():
             parameter.mul_(0.3)
     loader = DataLoader(TensorDataset(x, y), 20, shuffle=True)
-    optimizer = ns.NewtonSummary(model, loss_fn, curvature_data=loader, look_every=50)
+    optimizer = ns.NewtonSummary(model, loss_fn, curvature_data=loader, line_search_every=50)
     losses = [loss_fn(model, (x, y)).item()]
     for _ in range(25):
         for batch in loader:
@@ -582,21 +588,21 @@ def test_a_plateau_of_vanished_gradients_is_left_without_an_explosion() -> None:
 
 
 def test_early_in_a_run_an_explosion_is_three_times_what_there_was_at_first() -> None:
-    pace = followed([valley(4.0, 0.01, 4.0)], count=1)
+    search = followed([valley(4.0, 0.01, 4.0)], count=1)
     first = 4.0 + 0.01 * 16
     for _ in range(20):
-        pace.look(valley(3 * first, 0.01, 4.0), EVERY)
-    assert pace.may_have_exploded(3.1 * first), "whatever has become the rule"
-    assert not pace.may_have_exploded(2.9 * first)
+        search.search(valley(3 * first, 0.01, 4.0), EVERY)
+    assert search.may_have_diverged(3.1 * first), "whatever has become the rule"
+    assert not search.may_have_diverged(2.9 * first)
 
 
 def test_a_spike_late_in_a_run_is_undone_in_a_step() -> None:
     """Weights that are thrown far away where the loss is small: still far below that of the beginning.
 
-    The next gradient is far longer than usual, which is reason to look.
+    The next gradient is far longer than usual, which is reason to search.
     """
     model, batches = wide(), list(make_loader())
-    optimizer = ns.NewtonSummary(model, loss_fn, curvature_data=make_loader(), look_every=5)
+    optimizer = ns.NewtonSummary(model, loss_fn, curvature_data=make_loader(), line_search_every=5)
 
     def whole() -> float:
         return sum(loss_fn(model, batch).item() for batch in batches)
@@ -615,7 +621,7 @@ def test_a_spike_late_in_a_run_is_undone_in_a_step() -> None:
     assert losses[-1] < losses[401], "it did not go on"
 
 
-def test_before_the_first_look_there_is_no_average() -> None:
+def test_before_the_first_search_there_is_no_average() -> None:
     model, optimizer = make()
     before = weights_of(model)
     optimizer.eval()

@@ -1,0 +1,56 @@
+"""Checkpoints: what the parts of an optimizer remember, as one dictionary beside torch's own state."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, Protocol
+
+KEY = "newton_summary"
+"""Where it stands in an optimizer's ``state_dict``."""
+
+
+class Part(Protocol):
+    """What remembers something."""
+
+    def state_dict(self) -> dict[str, Any]:
+        """What it remembers, in plain numbers and tensors."""
+        ...
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """The inverse of :meth:`state_dict`."""
+        ...
+
+
+def packed(parts: Mapping[str, Part | None]) -> dict[str, Any]:
+    """What the parts remember, by their names; ``None`` for one that an optimizer lacks."""
+    return {name: None if part is None else part.state_dict() for name, part in parts.items()}
+
+
+def unpack(parts: Mapping[str, Part | None], saved: Mapping[str, Any]) -> None:
+    """Gives the parts back what :func:`packed` took; where either side lacks a part, the other is left out."""
+    for name, part in parts.items():
+        if part is not None and saved[name] is not None:
+            part.load_state_dict(saved[name])
+
+
+def check_fits(state: Mapping[str, Any], names: list[str], kinds: list[str]) -> None:
+    """Raises where a state dictionary is not of an optimizer like this one.
+
+    Args:
+        state: the whole of it.
+        names: of the optimizer's parameter groups.
+        kinds: the types of what the optimizer is made of.
+
+    Raises:
+        ValueError: it is of another kind of optimizer, of other groups, or of another rule or direction.
+    """
+    if KEY not in state:
+        raise ValueError("the state is not that of a NewtonSummary optimizer")
+    saved = [group.get("name") for group in state["param_groups"]]
+    if saved != names:
+        raise ValueError(f"the state is of other groups, {saved}: make the optimizer with the same partition")
+    if state[KEY]["kinds"] != kinds:
+        raise ValueError(
+            f"the state is of an optimizer made of {', '.join(state[KEY]['kinds'])}, this one is made of "
+            f"{', '.join(kinds)}: make it as it was made"
+        )
