@@ -79,8 +79,9 @@ class StepSearch:
             size = batch_size(batch)
             with samples.along(u) as (partition, along), Price() if counting else contextlib.nullcontext() as price:
                 step = [v * f for v, f in zip(along, partition.spread(eta.tolist()), strict=True)]
+                start = [p.detach() for p in partition.parameters]  # which hold copies in the block
                 with samples.loss.movable(batch, partition, rewind) as (weights, loss):
-                    losses = LossAlongStep(weights, partition.parameters, step, lambda: samples.mean(loss(), size))
+                    losses = LossAlongStep(weights, start, step, lambda: samples.mean(loss(), size))
                     found = self._compare(losses, average, gap)
                 if counting:
                     with Price() as evaluation:
