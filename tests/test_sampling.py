@@ -23,6 +23,7 @@ from torch.utils.data import (
     WeightedRandomSampler,
 )
 
+import newton_summary as ns
 from newton_summary.measure.loss import preserved_randomness
 from newton_summary.measure.stream import BatchStream
 
@@ -82,6 +83,30 @@ class Numbers(IterableDataset):
         return iter(torch.randperm(N).tolist() if self.shuffled else range(N))
 
 
+class Transforming(DataLoader):
+    """Transforms its batches with a generator of its own, as well as with the global one."""
+
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, **kwargs)
+        self.own, self.passes = np.random.default_rng(0), 0
+
+    def __iter__(self):
+        self.passes += 1
+        for batch in super().__iter__():
+            noise = 1e-3 * (float(torch.rand(())) + self.own.random())
+            yield [t + 100 + noise for t in batch] if isinstance(batch, list) else batch + 100 + noise
+
+
+def transforming(loader):
+    if isinstance(loader.dataset, IterableDataset):
+        return Transforming(loader.dataset, batch_size=loader.batch_size)
+    if type(loader.batch_sampler) is BatchSampler:
+        return Transforming(loader.dataset, batch_size=loader.batch_size, sampler=loader.sampler)
+    if loader.batch_sampler is None:
+        return Transforming(loader.dataset, batch_size=None, sampler=loader.sampler)
+    return Transforming(loader.dataset, batch_sampler=loader.batch_sampler)
+
+
 GENERATORS = {
     "torch": lambda: torch.Generator().manual_seed(5),
     "numpy": lambda: np.random.default_rng(5),
@@ -110,6 +135,10 @@ LOADERS = {
     "iterable by itself": lambda: Numbers(shuffled=True),
     "list": lambda: [torch.tensor([1.0, 2.0]), torch.tensor([3.0])],
     "bare list of indices": lambda: DataLoader(DATA, batch_sampler=[[0, 1], [2], [3, 4, 5]]),
+}
+LOADERS |= {
+    f"transforming, {kind}": lambda kind=kind: transforming(LOADERS[kind]())
+    for kind in ("in order", "shuffled", "single samples shuffled", "torch batch sampler", "iterable shuffled")
 }
 LOADERS |= {
     f"{kind} sampler": lambda make=make: DataLoader(DATA, batch_size=4, sampler=Manual(make()))
@@ -258,6 +287,45 @@ def test_a_pass_has_every_sample_once_in_batches_of_the_loaders_sizes(kind, size
     samples = torch.cat([x for x, _ in batches])
     assert sorted(samples.tolist()) == list(range(sum(sizes)))
     assert torch.equal(torch.cat([y for _, y in batches]), samples * 2.0)
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_a_loader_that_iterates_its_own_way_is_iterated_so(workers):
+    loader = Transforming(DATA, batch_size=4, num_workers=workers, persistent_workers=workers > 0)
+    batches = one_pass(loader)
+    x, y = (torch.cat(parts) for parts in zip(*batches, strict=True))
+    assert [len(part) for part, _ in batches] == [4, 4, 2]
+    assert sorted(x.floor().tolist()) == [100.0 + i for i in range(N)]
+    assert torch.allclose(y - 100, 2 * (x - 100).floor() + x - x.floor(), atol=1e-4), "one noise for both"
+    assert x.floor().tolist() != sorted(x.floor().tolist()), "an order of its own"
+    assert (loader.passes, loader._iterator) == (0, None)
+    assert loader.own.random() == np.random.default_rng(0).random()
+
+
+def test_iterators_of_a_class_are_used():
+    """As libraries of graphs do: batches are made of what the samplers drew."""
+
+    class Doubling(DataLoader):
+        def _get_iterator(self):
+            return ([2 * t for t in batch] for batch in super()._get_iterator())
+
+    assert sorted(torch.cat([x for x, _ in one_pass(Doubling(DATA, 4, shuffle=True))]).tolist()) == list(
+        range(0, 20, 2)
+    )
+
+
+def test_the_optimizer_measures_on_what_its_loader_gives():
+    model, seen = torch.nn.Linear(1, 1), set()
+    loader = Transforming(torch.zeros(8, 1), batch_size=4)
+
+    def loss_fn(model, x):
+        seen.add(x[0].round().item())
+        return model(x).square().mean()
+
+    optimizer = ns.NewtonSummary(model, loss_fn, curvature_data=loader)
+    loss_fn(model, torch.full((4, 1), 100.0)).backward()
+    optimizer.step()
+    assert seen == {100.0}
 
 
 def test_drop_last_drops_the_last():

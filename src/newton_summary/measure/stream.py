@@ -26,6 +26,9 @@ class BatchStream:
     number: the position in the stream is two integers, and resuming is exact.  For other iterables a resumed stream
     skips what it had read, which is exact where the iterable repeats itself.
 
+    A loader of a class that iterates in a way of its own, such as one that transforms its batches, is iterated in that
+    way: a shallow copy of it, without workers, with the samplers described above.
+
     Several processes share the samples of every batch of a map-style dataset: all draw the same batch, and each loads
     its part.  Where the sampler gives every process samples of its own (torch's ``DistributedSampler`` and its kind),
     and with other iterables, each measures on the whole of its own batches.
@@ -124,9 +127,9 @@ class BatchStream:
 
     def _open(self, skip: int) -> Iterator[Any]:
         """A new pass over the data, from its batch number ``skip``; of a map-style set, no skipped batch is loaded."""
-        loader = self.data if _is_map_style(self.data) else None
+        loader = self.data if _is_map_style(self.data) and not _iterates_its_own_way(self.data) else None
         self._reseed(0)
-        source = iter(_own_loader(self.data) if loader is None else self._indices(loader))
+        source = iter(self._own_loader() if loader is None else self._indices(loader))
         for position in range(skip):
             self._reseed(position)
             next(source, None)
@@ -150,22 +153,53 @@ class BatchStream:
         order = RandomSampler(sampler.data_source, generator=torch.Generator().manual_seed(seed))
         return order if batches is None else BatchSampler(order, batches.batch_size, batches.drop_last)
 
+    def _own_loader(self) -> Iterable[Any]:
+        """What is iterated for a pass: a loader that shares neither workers nor generators with the user's."""
+        loader = self.data
+        if not isinstance(loader, DataLoader):
+            return loader
+        seed = self._seed_at(0)
+        generator = torch.Generator().manual_seed(seed)
+        if not _iterates_its_own_way(loader):
+            return DataLoader(
+                loader.dataset,
+                batch_size=loader.batch_size,
+                drop_last=loader.drop_last,
+                collate_fn=loader.collate_fn,
+                generator=generator,
+            )
+        twin = copy.copy(loader)  # torch's attributes cannot be set one by one
+        vars(twin).update({key: _reseeded(value, seed) for key, value in vars(loader).items()})
+        vars(twin).update(_ALONE, generator=generator)
+        if _is_map_style(loader):
+            indices = self._indices(loader)
+            vars(twin)["sampler" if loader.batch_sampler is None else "batch_sampler"] = indices
+            vars(twin)["sampler"] = getattr(indices, "sampler", twin.sampler)
+        return twin
+
 
 _END = object()
+
+_ALONE = {
+    "num_workers": 0,
+    "prefetch_factor": None,
+    "persistent_workers": False,
+    "pin_memory": False,
+    "timeout": 0,
+    "worker_init_fn": None,
+    "_DataLoader__multiprocessing_context": None,
+    "_iterator": None,
+}
+"""What a loader that loads in this process has, by the names of torch's own attributes."""
 
 
 def _reseeded_copy(sampler: Any, dataset: Any, seed: int) -> Any:
     """A copy of a sampler, or of a batch sampler around one, that draws from generators of its own."""
     memo: dict[int, Any] = {id(dataset): dataset}
     for value in (value for layer in _layers(sampler) for value in getattr(layer, "__dict__", {}).values()):
-        if isinstance(value, torch.Generator):
-            memo[id(value)] = torch.Generator().manual_seed(seed)
-        elif isinstance(value, np.random.Generator):
-            memo[id(value)] = np.random.default_rng(seed)
-        elif isinstance(value, np.random.RandomState | random.Random):
-            memo[id(value)] = type(value)(seed)
-        elif isinstance(value, Dataset):
-            memo[id(value)] = value
+        own = value if isinstance(value, Dataset) else _reseeded(value, seed)
+        if own is not value or isinstance(value, Dataset):
+            memo[id(value)] = own
     twin = copy.deepcopy(sampler, memo)
     for layer in _layers(twin):
         if hasattr(layer, "set_epoch"):  # torch's DistributedSampler and its kind
@@ -173,22 +207,32 @@ def _reseeded_copy(sampler: Any, dataset: Any, seed: int) -> Any:
     return twin
 
 
+def _reseeded(value: Any, seed: int) -> Any:
+    """Another generator of the same kind with this seed; anything else as it is."""
+    if isinstance(value, torch.Generator):
+        return torch.Generator().manual_seed(seed)
+    if isinstance(value, np.random.Generator):
+        return np.random.default_rng(seed)
+    return type(value)(seed) if isinstance(value, np.random.RandomState | random.Random) else value
+
+
 def _layers(sampler: Any) -> tuple[Any, ...]:
     """A sampler, and the one inside it if it has one."""
     return (sampler, sampler.sampler) if hasattr(sampler, "sampler") else (sampler,)
 
 
-def _own_loader(data: Iterable[Any]) -> Iterable[Any]:
-    """A loader over an iterable-style dataset that shares neither workers nor a generator with the user's."""
-    if not isinstance(data, DataLoader):
-        return data
-    return DataLoader(
-        data.dataset,
-        batch_size=data.batch_size,
-        drop_last=data.drop_last,
-        collate_fn=data.collate_fn,
-        generator=torch.Generator(),
-    )
+def _iterates_its_own_way(loader: DataLoader[Any]) -> bool:
+    """Whether its class makes iterators in another way than torch's, and does something to the batches there, perhaps.
+
+    Those of accelerate move batches to the device, which is done here, and count for the training loop that they are
+    in, which must not happen here.
+    """
+    for kind in type(loader).__mro__:
+        if kind is DataLoader:
+            return False
+        if kind.__module__.partition(".")[0] != "accelerate" and {"__iter__", "_get_iterator"} & vars(kind).keys():
+            return True
+    return True
 
 
 def _is_sized(data: Any) -> TypeGuard[Sized]:
