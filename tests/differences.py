@@ -41,7 +41,7 @@ def differences(
     model: nn.Module,
     batch: Callable[[], Any],
     direction: Mapping[str, Tensor],
-    h: float = 0.02,
+    h: float = 0.004,
 ) -> Differences:
     """Derivatives of φ(η) = L(θ + Σ η_s u_s), one group for each tensor, from values of the loss alone.
 
