@@ -319,10 +319,14 @@ class Fourier(nn.Module):
 def test_complex_parameters(engine) -> None:
     torch.manual_seed(0)
     model, x = Fourier(), normal(5, 8)
+    if engine == "forward":
+        with pytest.raises(Refusal, match="complex"):
+            ns.summarize(lambda m, x: (m(x) - x).square().mean(), model, [x], engine=engine)
+        return
     check(lambda m, x: (m(x) - x).square().mean(), model, lambda: x, engine)
 
 
-@each_engine
+@pytest.mark.parametrize("engine", ["nested", "auto"])
 def test_the_square_of_a_complex_number(engine) -> None:
     class One(nn.Module):
         def __init__(self) -> None:
@@ -636,7 +640,7 @@ def test_a_straight_through_clamp_on_later_data() -> None:
         try:
             summary = ns.summarize(loss_fn, model, [batch], direction=u, engine=fast)
         except Refusal as refusal:
-            assert "StraightThrough" in str(refusal)  # noqa: PT017
+            assert "another gradient for '0.weight'" in str(refusal)  # noqa: PT017
         else:
             torch.testing.assert_close(summary.gradient, slopes)
     assert bool((3 * model(5 * x)).abs().gt(2).any())

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from newton_summary.measure.autograd import once_differentiable
 from newton_summary.measure.batches import batch_size
+from newton_summary.measure.graph import first_line
 from newton_summary.measure.loss import Loss, check_dependence, without_hooks
 from newton_summary.measure.record import Refusal
 from newton_summary.partition import Partition
@@ -118,9 +119,17 @@ class _Nesting:
         chosen = [i for i in chosen if parameters[i].requires_grad]
         results: list[Tensor | None] = [None] * len(parameters)
         if scalar.requires_grad and chosen:
-            gradients = torch.autograd.grad(
-                scalar, [parameters[i] for i in chosen], retain_graph=True, create_graph=keep_graph, allow_unused=True
-            )
+            try:
+                gradients = torch.autograd.grad(
+                    scalar, [parameters[i] for i in chosen], None, True, keep_graph, allow_unused=True
+                )
+            except RuntimeError as error:
+                if "is not implemented" not in str(error):
+                    raise
+                raise Refusal(
+                    f"autograd lacks a derivative, {first_line(error)}: use engine='forward', or compute the loss "
+                    "without this operation"
+                ) from error
             for i, gradient in zip(chosen, gradients, strict=True):
                 results[i] = gradient
         return results

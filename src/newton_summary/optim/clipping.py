@@ -120,6 +120,7 @@ def _follow_on_device(norms: Tensor, usual: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _values(gradient: Tensor) -> Tensor:
-    """What is stored of a gradient on this process: its shard, the values of a sparse one, or all of it."""
+    """What is stored of a gradient on this process, as real numbers: its shard, the values of a sparse one, or all."""
     part = local(gradient)
-    return part._values() if part.is_sparse else part
+    part = part._values() if part.is_sparse else part
+    return torch.view_as_real(part) if part.is_complex() else part
