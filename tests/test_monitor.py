@@ -284,8 +284,9 @@ def test_a_batch_that_is_not_finite_changes_no_advice() -> None:
 def test_misuse_is_refused() -> None:
     model = make_model()
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
-    with pytest.raises(ValueError, match="every must be positive"):
-        ns.Monitor(model, loss_fn, optimizer=optimizer, every=0)
+    for every in (0, 0.5, -1, 2.5):
+        with pytest.raises(ValueError, match="every must be a whole number"):
+            ns.Monitor(model, loss_fn, optimizer=optimizer, every=every)
     with pytest.raises(ValueError, match="holds no parameter of this model"):
         ns.Monitor(model, loss_fn, optimizer=torch.optim.SGD(make_model().parameters(), lr=0.1))
     with pytest.raises(TypeError, match="measures by itself"):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import inspect
 from collections.abc import Sequence
 from typing import Any
 
@@ -19,8 +20,9 @@ def next_step(optimizer: torch.optim.Optimizer, parameters: Sequence[nn.Paramete
         parameters: the tensors to give the step for.  Those that the optimizer does not hold get zeros.
 
     Raises:
-        ValueError: no parameter has a gradient.
+        ValueError: no parameter has a gradient, or the step needs a closure.
     """
+    check_needs_no_closure(optimizer)
     held = [p for group in optimizer.param_groups for p in group["params"]]
     if all(p.grad is None for p in held):
         raise ValueError("the optimizer's parameters have no gradients: call backward() before its step is measured")
@@ -35,6 +37,32 @@ def next_step(optimizer: torch.optim.Optimizer, parameters: Sequence[nn.Paramete
         step = step.__wrapped__  # type: ignore[attr-defined]
     step(shadow)
     return [p.detach() - twin[p].detach() if p in twin else torch.zeros_like(p.detach()) for p in parameters]
+
+
+def check_needs_no_closure(optimizer: torch.optim.Optimizer) -> None:
+    """Raises where an optimizer evaluates the loss in its step: nobody knows where it goes before it has gone."""
+    closure = inspect.signature(type(optimizer).step).parameters.get("closure")
+    if closure is not None and closure.default is inspect.Parameter.empty:
+        raise ValueError(
+            f"{type(optimizer).__name__} evaluates the loss in its step(closure), so its next step cannot be told: "
+            "use an optimizer whose step() needs no closure"
+        )
+
+
+def rate_of(group: dict[str, Any]) -> float:
+    """The learning rate of a parameter group of an optimizer; 1 where it has none.
+
+    Raises:
+        ValueError: it is ``None``, as with optimizers that set it themselves.
+    """
+    rate = group.get("lr", 1.0)
+    if rate is None:
+        shapes = ", ".join(str(tuple(p.shape)) for p in group["params"][:3])
+        raise ValueError(
+            f"the learning rate of the parameter group with tensors of shapes {shapes} is None: the optimizer sets it "
+            "by itself; give it one, lr=…, to be told by how much to change it"
+        )
+    return float(rate)
 
 
 def _twin_of(parameter: nn.Parameter) -> nn.Parameter:

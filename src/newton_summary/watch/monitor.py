@@ -6,6 +6,7 @@ import importlib
 import json
 import logging
 import math
+import warnings
 from collections import Counter, deque
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass, replace
@@ -15,9 +16,9 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
-from newton_summary._checks import check_positive
+from newton_summary._checks import check_count
 from newton_summary.measure import Engine, Loss, LossFunction, preserved_randomness, resolve_engine
-from newton_summary.measure.next_step import next_step
+from newton_summary.measure.next_step import check_needs_no_closure, next_step, rate_of
 from newton_summary.measure.stream import BatchStream
 from newton_summary.optim import MeasuredOptimizer
 from newton_summary.parallel.processes import Processes
@@ -91,6 +92,9 @@ class Monitor:
     computed on is too optimistic about descent along that gradient: measure on batches of an independent sampler where
     batches are small and the gradient is mostly noise.  :meth:`attach` does.
 
+    A monitor ends no training: where :meth:`step`, or a measurement within ``optimizer.step()``, fails, it warns, once,
+    and is silent from then on.  :meth:`measure` raises.
+
     With several processes each measures on its own samples, all get the same advice, and the first one writes
     (docs/distributed.md).
 
@@ -115,11 +119,13 @@ class Monitor:
         summary: the last measurement, the mean over its batches, or ``None``.
         records: the history, oldest first.
         counts: how many measurements there were (``"measured"``), and how many were not finite and left the advice as
-            it was (``"failed"``).
+            it was (``"failed"``); ``"disabled"`` is 1 where one raised an error, and none followed.
 
     Raises:
-        ValueError: an argument is out of range, or the optimizer holds no parameter of the model.
-        TypeError: the optimizer is a :class:`~newton_summary.NewtonSummary`, which measures by itself.
+        ValueError: an argument is out of range, the optimizer holds no parameter of the model, has no learning rate, or
+            evaluates the loss in its step.
+        TypeError: the optimizer is a :class:`~newton_summary.NewtonSummary`, which measures by itself, or of a class
+            that runs no hooks.
 
     Example:
         >>> model = nn.Sequential(nn.Linear(4, 8), nn.Tanh(), nn.Linear(8, 1))
@@ -155,9 +161,11 @@ class Monitor:
         process_group: Any = None,
     ) -> None:
         for what, value in (("every", every), ("window", window), ("history", history)):
-            check_positive(what, value)
+            check_count(what, value)
         if isinstance(optimizer, MeasuredOptimizer):
             raise TypeError("NewtonSummary measures by itself: read optimizer.summary and optimizer.rates")
+        check_needs_no_closure(optimizer)
+        _check_runs_hooks(optimizer)
         self.partition = resolve_partition(partition, model, default_partition)
         self.optimizer = optimizer
         self.every, self.level, self.regularization = every, level, regularization
@@ -171,7 +179,7 @@ class Monitor:
         self._processes = Processes(model, process_group)
         self._window: deque[tuple[Summary, Tensor]] = deque(maxlen=window)
         self._taken = 0
-        self._awaiting: _Awaiting | None = None
+        self._awaiting: _Measured | None = None
         self._hooks = [optimizer.register_step_post_hook(self._after_step)]
         if all(math.isnan(rate) for rate in self._learning_rates().tolist()):
             raise ValueError("the optimizer holds no parameter of this model: make it from model.parameters()")
@@ -188,8 +196,15 @@ class Monitor:
 
         Returns:
             New advice where it was measured, else ``None``.
+
+        Raises:
+            ValueError: there are no gradients.
         """
-        return self.measure([batch]) if self._taken % self.every == 0 else None
+        if not self._is_due():
+            return None
+        if not self._has_gradients():
+            raise ValueError("the optimizer's parameters have no gradients: call backward() before monitor.step()")
+        return self._attempt(lambda: [batch])
 
     def attach(self, batches: Iterable[Any], *, repeats: int = 1, seed: int = 0) -> Monitor:
         """From now on, measures by itself within ``optimizer.step()``, just before the step is taken.
@@ -208,12 +223,12 @@ class Monitor:
         Raises:
             ValueError: the data is empty or one-shot, or the number of repeats is not positive.
         """
-        check_positive("repeats", repeats)
+        check_count("repeats", repeats)
         stream = BatchStream(batches, seed, self._processes.rank, self._processes.count)
 
         def before_step(*_: Any) -> None:
-            if self._taken % self.every == 0:
-                self.measure([stream.next(self.partition.device) for _ in range(repeats)])
+            if self._is_due() and self._has_gradients():
+                self._attempt(lambda: [stream.next(self.partition.device) for _ in range(repeats)])
 
         self._hooks.append(self.optimizer.register_step_pre_hook(before_step))
         return self
@@ -225,6 +240,40 @@ class Monitor:
         self._hooks.clear()
         self._write_last()
 
+    def _is_due(self) -> bool:
+        return self._taken % self.every == 0 and not self.counts["disabled"]
+
+    def _has_gradients(self) -> bool:
+        return any(p.grad is not None for group in self.optimizer.param_groups for p in group["params"])
+
+    def _attempt(self, batches: Callable[[], list[Any]]) -> Advice | None:
+        """Measures; what fails ends the measurements, in all processes, and not the training."""
+        error: Exception | None = None
+        measured: _Measured | None = None
+        try:
+            measured = self._measured(batches())
+        except Exception as raised:
+            error = raised
+        if self._fails_anywhere(error is not None) or measured is None:
+            self._disable(error)
+            return None
+        return self._take_in(measured)
+
+    def _fails_anywhere(self, fails: bool) -> bool:
+        """Whether this process failed, or another one: all must go on in the same way."""
+        return self._processes.mean([float(fails)], [1.0], self.partition.device)[0] > 0
+
+    def _disable(self, error: Exception | None) -> None:
+        """Measures no more, and says so."""
+        self.counts["disabled"] = 1
+        self._awaiting = None
+        cause = "another process" if error is None else f"{type(error).__name__}: {error}"
+        warnings.warn(
+            f"the Monitor measures no more, training goes on; a measurement before step {self._taken} failed with "
+            f"{cause}",
+            stacklevel=4,
+        )
+
     @torch.no_grad()
     def measure(self, batches: Iterable[Any]) -> Advice | None:
         """Measures now, after ``backward()``, on batches of your choice, whatever ``every`` says.
@@ -235,15 +284,25 @@ class Monitor:
         Raises:
             ValueError: there are no gradients, or no batches.
         """
-        self._write_last()
+        return self._take_in(self._measured(list(batches)))
+
+    @torch.no_grad()
+    def _measured(self, batches: Sequence[Any]) -> _Measured:
+        """Measures on this process's batches."""
         device = self.partition.device
-        batches, randomness = list(batches), _Randomness(device, self._loss.generators())
+        randomness = _Randomness(device, self._loss.generators())
         if not batches:
             raise ValueError("there are no batches to measure on")
         u = next_step(self.optimizer, self.partition.parameters)
         with preserved_randomness({device}), measurable(self._loss.model, self.partition, u) as (partition, along):
             own = [self.engine.measure(self._loss, batch, partition, along, 3, "diagonal") for batch in batches]
-            parts = self._processes.average(own, along)
+        return _Measured(own, along, batches, randomness)
+
+    @torch.no_grad()
+    def _take_in(self, measured: _Measured) -> Advice | None:
+        """Advice from what all processes have measured."""
+        self._write_last()
+        parts = self._processes.average(measured.own, measured.along)
         self.summary = mean = Summary.mean(parts)
         self.counts["measured"] += 1
         if not mean.is_finite():
@@ -254,7 +313,7 @@ class Monitor:
         self._window.extend((part, rates) for part in parts)
         self.advice = advise(self._in_todays_units(rates), regularization=self.regularization, level=self.level)
         self.records.append(_record(self._taken, mean, rates, self.advice))
-        self._awaiting = _Awaiting(batches, randomness, [part.weight for part in own])
+        self._awaiting = measured
         return self.advice
 
     def _in_todays_units(self, rates: Tensor) -> list[Summary]:
@@ -266,7 +325,7 @@ class Monitor:
     def _learning_rates(self) -> Tensor:
         """The optimizer's learning rate for each group of the partition, that of its first tensor; shape (S,)."""
         by_parameter = {
-            id(p): float(group.get("lr", 1.0)) for group in self.optimizer.param_groups for p in group["params"]
+            id(p): rate_of(group) for group in self.optimizer.param_groups for p in group["params"]
         }
         rates = [
             next((by_parameter[id(p)] for p in members if id(p) in by_parameter), math.nan)
@@ -281,13 +340,19 @@ class Monitor:
         if self._awaiting is None:
             return
         waiting, self._awaiting = self._awaiting, None
-        losses = []
-        for batch in waiting.batches:
-            with measurable(self._loss.model, self.partition, []), self._loss.undisturbed():
-                waiting.randomness.restore()
-                losses.append(self._loss.value(batch))
-        total = sum(waiting.weights)
-        own = sum(w * loss for w, loss in zip(waiting.weights, losses, strict=True)) / total
+        weights, losses, error = [part.weight for part in waiting.own], [], None
+        try:
+            for batch in waiting.batches:
+                with measurable(self._loss.model, self.partition, []), self._loss.undisturbed():
+                    waiting.randomness.restore()
+                    losses.append(self._loss.value(batch))
+        except Exception as raised:
+            error = raised
+        if self._fails_anywhere(error is not None):
+            self._disable(error)
+            return
+        total = sum(weights)
+        own = sum(w * loss for w, loss in zip(weights, losses, strict=True)) / total
         after = self._processes.mean([own], [total], self.partition.device)[0]
         self.records[-1] = replace(self.records[-1], actual_decrease=self.records[-1].loss - after)
         self._write(self.records[-1])
@@ -298,7 +363,8 @@ class Monitor:
         watched = f"Monitor of {type(self.optimizer).__name__}: {len(self.partition)} groups, every {self.every} steps"
         counted = f"measured {self.counts['measured']}×, of which {self.counts['failed']}× not finite"
         advice = "no advice yet" if self.advice is None else repr(self.advice)
-        return f"{watched}, {counted}\n{advice}"
+        silent = ", silent since an error" if self.counts["disabled"] else ""
+        return f"{watched}, {counted}{silent}\n{advice}"
 
     def to_frame(self) -> Any:
         """The history as a ``pandas.DataFrame``, one row for each record and group.
@@ -343,12 +409,13 @@ class Monitor:
 
 
 @dataclass(frozen=True)
-class _Awaiting:
-    """Batches whose loss is computed once more, after the step."""
+class _Measured:
+    """What this process has measured; the loss on the batches is computed once more, after the step."""
 
+    own: list[Summary]
+    along: Sequence[Tensor]
     batches: Sequence[Any]
     randomness: _Randomness
-    weights: Sequence[float]
 
 
 class _Randomness:
@@ -366,6 +433,18 @@ class _Randomness:
         torch.set_rng_state(self.host)
         if self.own is not None:
             torch.get_device_module(self.device).set_rng_state(self.own, self.device)
+
+
+def _check_runs_hooks(optimizer: torch.optim.Optimizer) -> None:
+    """Raises where a monitor would never hear of an optimizer's steps."""
+    step = type(optimizer).step
+    if not getattr(step, "hooked", False) or not hasattr(optimizer, "_optimizer_step_post_hooks"):
+        inner = getattr(optimizer, "optimizer", None)
+        cure = f"watch the {type(inner).__name__} inside it" if inner is not None else "call that in its own"
+        raise TypeError(
+            f"{type(optimizer).__name__} runs no hooks, because its __init__ does not call that of "
+            f"torch.optim.Optimizer, so a monitor would not hear of its steps: {cure}"
+        )
 
 
 def _record(step: int, mean: Summary, rates: Tensor, advice: Advice) -> Record:
