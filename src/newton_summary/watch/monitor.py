@@ -324,9 +324,7 @@ class Monitor:
 
     def _learning_rates(self) -> Tensor:
         """The optimizer's learning rate for each group of the partition, that of its first tensor; shape (S,)."""
-        by_parameter = {
-            id(p): rate_of(group) for group in self.optimizer.param_groups for p in group["params"]
-        }
+        by_parameter = {id(p): rate_of(group) for group in self.optimizer.param_groups for p in group["params"]}
         rates = [
             next((by_parameter[id(p)] for p in members if id(p) in by_parameter), math.nan)
             for members in ([self.partition.parameters[i] for i in tensors] for tensors in self.partition.tensors_of)
