@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import copy
 import math
+import warnings
+from collections import OrderedDict
 
 import numpy as np
 import pytest
@@ -12,7 +14,7 @@ from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
 import newton_summary as ns
-from newton_summary.watch.lr_finder import profile, search
+from newton_summary.watch.lr_finder import is_as_good, profile, search
 from newton_summary_experiments.data import digits
 from newton_summary_experiments.models import initialised, mlp
 
@@ -61,7 +63,7 @@ def test_the_profile_limits_what_one_group_wants() -> None:
 
 @pytest.mark.parametrize("best", [1.0, 1.5, 3.0, 0.3, 20.0, 1 / 30, 1e9])
 def test_the_search_ends_between_worse_multiples(best: float) -> None:
-    multiple, scores = search(lambda m: math.inf if m > 40 * best else 1 + abs(math.log(m / best)))
+    multiple, scores = search(lambda m: torch.tensor([math.inf if m > 40 * best else 1 + abs(math.log(m / best))]))
     assert list(scores) == sorted(scores)
     assert scores[multiple] == min(scores.values())
     if 1 / 64 <= best <= 64:
@@ -70,17 +72,39 @@ def test_the_search_ends_between_worse_multiples(best: float) -> None:
         assert multiple == pytest.approx(64 * math.sqrt(2))
 
 
-@pytest.mark.parametrize(("level", "expected"), [(1.0, 4.0), (-1.0, 4.0), (0.1, 1.0)])
-def test_the_search_takes_the_largest_of_what_is_equally_good(level: float, expected: float) -> None:
+@pytest.mark.parametrize("shift", [0.0, 100.0, -100.0])
+@pytest.mark.parametrize("scale", [1.0, 1e-6])
+@pytest.mark.parametrize(("noise", "expected"), [(0.04, 4.0), (0.004, 1.0)])
+def test_the_search_takes_the_largest_of_what_is_equally_good(noise, expected, shift, scale) -> None:
+    """Differences of 0.02 are within the standard error of 16 batches where each has one of 0.1, not of 0.01.
+
+    How hard a batch is, is the same for all, and does not count.
+    """
+    hard = torch.linspace(0, 30, 16, dtype=torch.float64)
+    sign = torch.tensor([*[1.0, -1.0] * 3, 1.0, 0.0, 0.0, -1.0, *[1.0, -1.0] * 3], dtype=torch.float64)
     scores = {0.5: 0.5, 2**-0.5: 0.1, 1.0: 0.0, 2**0.5: 0.015, 2.0: 0.012, 8**0.5: 0.018, 4.0: 0.02, 32**0.5: 0.1}
-    multiple, seen = search(lambda m: level + min((v for k, v in scores.items() if abs(k - m) < 1e-9), default=1.0))
+
+    def run(m):
+        score = min((v for k, v in scores.items() if abs(k - m) < 1e-9), default=1.0)
+        return shift + scale * (hard + score + (2.4 * noise * sign if m > 1.01 else 0))
+
+    multiple, seen = search(run)
     assert multiple == pytest.approx(expected)
-    assert seen[multiple] <= min(seen.values()) + 0.02 * abs(level) + 1e-12
+    assert len(seen) == len(set(seen)) >= 4
+
+
+def test_the_standard_error_of_a_difference() -> None:
+    """Of 0, 1, 2, 3 it is √(5/3) / 2 = 0.645 around the mean of 1.5."""
+    rising = torch.tensor([0.0, 1.0, 2.0, 3.0])
+    assert is_as_good(rising - 0.856, torch.zeros(4))
+    assert not is_as_good(rising - 0.853, torch.zeros(4))
+    assert is_as_good(torch.zeros(1), torch.zeros(1))
+    assert not is_as_good(torch.ones(1), torch.zeros(1))
 
 
 def test_the_search_refuses_to_choose_between_divergences() -> None:
     with pytest.raises(ValueError, match="every trial diverged"):
-        search(lambda _: math.inf)
+        search(lambda _: torch.tensor([math.inf]))
 
 
 # The whole ------------------------------------------------------------------------------------------------------------
@@ -120,6 +144,144 @@ def test_nothing_of_the_users_changes() -> None:
     assert model.training
     again = ns.suggest_rates(loss_fn, model, loader, optimizer, steps=6)
     assert again.rates == suggested.rates
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_whatever_a_training_changes_is_put_back(fails: bool) -> None:
+    """Also what deep copies would refuse, and also where a training ends with an error."""
+
+    class Counting(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer = nn.utils.parametrizations.spectral_norm(nn.Linear(5, 8))
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")
+                self.head = nn.utils.weight_norm(nn.Linear(8, 3))  # whose deep copy is refused
+            self.norm, self.calls, self.log = nn.BatchNorm1d(8), 0, []
+
+        def forward(self, x):
+            self.calls += 1
+            self.hidden = self.norm(self.layer(x)).tanh()  # so is that of a tensor with a graph
+            self.log.append(self.hidden)
+            if fails and self.calls == 7:
+                raise KeyError("a mistake of the user's")
+            return self.head(self.hidden)
+
+    torch.manual_seed(0)
+    model, teacher = Counting(), nn.Sequential(nn.Linear(5, 3), nn.BatchNorm1d(3))
+    generator, fired = torch.Generator().manual_seed(3), []
+
+    def with_teacher(model, batch):
+        x = batch.pop("x").mul_(1.0)
+        noise = torch.randn(x.shape, generator=generator)
+        return (model(x + 0.1 * noise) - teacher(x)).square().mean()
+
+    batches = [{"x": x} for x in torch.randn(4, 16, 5)]
+    optimizer = torch.optim.Adam(model.parameters(), lr=1e-3)
+    scheduler = torch.optim.lr_scheduler.StepLR(optimizer, 10)
+    with_teacher(model, dict(batches[0])).backward()
+    optimizer.step()
+    scheduler.step()
+    optimizer.register_step_post_hook(lambda *_: fired.append("step"))
+    for p in model.parameters():
+        p.register_hook(lambda g: fired.append("gradient"))
+    waiting = with_teacher(model, dict(batches[0]))  # its graph needs the parameters as they are
+
+    def tensors():
+        held = {**model.state_dict(keep_vars=True), **{f"teacher.{k}": v for k, v in teacher.state_dict().items()}}
+        held |= {f"state {i} {k}": v for i, s in enumerate(optimizer.state.values()) for k, v in s.items()}
+        held |= {f"gradient of {n}": p.grad for n, p in model.named_parameters()}
+        return held | {f"batch {i}": b["x"] for i, b in enumerate(batches)} | {"hidden": model.hidden}
+
+    before = {name: (t, t._version, t.detach().clone()) for name, t in tensors().items()}
+    random, own = torch.get_rng_state(), generator.get_state()
+    plain = (model.calls, list(model.log), model.training, str(optimizer.param_groups), str(scheduler.state_dict()))
+    if fails:
+        with pytest.raises(KeyError, match="a mistake"):
+            ns.suggest_rates(with_teacher, model, batches, optimizer, steps=6, engine="nested")
+    else:
+        ns.suggest_rates(with_teacher, model, batches, optimizer, steps=6, engine="nested")
+    for name, (tensor, version, content) in before.items():
+        assert tensors()[name] is tensor or name.startswith("teacher"), name
+        assert torch.equal(tensor, content), name
+        assert tensors()[name]._version == version, name
+    assert torch.equal(torch.get_rng_state(), random)
+    assert torch.equal(generator.get_state(), own)
+    now = (model.calls, list(model.log), model.training, str(optimizer.param_groups), str(scheduler.state_dict()))
+    assert now == plain
+    assert fired == []
+    waiting.backward()
+
+
+class Signed(torch.optim.SGD):
+    """What it remembers beside its groups is lost where it is pickled, as torch's own class leaves it out."""
+
+    sign = False
+
+    def __init__(self, parameters, lr=1e-3, sign=True) -> None:
+        super().__init__(parameters, lr)
+        self.sign = sign
+
+    @torch.no_grad()
+    def step(self, closure=None) -> None:
+        for group in self.param_groups:
+            for p in group["params"]:
+                p.sub_((p.grad.sign() if self.sign else p.grad) * group["lr"])
+
+
+class Around(torch.optim.Optimizer):
+    """An optimizer around another one, without a call of torch's ``__init__``, as some libraries have it."""
+
+    def __init__(self, inner) -> None:
+        self.inner, self.defaults = inner, inner.defaults
+        self.param_groups, self.state = inner.param_groups, inner.state
+
+    def step(self, closure=None):
+        return self.inner.step(closure)
+
+    def zero_grad(self, set_to_none=True):
+        self.inner.zero_grad(set_to_none)
+
+
+class AroundWithHooks(Around):
+    def __init__(self, inner) -> None:
+        super().__init__(inner)
+        self._optimizer_step_pre_hooks, self._optimizer_step_post_hooks = OrderedDict(), OrderedDict()
+
+
+@pytest.mark.parametrize("around", [False, True])
+def test_it_is_the_optimizers_own_step_that_is_tried(around: bool) -> None:
+    """One step of every trial by hand."""
+    batch = make_data(16)
+    torch.manual_seed(1)
+    model = nn.Linear(5, 3)
+    optimizer = Signed(model.parameters(), lr=0.01)
+    suggested = ns.suggest_rates(
+        loss_fn, model, [batch], Around(optimizer) if around else optimizer, partition="trivial", steps=2
+    )
+    (rate,) = suggested.rates.values()
+    gradients = torch.autograd.grad(loss_fn(model, batch), list(model.parameters()))
+    for multiple, score in suggested.trials.items():
+        twin = copy.deepcopy(model)
+        with torch.no_grad():
+            for p, g in zip(twin.parameters(), gradients, strict=True):
+                p -= multiple / suggested.multiple * rate * g.sign()
+            expected = loss_fn(twin, batch).item()
+        assert score == pytest.approx(expected, rel=1e-5)
+    assert optimizer.sign
+
+
+@pytest.mark.parametrize("kind", [torch.optim.Adam, torch.optim.SGD])
+def test_what_is_added_to_a_loss_does_not_matter(kind) -> None:
+    found = []
+    for shift in (0.0, 100.0, -100.0):
+        model = make_model().double()
+        batches = [(x.double(), y) for x, y in make_batches()]
+        optimizer = kind(model.parameters(), lr=1e-3)
+        found.append(ns.suggest_rates(lambda m, b, s=shift: loss_fn(m, b) + s, model, batches, optimizer, steps=20))
+    for other in found[1:]:
+        assert other.multiple == found[0].multiple
+        assert other.rates == pytest.approx(found[0].rates, rel=1e-9)
 
 
 @pytest.mark.parametrize(
@@ -192,6 +354,14 @@ def test_misuse_is_refused() -> None:
         ns.suggest_rates(loss_fn, model, make_batches(), adam, partition=ns.Partition.discrete(model))
     with pytest.raises(ValueError, match="start from any above 0"):
         ns.suggest_rates(loss_fn, model, make_batches(), torch.optim.Adam(model.parameters(), lr=0.0))
+    with pytest.raises(ValueError, match="LBFGS evaluates the loss in its step"):
+        ns.suggest_rates(loss_fn, model, make_batches(), torch.optim.LBFGS(model.parameters()))
+    ratefree = torch.optim.SGD(model.parameters(), lr=0.1)
+    ratefree.param_groups[0]["lr"] = None
+    with pytest.raises(ValueError, match="is None: the optimizer sets it by itself"):
+        ns.suggest_rates(loss_fn, model, make_batches(), ratefree)
+    with pytest.raises(ValueError, match=r"scalar tensor, got a tensor of shape \(16,\)"):
+        ns.suggest_rates(lambda m, b: m(b[0]).sum(1), model, make_batches(), adam)
     with pytest.raises(ValueError, match="empty"):
         ns.suggest_rates(loss_fn, model, [], adam)
     with pytest.raises(ValueError, match="not finite"):

@@ -64,7 +64,7 @@ class Loss:
         attributes = Attributes(*owners(self.model, self.loss_fn))
         try:
             with journal, Composed() if differentiable else contextlib.nullcontext():
-                value = _scalar(self.loss_fn(self.model, fresh(batch)))
+                value = scalar(self.loss_fn(self.model, fresh(batch)))
             yield value
         finally:
             attributes.restore()
@@ -165,7 +165,7 @@ def without_hooks(parameters: Sequence[Tensor]) -> Iterator[None]:
             p._backward_hooks = hooks
 
 
-def _scalar(value: Any) -> Tensor:
+def scalar(value: Any) -> Tensor:
     """What a loss function returned, without axes.
 
     Raises:
@@ -277,7 +277,7 @@ def _plain_checkpoints() -> Iterator[None]:
         yield
         return
     name = "_checkpoint_without_reentrant_generator"
-    original = getattr(module, name, None)
+    original, own = getattr(module, name, None), vars(module.CheckpointFunction).get("apply")
     module.CheckpointFunction.apply = staticmethod(lambda run, preserve_rng_state, *args: run(*args))
     try:
         if original is not None:
@@ -286,7 +286,10 @@ def _plain_checkpoints() -> Iterator[None]:
     finally:
         if original is not None:
             setattr(module, name, original)
-        del module.CheckpointFunction.apply  # what it inherits is seen again
+        if own is None:
+            del module.CheckpointFunction.apply  # what it inherits is seen again
+        else:  # of a block around this one
+            module.CheckpointFunction.apply = own
 
 
 def _no_checkpoint(*args: Any, **kwargs: Any) -> Iterator[None]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import inspect
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -27,15 +27,7 @@ def next_step(optimizer: torch.optim.Optimizer, parameters: Sequence[nn.Paramete
     if all(p.grad is None for p in held):
         raise ValueError("the optimizer's parameters have no gradients: call backward() before its step is measured")
     twin = {p: _twin_of(p) for p in held}
-    memo: dict[int, Any] = {id(p): copied for p, copied in twin.items()}
-    shadow = object.__new__(type(optimizer))
-    for key, value in optimizer.__dict__.items():
-        if key != "step" and not key.endswith("_hooks"):  # schedulers patch `step`
-            shadow.__dict__[key] = copy.deepcopy(value, memo)
-    step = type(optimizer).step
-    if getattr(step, "hooked", False):  # torch's wrapper, which calls the hooks
-        step = step.__wrapped__  # type: ignore[attr-defined]
-    step(shadow)
+    take_step(shadow_of(optimizer, {id(p): copied for p, copied in twin.items()}))
     return [p.detach() - twin[p].detach() if p in twin else torch.zeros_like(p.detach()) for p in parameters]
 
 
@@ -63,6 +55,40 @@ def rate_of(group: dict[str, Any]) -> float:
             "by itself; give it one, lr=…, to be told by how much to change it"
         )
     return float(rate)
+
+
+def shadow_of(optimizer: torch.optim.Optimizer, instead: Mapping[int, Any]) -> torch.optim.Optimizer:
+    """A copy of an optimizer that nothing calls back: without hooks, and without what schedulers put around ``step``.
+
+    Attributes are copied one by one: what ``__getstate__`` leaves out, as torch's own does, is there.
+
+    Args:
+        optimizer: any optimizer, and those within it.
+        instead: what stands for objects in the copy, by their ``id``, such as other parameters for its parameters.
+    """
+    return _shadow(optimizer, dict(instead))
+
+
+def _shadow(optimizer: torch.optim.Optimizer, memo: dict[int, Any]) -> torch.optim.Optimizer:
+    shadow = memo[id(optimizer)] = object.__new__(type(optimizer))
+    for value in vars(optimizer).values():
+        for inner in value if isinstance(value, list | tuple) else (value,):
+            if isinstance(inner, torch.optim.Optimizer) and id(inner) not in memo:
+                _shadow(inner, memo)
+    for key, value in vars(optimizer).items():
+        if key.endswith("_hooks"):
+            vars(shadow)[key] = type(value)()
+        elif key != "step":  # schedulers patch it
+            vars(shadow)[key] = copy.deepcopy(value, memo)
+    return shadow
+
+
+def take_step(optimizer: torch.optim.Optimizer) -> None:
+    """Calls ``step()`` without torch's wrapper, which calls the hooks, those of all optimizers too."""
+    step = type(optimizer).step
+    if getattr(step, "hooked", False):
+        step = step.__wrapped__  # type: ignore[attr-defined]
+    step(optimizer)
 
 
 def _twin_of(parameter: nn.Parameter) -> nn.Parameter:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import math
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
@@ -12,18 +11,18 @@ import torch
 from torch import Tensor, nn
 
 from newton_summary._checks import check_positive
-from newton_summary.measure import Engine, Loss, LossFunction, preserved_randomness, resolve_engine
-from newton_summary.measure.next_step import next_step
+from newton_summary.measure import Engine, Loss, LossFunction, resolve_engine
+from newton_summary.measure.next_step import check_needs_no_closure, next_step, rate_of
 from newton_summary.measure.stream import BatchStream
 from newton_summary.optim import MeasuredOptimizer
 from newton_summary.partition import Partition, default_partition, resolve_partition, unwrap
 from newton_summary.summary import Summary
 from newton_summary.watch.advice import alone
+from newton_summary.watch.rehearsal import rehearsal
 
 _MEASURED = 8  # batches that the rates are measured on
 _WIDEST = 100.0  # no group's own rate counts as further than this from the shared one
 _MOST_DOUBLINGS = 6  # of all rates, up or down, in the trials
-_TIE = 0.02  # trials whose losses are this close, relatively, cannot be told apart
 
 
 @dataclass(frozen=True, eq=False)
@@ -72,12 +71,13 @@ def suggest_rates(
     1. Along the optimizer's next step the loss is measured on batches that the step does not come from.  The best rate
        of each group alone and the best rate that all could share are averaged, logarithmically: the first
        knows the layers, the second their interactions.  An exact line search in the quadratic model sets their scale.
-    2. One step says little of many.  So copies of the model are trained for ``steps`` steps with multiples of these
-       rates, a factor of 2 apart and then √2, until the best one lies between worse ones.  What counts is the median
-       loss of the second half.  Short trainings favour small rates: of multiples whose losses are within 2 % of the
-       lowest, the largest is taken.
+    2. One step says little of many.  So the model is trained for ``steps`` steps with multiples of these rates, a
+       factor of 2 apart and then √2, until the best one lies between worse ones.  What counts is the median loss of
+       the second half.  Short trainings favour small rates: of multiples that cannot be told from the best one, batch
+       by batch, the largest is taken.  What is added to a loss, or multiplies it, does not matter.
 
-    The model, the optimizer and all random states stay as they are (docs/monitor.md).
+    The model is trained itself, not copied, by a shadow of the optimizer, whose hooks do not run.  After each training,
+    and after an error, the model, the optimizer and all random states are what they were (docs/monitor.md).
 
     Args:
         loss_fn: ``loss_fn(model, batch)`` gives a scalar, the mean over the batch.
@@ -92,7 +92,7 @@ def suggest_rates(
 
     Raises:
         ValueError: there are no batches; a group has parts of tensors, or tensors that the optimizer does not hold; a
-            learning rate is not positive; the loss is not finite.
+            learning rate is not positive, or ``None``; the optimizer's step needs a closure; the loss is not finite.
         TypeError: the optimizer is a :class:`~newton_summary.NewtonSummary`, which sets its rates itself.
 
     Example:
@@ -108,14 +108,14 @@ def suggest_rates(
     check_positive("steps", steps)
     if isinstance(optimizer, MeasuredOptimizer):
         raise TypeError("NewtonSummary sets its rates by itself: it needs no suggestion")
+    check_needs_no_closure(optimizer)
     model = unwrap(model)
     partition = resolve_partition(partition, model, default_partition)
     before = _rates_of(optimizer, partition)
     batches = list(batches) if isinstance(batches, Iterator) else batches
-    start = _Start(loss_fn, model, optimizer, partition, batches, seed)
-    with preserved_randomness({partition.device}):
-        measured = profile(start.measure(resolve_engine(engine)))
-        multiple, trials = search(lambda multiple: start.trial((multiple * measured).tolist(), steps))
+    trials_of = _Trials(Loss(loss_fn, model), optimizer, partition, batches, seed)
+    measured = profile(trials_of.measure(resolve_engine(engine)))
+    multiple, trials = search(lambda multiple: trials_of.run((multiple * measured).tolist(), steps))
     rates = dict(zip(partition.names, (multiple * measured).tolist(), strict=True))
     return SuggestedRates(rates, before, _param_groups(optimizer, partition, rates), trials, multiple)
 
@@ -139,100 +139,90 @@ def profile(summary: Summary) -> Tensor:
     return result
 
 
-def search(score: Callable[[float], float]) -> tuple[float, dict[float, float]]:
-    """The largest multiple whose score is as good as the lowest: by steps of 2 from 1 to where scores rise, then by √2.
+def search(run: Callable[[float], Tensor]) -> tuple[float, dict[float, float]]:
+    """The largest multiple that is as good as the best: by steps of 2 from 1 to where losses rise, then by √2.
 
     Args:
-        score: a function of a multiple.
+        run: losses of a training with a multiple, shape (n,), those of the same batches for all; infinite where it
+            diverged.  Their median counts.
 
     Returns:
-        That multiple, and all scores by multiple, in ascending order.
+        That multiple, and all medians by multiple, in ascending order.
 
     Raises:
-        ValueError: all scores are infinite.
+        ValueError: all trainings diverged.
     """
-    scores: dict[int, float] = {}  # by half powers of two
+    losses: dict[int, Tensor] = {}  # by half powers of two
 
     def at(half: int) -> float:
-        if half not in scores:
-            scores[half] = score(2 ** (half / 2))
-        return scores[half]
+        if half not in losses:
+            losses[half] = run(2 ** (half / 2))
+        return float(losses[half].median())
 
     best = min((0, 2, -2), key=at)
     stride = best
     while stride and abs(best + stride) <= 2 * _MOST_DOUBLINGS and at(best + stride) < at(best):
         best += stride
-    best = min((best, best + 1, best - 1), key=at)
-    if math.isinf(at(best)):
+    lowest = best = min((best, best + 1, best - 1), key=at)
+    if math.isinf(at(lowest)):
         raise ValueError("every trial diverged: the loss is not finite on these batches")
-    enough = at(best) + _TIE * abs(at(best))
-    while best < 2 * _MOST_DOUBLINGS and at(best + 1) <= enough:
+    while best < 2 * _MOST_DOUBLINGS and math.isfinite(at(best + 1)) and is_as_good(losses[best + 1], losses[lowest]):
         best += 1
-    return 2 ** (best / 2), {2 ** (half / 2): scores[half] for half in sorted(scores)}
+    return 2 ** (best / 2), {2 ** (half / 2): at(half) for half in sorted(losses)}
 
 
-class _Start:
-    """Where every trial starts from: copies of a model and its optimizer.
+def is_as_good(losses: Tensor, others: Tensor) -> bool:
+    """Whether losses, shape (n,), are not higher than others of the same batches by more than a standard error.
 
-    The copy of the optimizer has one parameter group for each tensor, and learning rates of 1.
+    The difference is taken batch by batch: what makes a batch hard, and what is added to every loss, has no part in it.
     """
+    difference = losses - others
+    error = float(difference.std()) / math.sqrt(len(difference)) if len(difference) > 1 else 0.0
+    return float(difference.mean()) <= error
+
+
+class _Trials:
+    """Trainings from the same start, on the same batches and with the same random numbers."""
 
     def __init__(
-        self,
-        loss_fn: LossFunction,
-        model: nn.Module,
-        optimizer: torch.optim.Optimizer,
-        partition: Partition,
-        batches: Iterable[Any],
-        seed: int,
+        self, loss: Loss, optimizer: torch.optim.Optimizer, partition: Partition, batches: Iterable[Any], seed: int
     ) -> None:
-        self.loss_fn, self.batches, self.seed = loss_fn, batches, seed
-        self.model, self.optimizer, self.partition = copy.deepcopy((model, optimizer, partition))
-        options = {id(p): group for group in self.optimizer.param_groups for p in group["params"]}
-        self.optimizer.param_groups = [{**options[id(p)], "params": [p], "lr": 1.0} for p in self.partition.parameters]
+        self.loss, self.optimizer, self.partition = loss, optimizer, partition
+        self.batches, self.seed = batches, seed
 
     def measure(self, engine: Engine) -> Summary:
         """The summary along the next step at learning rates of 1, on batches other than the step's own."""
-        stream = BatchStream(self.batches, self.seed)
-        device = self.partition.device
-        self._backward(self.model, self.optimizer, stream.next(device))
-        along = next_step(self.optimizer, self.partition.parameters)
-        loss = Loss(self.loss_fn, self.model)
-        others = (stream.next(device) for _ in range(_MEASURED))
-        summary = Summary.mean(
-            [engine.measure(loss, batch, self.partition, along, 3, "diagonal").cpu() for batch in others]
-        )
+        stream, device = BatchStream(self.batches, self.seed), self.partition.device
+        with rehearsal(self.loss, self.optimizer, list(self.partition.parameters)) as trained:
+            trained.backward(stream.next(device))
+            along = next_step(trained.optimizer, self.partition.parameters)
+            others = (stream.next(device) for _ in range(_MEASURED))
+            summary = Summary.mean(
+                [engine.measure(self.loss, batch, self.partition, along, 3, "diagonal").cpu() for batch in others]
+            )
         if not summary.is_finite():
             raise ValueError("the loss or its derivatives are not finite: look for it in the data or the model")
         return summary
 
-    def trial(self, rates: list[float], steps: int) -> float:
-        """The median loss of the second half of a short training; every trial meets the same batches and draws."""
-        torch.manual_seed(self.seed)
-        model, optimizer, partition = copy.deepcopy((self.model, self.optimizer, self.partition))
-        by_parameter = dict(zip(map(id, partition.parameters), partition.spread(rates), strict=True))
-        for group in optimizer.param_groups:
-            group["lr"] = by_parameter[id(group["params"][0])]
-        stream = BatchStream(self.batches, self.seed)
-        losses = []
-        for _ in range(steps):
-            losses.append(self._backward(model, optimizer, stream.next(partition.device)))
-            if not math.isfinite(losses[-1]):
-                return math.inf
-            optimizer.step()
-        return float(torch.tensor(losses[steps // 2 :]).median())
-
-    def _backward(self, model: nn.Module, optimizer: torch.optim.Optimizer, batch: Any) -> float:
-        optimizer.zero_grad()
-        with torch.enable_grad():
-            loss = self.loss_fn(model, batch)
-        loss.backward()
-        return float(loss.detach())
+    def run(self, rates: list[float], steps: int) -> Tensor:
+        """The losses of the second half of a short training; infinite where it diverged."""
+        stream, parameters = BatchStream(self.batches, self.seed), self.partition.parameters
+        losses: list[float] = []
+        with rehearsal(self.loss, self.optimizer, list(parameters)) as trained:
+            torch.manual_seed(self.seed)
+            trained.set_rates(dict(zip(parameters, map(float, self.partition.spread(rates)), strict=True)))
+            while len(losses) < steps:
+                losses.append(trained.backward(stream.next(self.partition.device)))
+                if not math.isfinite(losses[-1]):
+                    return torch.full((steps - steps // 2,), math.inf, dtype=torch.float64)
+                trained.step()
+        return torch.tensor(losses[steps // 2 :], dtype=torch.float64)
 
 
 def _rates_of(optimizer: torch.optim.Optimizer, partition: Partition) -> dict[str, float]:
     """The learning rate of each group of a partition, that of its first tensor."""
-    held = {id(p): float(group.get("lr", 0.0)) for group in optimizer.param_groups for p in group["params"]}
+    rates = [(rate_of(group) if "lr" in group else 0.0, group["params"]) for group in optimizer.param_groups]
+    held = {id(p): rate for rate, parameters in rates for p in parameters}
     for name, label, parameter in zip(partition.parameter_names, partition.labels, partition.parameters, strict=True):
         shape = tuple(parameter.shape)
         if not isinstance(label, int):

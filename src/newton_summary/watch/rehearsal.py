@@ -1,0 +1,91 @@
+"""Training a model for a while, and then as if it had never been trained."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.grad_mode import _unsafe_preserve_version_counter  # nothing public keeps a version
+
+from newton_summary.measure import Loss
+from newton_summary.measure.attributes import Attributes, owners
+from newton_summary.measure.batches import map_tensors
+from newton_summary.measure.journal import Journal
+from newton_summary.measure.loss import gradients_of, scalar, without_hooks
+from newton_summary.measure.next_step import shadow_of, take_step
+
+
+class Rehearsal:
+    """The model itself in training, by a shadow of its optimizer that has a group for each tensor.
+
+    It is made by :func:`rehearsal`.
+
+    Attributes:
+        optimizer: the shadow: it holds the user's parameters, and a copy of everything else.
+    """
+
+    def __init__(
+        self, loss: Loss, optimizer: torch.optim.Optimizer, parameters: list[Tensor], journal: Journal
+    ) -> None:
+        self.loss, self.optimizer = loss, optimizer
+        self._parameters, self._journal = parameters, journal
+        options = {id(p): group for group in optimizer.param_groups for p in group["params"]}
+        # in place: an optimizer within the optimizer may share the list
+        optimizer.param_groups[:] = [{**options[id(p)], "params": [p], "lr": 1.0} for p in parameters]
+
+    def set_rates(self, rates: Mapping[Tensor, float]) -> None:
+        """The learning rate of every tensor."""
+        for group in self.optimizer.param_groups:
+            group["lr"] = rates[group["params"][0]]
+
+    def backward(self, batch: Any) -> float:
+        """Computes gradients on a batch, and gives the loss.
+
+        What a forward pass changes stays changed, as in training; the batch does not.
+        """
+        with self._journal:
+            value = scalar(self.loss.loss_fn(self.loss.model, map_tensors(batch, Tensor.clone)))
+        with without_hooks(self._parameters):
+            gradients = gradients_of(value, self._parameters)
+        for p, gradient in zip(self._parameters, gradients, strict=True):
+            p.grad = None if gradient is None else gradient.clone()  # which may be a view, of another one even
+        return float(value.detach())
+
+    def step(self) -> None:
+        """Takes the shadow's step."""
+        take_step(self.optimizer)
+
+
+@contextlib.contextmanager
+def rehearsal(loss: Loss, optimizer: torch.optim.Optimizer, parameters: list[Tensor]) -> Iterator[Rehearsal]:
+    """A block in which a model may be trained, and after which everything is as it was, however it ends.
+
+    Parameters, gradients, buffers, attributes of modules, random states, the optimizer, bit for bit.  The model is not
+    copied: some refuse to be.
+
+    Args:
+        loss: the loss and its model.
+        optimizer: any optimizer whose ``step()`` needs no closure; no hook of it is called.
+        parameters: the tensors to train, all of them in the optimizer.
+    """
+    model = loss.model
+    held = list({id(p): p for p in (*parameters, *(q for g in optimizer.param_groups for q in g["params"]))}.values())
+    kept = {id(p): p for p in held} | {id(module): module for module in model.modules()}
+    shadow = shadow_of(optimizer, kept | {id(tensor): tensor for tensor in (*model.parameters(), *model.buffers())})
+    before, gradients = [p.detach().clone() for p in held], [p.grad for p in held]
+    attributes, journal = Attributes(*owners(model, loss.loss_fn)), Journal()
+    with _unsafe_preserve_version_counter(tuple(held)), loss.undisturbed(differentiable=False):
+        try:
+            for p in held:
+                p.grad = None
+            yield Rehearsal(loss, shadow, parameters, journal)
+        finally:
+            attributes.restore()
+            journal.undo()
+            with torch.no_grad():
+                for p, content, gradient in zip(held, before, gradients, strict=True):
+                    p.copy_(content)
+                    p.grad = gradient
