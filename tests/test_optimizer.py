@@ -332,6 +332,7 @@ def test_a_bias_before_a_batch_norm_does_not_run_away(target) -> None:
     assert optimizer.measured_rates["0.bias"] < 100 * optimizer.measured_rates["0.weight"]
 
 
+@pytest.mark.filterwarnings("ignore:30 steps were taken")
 def test_lambda_goes_to_zero_over_the_last_quarter_when_the_steps_are_known() -> None:
     model, batches = make_model(), make_batches()
     options = {"steps": 30, "direction": "gradient", "every": 100, "partition": "canonical", "line_search_every": 0}

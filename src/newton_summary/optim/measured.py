@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
+import warnings
 from collections import Counter
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -14,6 +15,7 @@ from torch import Tensor
 from newton_summary._checks import check_count, check_not_negative
 from newton_summary.optim import directions
 from newton_summary.optim.directions import Direction
+from newton_summary.optim.held_gradients import HeldGradients
 from newton_summary.optim.parameter_update import ParameterUpdate, by_parameter
 from newton_summary.optim.rates import RateRule
 from newton_summary.optim.samples import Samples
@@ -70,6 +72,8 @@ class MeasuredOptimizer(torch.optim.Optimizer):
         self._update = ParameterUpdate(self.partition, self.direction)
         self._taken = 0
         self._pending: dict[Tensor, Tensor] | None = None  # the direction of the step to come
+        self._held: HeldGradients | None = None  # what measure() has made it of
+        self._frozen = {name: p for name, p in samples.loss.model.named_parameters() if not p.requires_grad}
         _check_same_parameters(self.direction, self.partition)
         super().__init__(self.partition.param_groups(), {"lr": lr, "rate": None, **self.direction.defaults})
 
@@ -111,14 +115,15 @@ class MeasuredOptimizer(torch.optim.Optimizer):
     def _has_rates(self) -> bool:
         return self.rule.rates is not None
 
-    def _scales(self) -> list[float]:
-        """λ_1 times :attr:`factor`, for each of torch's groups."""
+    def _scales(self, *, warm: bool = False) -> list[float]:
+        """λ_1 times :attr:`factor`, for each of torch's groups; ``warm``: as a scheduler's warm-up will make it."""
         factor = self.factor
-        return [float(group["lr"]) * factor for group in self.param_groups]
+        rates = [max(g["lr"], g.get("initial_lr", 0.0)) if warm else g["lr"] for g in self.param_groups]
+        return [float(rate) * factor for rate in rates]
 
-    def _scales_of_groups(self) -> Tensor:
+    def _scales_of_groups(self, *, warm: bool = False) -> Tensor:
         """The same for each group of the partition, shape (S,); that of its first tensor."""
-        scale = by_parameter(self.param_groups, self._scales())
+        scale = by_parameter(self.param_groups, self._scales(warm=warm))
         scales = [scale[self.partition.parameters[tensors[0]]] for tensors in self.partition.tensors_of]
         return torch.tensor(scales, dtype=torch.float64)
 
@@ -151,6 +156,8 @@ class MeasuredOptimizer(torch.optim.Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 value = closure()
+        self._warn_of_unfrozen()
+        self._forget_stale_gradients()
         if all(p.grad is None for p in self.partition.parameters):
             return value
         self._prepare_gradients()
@@ -185,9 +192,12 @@ class MeasuredOptimizer(torch.optim.Optimizer):
         """
         if all(p.grad is None for p in self.partition.parameters):
             raise RuntimeError("no gradients to take a direction from: call backward() before measure()")
+        self._forget_stale_gradients()
         gradients = directions.Gradient().update(self.param_groups, self.state)
-        total = torch.stack([unsharded(g.sum(dtype=torch.float64)) for g in gradients.values()]).sum()
-        return self._measure(batch, self._current_direction() if math.isfinite(float(total)) else gradients)
+        total = torch.stack([unsharded(g.abs().sum(dtype=torch.float64)) for g in gradients.values()]).sum()
+        summary = self._measure(batch, self._current_direction() if math.isfinite(float(total)) else gradients)
+        self._held = HeldGradients(self.partition.parameters)
+        return summary
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Clears the gradients, and the direction that was computed of them if no step was taken."""
@@ -219,7 +229,23 @@ class MeasuredOptimizer(torch.optim.Optimizer):
 
     def _forget_gradients(self) -> None:
         """The next step has gradients of its own."""
-        self._pending = None
+        self._pending = self._held = None
+
+    def _forget_stale_gradients(self) -> None:
+        """Forgets what :meth:`measure` has made of gradients that are gone: a step was skipped."""
+        if self._held is not None and not self._held.are_those_of(self.partition.parameters):
+            self._forget_gradients()
+
+    def _warn_of_unfrozen(self) -> None:
+        """Says, once, which parameters take gradients now that were frozen when this optimizer was made."""
+        found = [name for name, p in self._frozen.items() if p.requires_grad] if self._frozen else []
+        for name in found:
+            shape = tuple(self._frozen.pop(name).shape)
+            warnings.warn(
+                f"parameter {name!r}, of shape {shape}, is not trained: it was frozen when this optimizer was made; "
+                "make a new optimizer to take it in",
+                stacklevel=4,
+            )
 
     def _measure(self, batch: Any, u: dict[Tensor, Tensor]) -> Summary:
         """Measures, and publishes the rates that come of it."""
@@ -292,7 +318,8 @@ class MeasuredOptimizer(torch.optim.Optimizer):
 
     def __getstate__(self) -> dict[str, Any]:
         """All attributes, where torch keeps three: copies of this optimizer go on as it does."""
-        return {key: value for key, value in self.__dict__.items() if key != "step"}  # schedulers patch `step`
+        own = {key: value for key, value in self.__dict__.items() if key != "step"}  # schedulers patch `step`
+        return {**own, "_held": None}
 
     def _parts(self) -> dict[str, Part | None]:
         """What remembers something, by name."""

@@ -194,9 +194,25 @@ class NewtonSummary(MeasuredOptimizer):
             RuntimeError: nothing was measured yet, and there is no ``curvature_data`` to measure on; or :meth:`eval`
                 was called, and not :meth:`train`.
         """
-        if self._search is not None and self._search.average.is_in_place:
-            raise RuntimeError("the model has averaged weights: call the optimizer's train() before its step()")
+        self._check_trains("step")
+        if self._taken == self.steps:
+            warnings.warn(
+                f"{self.steps} steps were taken, which is what steps= says: λ_1 is 0, and nothing moves", stacklevel=3
+            )
         return super().step(closure)
+
+    def measure(self, batch: Any) -> Summary:
+        """As in :meth:`MeasuredOptimizer.measure <newton_summary.optim.measured.MeasuredOptimizer.measure>`.
+
+        Raises:
+            RuntimeError: there are no gradients; or :meth:`eval` was called, and not :meth:`train`.
+        """
+        self._check_trains("measure")
+        return super().measure(batch)
+
+    def _check_trains(self, what: str) -> None:
+        if self._search is not None and self._search.average.is_in_place:
+            raise RuntimeError(f"the model has averaged weights: call the optimizer's train() before its {what}()")
 
     @torch.no_grad()
     def eval(self) -> None:
@@ -258,12 +274,13 @@ class NewtonSummary(MeasuredOptimizer):
     def _backtrack(self, summary: Summary, batch: Any, partition: Partition, along: Sequence[Tensor]) -> None:
         """Halves the rates until the loss follows its quadratic model along the step, on the batch of the measurement.
 
-        Where it does at no length, they stay as they were solved.
+        Where it does at no length, they stay as they were solved.  A warm-up that begins with tiny steps, or none,
+        would pass whatever the rates are: what counts is where it leads.
         """
         assert self.rule.rates is not None
         halvings = halvings_to_agreement(
             summary,
-            self.rule.rates * self._scales_of_groups(),
+            self.rule.rates * self._scales_of_groups(warm=True),
             lambda eta: self._samples.loss_after(eta, batch, partition, along),
             self.partition.precision,
         )

@@ -27,8 +27,20 @@ def packed(parts: Mapping[str, Part | None]) -> dict[str, Any]:
 
 
 def unpack(parts: Mapping[str, Part | None], saved: Mapping[str, Any]) -> None:
-    """Gives the parts back what :func:`packed` took; where either side lacks a part, the other is left out."""
+    """Gives the parts back what :func:`packed` took.
+
+    A position in a stream of batches is left out where there is no stream, or it was saved without one.
+
+    Raises:
+        ValueError: one side lacks another part: rates would not be those that were saved.
+    """
     for name, part in parts.items():
+        if (part is None) != (saved[name] is None) and name != "stream":
+            has, lacks = ("the state", "this optimizer") if part is None else ("this optimizer", "the state")
+            raise ValueError(
+                f"{has} has a {name!r}, {lacks} has none, so rates would be others: make the optimizer as the one that "
+                "was saved, with or without curvature_data and with the same line_search_every"
+            )
         if part is not None and saved[name] is not None:
             part.load_state_dict(saved[name])
 
