@@ -19,6 +19,10 @@ _FOUND = (nn.Module, *_GENERATORS)
 _DEPTH = 3  # how deep closures and objects are looked into
 
 
+_INTERNAL = set(vars(nn.Module())) - {"training"}
+"""Names that every module has; what else there is in its ``__dict__``, somebody put there."""
+
+
 def owners(model: nn.Module, loss_fn: Any) -> tuple[list[nn.Module], list[Any]]:
     """The modules and the other objects whose attributes a loss is likely to change, each once.
 
@@ -33,7 +37,9 @@ def owners(model: nn.Module, loss_fn: Any) -> tuple[list[nn.Module], list[Any]]:
         else:
             objects[id(found)] = found
     for module in modules.values():
-        objects |= {id(value): value for value in vars(module).values() if isinstance(value, _GENERATORS)}
+        for name in vars(module).keys() - _INTERNAL:
+            if isinstance(value := vars(module)[name], _GENERATORS):
+                objects[id(value)] = value
     return list(modules.values()), list(objects.values())
 
 
@@ -97,11 +103,9 @@ class Attributes:
         for module in modules:
             own = vars(module)
             self._tables += [(t, dict(t)) for t in (own, own["_parameters"], own["_buffers"], own["_modules"])]
-            self._containers += [
-                (value, type(value)(value) if type(value) is not defaultdict else value.copy())
-                for name, value in own.items()
-                if type(value) in _CONTAINERS and name not in _INTERNAL
-            ]
+            for name in own.keys() - _INTERNAL:
+                if type(value := own[name]) in _CONTAINERS:
+                    self._containers.append((value, value.copy()))
         for thing in objects:
             if not isinstance(thing, _GENERATORS):
                 self._tables.append((vars(thing), dict(vars(thing))))
@@ -112,9 +116,6 @@ class Attributes:
             _put_back(table, before)
         for value, before in self._containers:
             _refill(value, before)
-
-
-_INTERNAL = set(vars(nn.Module())) - {"training"}
 
 
 def _put_back(table: dict[str, Any], before: dict[str, Any]) -> None:

@@ -169,7 +169,7 @@ def _flash_attention(
     attn_mask: Tensor | None = None,
     scale: float | None = None,
 ) -> tuple[Tensor, Tensor]:
-    return attention(q, k, v, attn_mask, dropout, is_causal, scale), q.new_zeros(())
+    return attention(q, k, v, attn_mask, is_causal, scale), q.new_zeros(())
 
 
 @_lowers(aten.copy.default)
@@ -178,20 +178,18 @@ def _copy(x: Tensor, source: Tensor, non_blocking: bool = False) -> Tensor:
 
 
 def attention(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    mask: Tensor | None = None,
-    dropout: float = 0.0,
-    is_causal: bool = False,
-    scale: float | None = None,
-    **options: Any,
+    q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None, is_causal: bool = False, scale: float | None = None
 ) -> Tensor:
-    """Attention in fewer operations than torch's own, where it is plain or causal."""
-    if mask is not None or dropout or any(options.values()):
-        return torch.nn.functional.scaled_dot_product_attention(
-            q, k, v, mask, dropout, is_causal, scale=scale, **options
-        )
+    """Attention in as few operations as it takes.
+
+    Args:
+        q: queries, shape (…, L, E).
+        k: keys, shape (…, M, E).
+        v: values, shape (…, M, F).
+        mask: what is added to the scores, shape (…, L, M); rows of minus infinity alone attend to nothing.
+        is_causal: whether later keys are not seen.
+        scale: of the scores.  Default: 1/√E.
+    """
     q = q * (q.shape[-1] ** -0.5 if scale is None else scale)
     batch = q.shape[:-2]
     is_flat = len(batch) > 1 and batch == k.shape[:-2] == v.shape[:-2]
@@ -201,8 +199,17 @@ def attention(
     if is_causal:
         future = torch.ones(scores.shape[-2:], dtype=torch.bool, device=q.device).triu(1)
         scores = scores + torch.zeros(scores.shape[-2:], dtype=q.dtype, device=q.device).masked_fill(future, -torch.inf)
-    mixed = scores.softmax(-1) @ v
-    return mixed.unflatten(0, batch) if is_flat else mixed
+    if mask is None:
+        mixed = scores.softmax(-1) @ v
+        return mixed.unflatten(0, batch) if is_flat else mixed
+    blind = (mask == -torch.inf).all(-1, keepdim=True)
+    mask = torch.where(blind, 0.0, mask)
+    if is_flat:
+        mixed = (scores.unflatten(0, batch) + mask).flatten(0, -3).softmax(-1) @ v
+        mixed = mixed.unflatten(0, batch)
+    else:
+        mixed = (scores + mask).softmax(-1) @ v
+    return torch.where(blind, 0.0, mixed)
 
 
 @_lowers(aten.logsumexp.default)
