@@ -377,12 +377,17 @@ def test_rates_are_the_tasks_or_the_optimizers_own():
 
 
 def test_the_best_weights_are_those_of_the_lowest_validation_loss(digits, tmp_path):
-    config = config_of(SMALL, "sgd", lr=1.0, epochs=6)
-    run = train(SMALL, config, digits, tmp_path, watched=False)
-    best = min(range(len(run.rows)), key=lambda i: run.rows[i].validation_loss)
+    for lr in (1.0, 1.5, 2.0, 3.0):  # rounding decides which of them is worse in the end than on the way
+        config = config_of(SMALL, "sgd", lr=lr, epochs=6)
+        folder = tmp_path / str(lr)
+        folder.mkdir()
+        run = train(SMALL, config, digits, folder, watched=False)
+        best = min(range(len(run.rows)), key=lambda i: run.rows[i].validation_loss)
+        if 0 < best < 6:
+            break
     assert 0 < best < 6  # else the test tells nothing
     expected = train(SMALL, dataclasses.replace(config, epochs=best), digits).model.state_dict()
-    again = train(SMALL, config, digits, tmp_path, watched=False)
+    again = train(SMALL, config, digits, folder, watched=False)
     for found in (run.best, again.best):
         assert all(torch.equal(found[name], expected[name]) for name in expected)
-    assert json.loads((tmp_path / "interactions.json").read_text())["snapshots"] == []
+    assert json.loads((folder / "interactions.json").read_text())["snapshots"] == []
