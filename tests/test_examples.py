@@ -61,7 +61,16 @@ def own_solver(cells, names) -> None:
     assert max(losses) < 0.1
 
 
+def layers(cells, names) -> None:
+    assert names["monitor"].summary.loss < 2.5
+    between = names["plots"].matrices.correlations_of(names["monitor"].summary)
+    where = names["partition"].names.index
+    assert all(between[where(f"{b} mlp in"), where(f"{b} mlp out")] > 0.4 for b in range(1, 5))
+    assert "too small" in printed(cells)
+
+
 EXAMPLES = {
+    "layers": (layers, 1),
     "look": (look, 3),
     "adamw_rates": (adamw_rates, 1),
     "train": (train, 1),

@@ -1,4 +1,4 @@
-"""What the README and CONTRIBUTING show is run as it stands there."""
+"""What the README, the quick start and CONTRIBUTING show is run as it stands there; links lead somewhere."""
 
 from __future__ import annotations
 
@@ -17,18 +17,47 @@ def blocks(page: Path) -> list[str]:
     return re.findall(r"```python\n(.*?)```", page.read_text(encoding="utf-8"), re.DOTALL)
 
 
-def test_the_example_has_ten_lines_runs_and_learns(capsys) -> None:
-    train, look = blocks(README)
-    assert len([line for line in train.splitlines() if line.strip()]) == 10
+def test_the_readme_is_one_screen() -> None:
+    assert len(README.read_text(encoding="utf-8").splitlines()) <= 100
+
+
+def run(page: Path) -> dict[str, object]:
+    """The names that a page's blocks leave, run from top to bottom."""
     names: dict[str, object] = {}
-    exec(compile(train, "README.md", "exec"), names)
-    model, loss_fn, batches = (names[name] for name in ("model", "loss_fn", "batches"))
-    assert sum(loss_fn(model, batch).item() for batch in batches) / len(batches) < 0.1
+    for block in blocks(page):
+        exec(compile(block, page.name, "exec"), names)
+    return names
+
+
+def mean_loss(names) -> float:
+    loss_fn, model, batches = (names[name] for name in ("loss_fn", "model", "batches"))
+    return sum(loss_fn(model, batch).item() for batch in batches) / len(batches)
+
+
+def test_the_readme_looks_finds_and_trains(tmp_path, monkeypatch, capsys) -> None:
+    monkeypatch.chdir(tmp_path)
+    look, find, train = blocks(README)
+    assert "summarize" in look
+    assert "suggest_rates" in find
+    assert "NewtonSummary" in train
+    names = run(README)
+    assert (tmp_path / "interactions.png").stat().st_size > 5000
+    assert names["summary"].hessian.shape == (6, 6)
+    assert mean_loss(names) < 0.1
     assert set(names["optimizer"].rates) == {"all"}
-    exec(compile(look, "README.md", "exec"), names)
-    printed = capsys.readouterr().out
-    assert "all" in printed
-    assert "torch.float64" in printed
+    assert "Suggested learning rates" in capsys.readouterr().out
+
+
+def test_the_quick_start_is_quick_and_runs(tmp_path, monkeypatch, capsys) -> None:
+    monkeypatch.chdir(tmp_path)
+    page = ROOT / "docs" / "quickstart.md"
+    first = [line for line in blocks(page)[0].splitlines() if line.strip()]
+    assert len(first) + 1 < 10, "with the line that installs it"
+    names = run(page)
+    for picture in ("interactions.png", "correlations.png"):
+        assert (tmp_path / picture).stat().st_size > 5000
+    assert names["summary"].names == ("0", "3")
+    assert "factors on the learning rates" in capsys.readouterr().out
 
 
 def test_what_contributing_shows_passes_the_suite(monkeypatch) -> None:
@@ -41,10 +70,22 @@ def test_what_contributing_shows_passes_the_suite(monkeypatch) -> None:
         exec(compile(block, "CONTRIBUTING.md", "exec"), names)
 
 
-@pytest.mark.parametrize("page", [README, CONTRIBUTING], ids=lambda page: page.name)
+PAGES = [README, CONTRIBUTING, ROOT / "CHANGELOG.md", ROOT / "experiments" / "README.md", *(ROOT / "docs").glob("*.md")]
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.relative_to(ROOT).as_posix())
 def test_what_a_page_points_to_exists(page) -> None:
-    targets = re.findall(r"\]\(([^)#:]+)\)", page.read_text(encoding="utf-8"))
-    assert targets
-    made = "docs/gallery/"  # by make docs, of examples/
-    paths = [t.replace(made, "examples/").removesuffix(".md") + ".py" if t.startswith(made) else t for t in targets]
-    assert [path for path in paths if not (ROOT / path).exists()] == []
+    text = page.read_text(encoding="utf-8")
+    targets = re.findall(r"\]\(([^)#:]+)(?:#([^)]*))?\)", text)
+    missing = []
+    for target, anchor in targets:
+        where = (page.parent / target).resolve()
+        if where.parent.name == "gallery":  # made by make docs, of examples/
+            where = ROOT / "examples" / f"{where.stem}.py"
+        elif where.name in ("changelog.md", "contributing.md"):
+            where = ROOT / where.name.upper().replace(".MD", ".md")
+        headings = re.findall(r"^#+ (.+)$", where.read_text(encoding="utf-8"), re.MULTILINE) if anchor else []
+        slugs = [re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings]
+        if not where.exists() or (anchor and anchor not in slugs):
+            missing.append(f"{target}#{anchor}")
+    assert not missing

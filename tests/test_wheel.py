@@ -103,25 +103,39 @@ def experiments(dist) -> Path:
     return wheel
 
 
-@pytest.fixture(scope="module")
-def python(dist, tmp_path_factory) -> str:
-    """The interpreter of a new environment into which the wheel was installed."""
-    folder = tmp_path_factory.mktemp("environment")
-    core = folder / "core"
-    core.mkdir()
-    for name in required([Requirement(text).name for text in PROJECT["dependencies"]]):
+def environment(folder: Path, names: list[str], wheel: Path) -> str:
+    """The interpreter of a new environment with what these distributions need, and the wheel."""
+    linked = folder / "linked"
+    linked.mkdir()
+    for name in required(names):
         distribution = importlib.metadata.distribution(name)
         assert distribution.files is not None
         for entry in {Path(file).parts[0] for file in distribution.files} - {"..", "__pycache__"}:
-            if not (core / entry).exists():
-                (core / entry).symlink_to(Path(str(distribution.locate_file(entry))))
+            if not (linked / entry).exists():
+                (linked / entry).symlink_to(Path(str(distribution.locate_file(entry))))
     venv.create(folder / "venv", symlinks=True)
     interpreter = folder / "venv" / "bin" / "python"
     library = folder / "venv" / "lib" / f"python3.{sys.version_info.minor}" / "site-packages"
-    (library / "core.pth").write_text(f"{core}\n")
-    (wheel,) = dist.glob("*.whl")
+    (library / "linked.pth").write_text(f"{linked}\n")
     run([sys.executable, "-m", "pip", "--python", str(interpreter), "install", "--no-index", "--quiet", str(wheel)])
     return str(interpreter)
+
+
+CORE = [Requirement(text).name for text in PROJECT["dependencies"]]
+
+
+@pytest.fixture(scope="module")
+def python(dist, tmp_path_factory) -> str:
+    """The interpreter of an environment into which the wheel was installed."""
+    (wheel,) = dist.glob("*.whl")
+    return environment(tmp_path_factory.mktemp("environment"), CORE, wheel)
+
+
+@pytest.fixture(scope="module")
+def newcomer(dist, tmp_path_factory) -> str:
+    """The same with the extra for pictures."""
+    (wheel,) = dist.glob("*.whl")
+    return environment(tmp_path_factory.mktemp("newcomer"), [*CORE, "matplotlib"], wheel)
 
 
 @pytest.mark.slow
@@ -145,20 +159,32 @@ def test_the_wheel_holds_the_package_and_its_licence(dist) -> None:
 
 
 @pytest.mark.slow
-def test_the_readme_runs_from_the_wheel_alone(python, tmp_path) -> None:
-    blocks = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(encoding="utf-8"), re.DOTALL)
+def test_a_newcomer_sees_a_heatmap_in_under_ten_lines(newcomer, tmp_path) -> None:
+    first = blocks("docs/quickstart.md")[0]
+    assert len([line for line in first.splitlines() if line.strip()]) + 1 < 10, "with the line that installs it"
+    (tmp_path / "first.py").write_text(first)
+    run([newcomer, "-W", "error", "first.py"], cwd=tmp_path)
+    assert (tmp_path / "interactions.png").stat().st_size > 5000
+
+
+@pytest.mark.slow
+def test_the_readme_runs_from_the_wheel_alone(newcomer, tmp_path) -> None:
     (tmp_path / "example.py").write_text(
-        "\n".join([*blocks, "import sys", "print(ns.__file__, 'pandas' in sys.modules)"])
+        "\n".join([*blocks("README.md"), "import sys", "print(ns.__file__, 'pandas' in sys.modules)"])
     )
-    printed = run([python, "-W", "error", "example.py"], cwd=tmp_path).stdout
+    printed = run([newcomer, "-W", "error", "example.py"], cwd=tmp_path).stdout
     assert "all" in printed
     where, pandas = printed.splitlines()[-1].split()
-    assert Path(where).is_relative_to(Path(python).parents[1])
+    assert Path(where).is_relative_to(Path(newcomer).parents[1])
     assert pandas == "False"
-    for extra in ("matplotlib", "pandas", "sklearn"):
-        run([python, "-c", f"import {extra}"], cwd=tmp_path, expect=1)
-    command = Path(python).parent / "newton-summary"
+    for extra in ("pandas", "sklearn"):
+        run([newcomer, "-c", f"import {extra}"], cwd=tmp_path, expect=1)
+    command = Path(newcomer).parent / "newton-summary"
     assert "report" in run([str(command), "--help"], cwd=tmp_path).stdout
+
+
+def blocks(page: str) -> list[str]:
+    return re.findall(r"```python\n(.*?)```", (ROOT / page).read_text(encoding="utf-8"), re.DOTALL)
 
 
 @pytest.mark.slow

@@ -1,4 +1,4 @@
-"""The parts of the site that are made while it is built: gallery pages, the front page, and pages of figures.
+"""The parts of the site that are made while it is built: gallery pages, the changelog, and pages of figures.
 
 A gallery page is an example that was run: text from its docstring and its cells (`# %%`), the code, what it printed,
 and the pictures that it saved.
@@ -101,10 +101,15 @@ def page(path: Path) -> tuple[str, dict[str, bytes]]:
 def on_config(config: Any) -> Any:
     """Gives every page in `docs/` and in `results/` a place in the navigation, also those that it does not name."""
     places = {title: pages for item in config["nav"] for title, pages in item.items() if isinstance(pages, list)}
-    named = {page for pages in places.values() for item in pages for page in item.values()}
+    named = {page for pages in places.values() for item in pages for page in _pages(item)}
     places["How it works"] += [{_title(p): p.name} for p in sorted((ROOT / "docs").glob("*.md")) if p.name not in named]
     places["Figures"] += [{_title(ROOT / name): name} for name in _results() if name.endswith(".md")]
     return config
+
+
+def _pages(item: Any) -> list[str]:
+    """The pages of an item of the navigation, which may have no title of its own."""
+    return [item] if isinstance(item, str) else list(item.values())
 
 
 def _title(path: Path) -> str:
@@ -116,8 +121,7 @@ def on_files(files: Any, config: Any) -> Any:
     """Adds the pages that are made of files outside this folder."""
     from mkdocs.structure.files import File
 
-    made: dict[str, str | bytes] = {"index.md": (ROOT / "README.md").read_text(encoding="utf-8")}
-    made["changelog.md"] = (ROOT / "CHANGELOG.md").read_text(encoding="utf-8")
+    made: dict[str, str | bytes] = {"changelog.md": (ROOT / "CHANGELOG.md").read_text(encoding="utf-8")}
     made["contributing.md"] = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")
     made |= {name: (ROOT / name).read_bytes() for name in _results()}
     for name in _gallery(config["nav"]):
@@ -130,11 +134,11 @@ def on_files(files: Any, config: Any) -> Any:
 
 
 def on_page_markdown(markdown: str, *, page: Any, **_: Any) -> str:
-    """Links as they are on the site, where the front page lies beside the others; an anchor for each page's title."""
+    """Links as they are on the site, where pages from the root lie beside the others; an anchor for each title."""
     name = page.file.src_uri.removesuffix(".md").replace("/", "-")
     markdown = re.sub(r"\A# (.+)", rf"# \1 {{#page-{name}}}", markdown)
     markdown = re.sub(r"\]\((?:\.\./)?(results/)", r"](\1", markdown)
-    if page.file.src_uri in ("index.md", "changelog.md", "contributing.md"):
+    if page.file.src_uri in ("changelog.md", "contributing.md"):
         markdown = markdown.replace("](docs/", "](")
         for name in ("CHANGELOG", "CONTRIBUTING"):
             markdown = markdown.replace(f"]({name}.md", f"]({name.lower()}.md")
