@@ -11,9 +11,10 @@ import pytest
 import newton_summary
 import newton_summary_experiments
 
-CORE = {"_checks", "errors", "partition", "summary"}
+CORE = {"_checks", "_frozen", "errors", "partition", "summary"}
 MAY_IMPORT: dict[str, set[str]] = {
     "_checks": set(),
+    "_frozen": set(),
     "errors": set(),
     "partition": {"_checks"},
     "summary": {"_checks"},

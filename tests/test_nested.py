@@ -590,6 +590,7 @@ def test_compositions_have_the_values_types_and_gradients_of_torchs_own(training
         layers = [nn.BatchNorm2d(2), nn.InstanceNorm2d(2, affine=True, track_running_stats=True), nn.LayerNorm([3, 4])]
         model = nn.ModuleList([*layers, nn.BatchNorm2d(2, affine=False), nn.InstanceNorm2d(2)])
         model.append(nn.utils.parametrizations.weight_norm(nn.Conv2d(2, 2, 1), dim=None))
+        model.extend([nn.GroupNorm(2, 2), nn.GroupNorm(1, 2, affine=False)])
         for p in model.parameters():
             p.data += torch.rand_like(p)
         return model.to(dtype).train(training)
@@ -637,6 +638,7 @@ def test_torchs_inner_functions_are_composed_too():
         lambda: torch.batch_norm(x, weight, bias, mean.clone(), var.clone(), False, 0.1, 1e-5, False),
         lambda: torch.instance_norm(x, weight, bias, None, None, True, 0.1, 1e-5, False),
         lambda: torch.layer_norm(x, (36,), None, None),
+        lambda: torch.group_norm(x, 1, None, None),
     ]
     x.requires_grad_()
     for call in calls:

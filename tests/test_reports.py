@@ -3,9 +3,11 @@ nothing of the user's.  Right values are finite differences in float64, or worke
 
 from __future__ import annotations
 
+import copy
 import itertools
+import math
 import warnings
-from collections import UserDict
+from collections import OrderedDict, UserDict
 from dataclasses import dataclass
 
 import numpy as np
@@ -17,6 +19,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.utils import _pytree as pytree
 from torch.utils.checkpoint import checkpoint
+from torch.utils.data import DataLoader, TensorDataset
 
 import newton_summary as ns
 from newton_summary.measure import Refusal, forward
@@ -754,7 +757,9 @@ def test_a_parameter_that_is_unfrozen_is_named() -> None:
     optimizer = ns.NewtonSummary(model, squared_error, curvature_data=batches)
     train(optimizer, model, batches)
     model[0].weight.requires_grad_(True)
-    with pytest.warns(UserWarning, match=r"'0\.weight', of shape \(3, 4\), is not trained: it was frozen"):
+    with pytest.warns(
+        UserWarning, match=r"'0\.weight', of shape \(3, 4\), is not trained by this optimizer: it was frozen"
+    ):
         train(optimizer, model, batches)
     train(optimizer, model, batches)  # no second warning
 
@@ -874,3 +879,319 @@ def test_a_warm_up_from_zero_does_not_hide_a_step_that_is_too_long() -> None:
         return optimizer.counts["halved"]
 
     assert halved(True) == halved(False) > 0
+
+
+# 10: loaders that transform what they load ----------------------------------------------------------------------------
+
+
+class Doubling(DataLoader):
+    def __iter__(self):
+        return ([2 * x for x in batch] for batch in super().__iter__())
+
+
+@pytest.mark.parametrize("beside", ["the optimizer", "the monitor", "suggest_rates", "summarize"])
+def test_a_loader_that_transforms_its_batches(beside) -> None:
+    """A line through the origin, of slope 2: what its loader doubles is 2 or 4, and nothing else may be measured on."""
+    model, seen = nn.Linear(1, 1, bias=False).double(), set()
+    x = torch.tensor([[1.0], [2.0]] * 4, dtype=torch.float64)
+    loader = Doubling(TensorDataset(x, 2 * x), batch_size=2)
+
+    def loss_fn(m, b):
+        seen.update(b[0].flatten().tolist())
+        return squared_error(m, b)
+
+    if beside == "summarize":
+        assert ns.summarize(loss_fn, model, loader, direction=[torch.ones(1, 1)]).hessian.item() == pytest.approx(20.0)
+    elif beside == "suggest_rates":
+        ns.suggest_rates(loss_fn, model, loader, torch.optim.SGD(model.parameters(), lr=0.01), steps=3)
+    else:
+        theirs = torch.optim.SGD(model.parameters(), lr=0.01)
+        optimizer = ns.NewtonSummary(model, loss_fn, curvature_data=loader) if beside == "the optimizer" else theirs
+        if beside == "the monitor":
+            ns.Monitor(model, loss_fn, optimizer=theirs, every=1).attach(loader)
+        model.weight.grad = torch.ones_like(model.weight)
+        optimizer.step()
+    assert seen == {2.0, 4.0}
+
+
+# 11: models that deepcopy refuses, optimizers that pickling cuts ------------------------------------------------------
+
+
+class Keeping(nn.Module):
+    """Keeps a tensor with a graph, and has the old kind of weight normalisation: no deep copy of either."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            self.a = nn.utils.weight_norm(nn.Linear(4, 8))
+        self.b = nn.Linear(8, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.hidden = self.a(x).tanh()
+        return self.b(self.hidden)
+
+
+def test_rates_are_suggested_without_a_copy_of_the_model() -> None:
+    model, batches = Keeping().double(), regression()
+    squared_error(model, batches[0]).backward()
+    with pytest.raises(RuntimeError):
+        copy.deepcopy(model)
+    before = {name: t.detach().clone() for name, t in model.state_dict().items()}
+    suggested = ns.suggest_rates(squared_error, model, batches, torch.optim.Adam(model.parameters(), lr=1e-4), steps=30)
+    assert all(torch.equal(t, before[name]) for name, t in model.state_dict().items())
+    start = sum(float(squared_error(model, b).detach()) for b in batches)
+    optimizer = torch.optim.Adam(suggested.param_groups)
+    for batch in batches * 8:
+        optimizer.zero_grad()
+        squared_error(model, batch).backward()
+        optimizer.step()
+    assert sum(float(squared_error(model, b).detach()) for b in batches) < 0.3 * start
+
+
+class Signed(torch.optim.SGD):
+    """Takes signs, unless what it was made with is lost: torch's ``__getstate__`` leaves its attributes out."""
+
+    sign, seen = False, set()
+
+    def __init__(self, parameters, lr=1e-3) -> None:
+        super().__init__(parameters, lr)
+        self.sign = True
+
+    @torch.no_grad()
+    def step(self, closure=None) -> None:
+        self.seen.add(self.sign)
+        for group in self.param_groups:
+            for p in group["params"]:
+                p.sub_((p.grad.sign() if self.sign else p.grad) * group["lr"])
+
+
+def test_rates_are_suggested_for_the_optimizer_that_it_is() -> None:
+    model = network(4, 3, 1)
+    ns.suggest_rates(squared_error, model, regression(), Signed(model.parameters()), steps=4)
+    assert Signed.seen == {True}
+
+
+# 12: optimizers whose rate is not a number, which need a closure, or run no hooks -------------------------------------
+
+
+class RelativeSteps(torch.optim.SGD):
+    """Sets its rates itself, as Adafactor does."""
+
+    def __init__(self, parameters) -> None:
+        super().__init__(parameters, 0.1)
+        for group in self.param_groups:
+            group["lr"] = None
+
+    @torch.no_grad()
+    def step(self, closure=None) -> None:
+        for group in self.param_groups:
+            for p in group["params"]:
+                p.sub_(0.01 * p.grad)
+
+
+class AroundWithHooks(Around):
+    """Which can be registered, and never run."""
+
+    def __init__(self, inner: torch.optim.Optimizer) -> None:
+        super().__init__(inner)
+        self.defaults = inner.defaults
+        self._optimizer_step_pre_hooks, self._optimizer_step_post_hooks = OrderedDict(), OrderedDict()
+
+
+def test_optimizers_without_a_rate_are_refused_where_a_rate_is_asked_for() -> None:
+    model, batches = network(4, 3, 1), regression()
+    with pytest.raises(ValueError, match=r"is None: the optimizer sets it by itself; give it one, lr="):
+        ns.Monitor(model, squared_error, optimizer=RelativeSteps(model.parameters()))
+    with pytest.raises(ValueError, match=r"is None: the optimizer sets it by itself; give it one, lr="):
+        ns.suggest_rates(squared_error, model, batches, RelativeSteps(model.parameters()))
+
+
+def test_the_step_of_an_optimizer_without_a_rate_is_a_direction() -> None:
+    """A rate of 1 repeats its step, as far as these rates are from 1."""
+    model, batches = network(4, 3, 1), regression()
+    optimizer = ns.NewtonSummary(
+        model, squared_error, curvature_data=batches, direction=RelativeSteps(model.parameters()), line_search_every=0
+    )
+    before = [p.detach().clone() for p in model.parameters()]
+    squared_error(model, batches[0]).backward()
+    gradients = [p.grad.clone() for p in model.parameters()]
+    optimizer.step()
+    for p, old, g in zip(model.parameters(), before, gradients, strict=True):
+        torch.testing.assert_close(p.detach(), old - optimizer.rates["all"] * 0.01 * g)
+
+
+def test_optimizers_that_evaluate_the_loss_are_refused() -> None:
+    model, batches = network(4, 3, 1), regression()
+    lbfgs = torch.optim.LBFGS(model.parameters())
+    squared_error(model, batches[0]).backward()
+    for use in (
+        lambda: ns.Monitor(model, squared_error, optimizer=lbfgs),
+        lambda: ns.suggest_rates(squared_error, model, batches, lbfgs),
+        lambda: ns.summarize(squared_error, model, batches, direction=lbfgs),
+        lambda: ns.NewtonSummary(model, squared_error, direction=lbfgs),
+    ):
+        with pytest.raises(ValueError, match="LBFGS evaluates the loss in its step"):
+            use()
+
+
+@pytest.mark.parametrize("kind", [Around, AroundWithHooks])
+def test_optimizers_that_run_no_hooks_are_refused_by_the_monitor(kind) -> None:
+    model = network(4, 3, 1)
+    with pytest.raises(TypeError, match=f"{kind.__name__} runs no hooks.*watch the Adam inside it"):
+        ns.Monitor(model, squared_error, optimizer=kind(torch.optim.Adam(model.parameters())))
+
+
+@pytest.mark.parametrize("kind", [Around, AroundWithHooks])
+def test_rates_are_suggested_for_optimizers_that_run_no_hooks(kind) -> None:
+    model, batches = network(4, 3, 1), regression()
+    inner = torch.optim.Adam(model.parameters(), lr=1e-3)
+    alone = ns.suggest_rates(squared_error, model, batches, inner, steps=6)
+    assert ns.suggest_rates(squared_error, model, batches, kind(inner), steps=6).rates == pytest.approx(alone.rates)
+
+
+# 15: parameters unfrozen later ----------------------------------------------------------------------------------------
+
+
+def test_a_parameter_unfrozen_in_between_is_named() -> None:
+    model, batches = network(4, 3, 1), regression()
+    model[0].weight.requires_grad_(False)
+    optimizer = ns.NewtonSummary(model, squared_error, curvature_data=batches)
+    other = torch.optim.SGD(model.parameters(), lr=0.01)
+    monitor = ns.Monitor(model, squared_error, optimizer=other, every=1)
+
+    def step() -> None:
+        optimizer.zero_grad()
+        squared_error(model, batches[0]).backward()
+        monitor.measure([batches[0]])
+        optimizer.step()
+
+    step()
+    model[0].weight.requires_grad_(True)
+    with pytest.warns(UserWarning, match=r"'0.weight', of shape \(3, 4\), is not .* by this") as caught:
+        step()
+    found = {str(w.message).split(" is not ")[1].split(":")[0] for w in caught}
+    assert found == {"measured by this Monitor", "trained by this optimizer"}
+    step()  # once is enough
+
+
+# 16: losses that are shifted ------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("shift", [100.0, -100.0, -0.5])
+def test_what_is_added_to_a_loss_changes_no_suggestion(shift) -> None:
+    def suggested(add: float):
+        model = network(4, 8, 1)
+        loss_fn = lambda m, b: squared_error(m, b) + add  # noqa: E731
+        return ns.suggest_rates(loss_fn, model, regression(8, 32), torch.optim.Adam(model.parameters()), steps=40)
+
+    plain, shifted = suggested(0.0), suggested(shift)
+    assert shifted.multiple == plain.multiple
+    assert shifted.rates == pytest.approx(plain.rates, rel=1e-9)
+
+
+# 19: gradients that are cleared by others -----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("how", ["set to none", "zeroed", "replaced", "changed"])
+def test_no_step_is_along_gradients_that_are_gone(how) -> None:
+    """Along the gradient itself: after a skipped step the weights move along the new one, or not at all."""
+    model, batches = network(4, 3, 1), regression()
+    optimizer = ns.NewtonSummary(model, squared_error, direction="gradient", lr=0.1)
+    squared_error(model, batches[0]).backward()
+    optimizer.measure(batches[1])
+    if how == "replaced":
+        for p in model.parameters():
+            p.grad = torch.ones_like(p)
+    elif how == "changed":
+        nn.utils.clip_grad_norm_(model.parameters(), 1e-3)
+    else:  # the step is skipped
+        model.zero_grad(set_to_none=how == "set to none")
+        squared_error(model, batches[2]).backward()
+    before, gradients = [p.detach().clone() for p in model.parameters()], [p.grad.clone() for p in model.parameters()]
+    optimizer.step()
+    (rate,) = optimizer.rates.values()
+    assert rate > 0
+    for p, old, g in zip(model.parameters(), before, gradients, strict=True):
+        torch.testing.assert_close(p.detach(), old - rate * g, rtol=1e-9, atol=1e-12)
+
+
+# 20: a state that was saved with batches to measure on ----------------------------------------------------------------
+
+
+def test_a_state_with_line_searches_is_not_loaded_without() -> None:
+    model, batches = network(4, 3, 1), regression()
+    make = lambda **options: ns.NewtonSummary(model, squared_error, **options)  # noqa: E731
+    searching, explicit = make(curvature_data=batches), make()
+    for batch in batches:
+        searching.zero_grad()
+        squared_error(model, batch).backward()
+        searching.step()
+    explicit.measure(batches[0])
+    rates = explicit.rates
+    with pytest.raises(ValueError, match=r"the state has a 'search', this optimizer has none.*curvature_data"):
+        explicit.load_state_dict(searching.state_dict())
+    with pytest.raises(ValueError, match=r"this optimizer has a 'search', the state has none.*curvature_data"):
+        searching.load_state_dict(explicit.state_dict())
+    assert explicit.rates == rates
+    again = make(curvature_data=batches)
+    again.load_state_dict(searching.state_dict())
+    assert again.rates == searching.rates
+    measuring, other = make(curvature_data=batches, line_search_every=0), make()
+    measuring.step()
+    other.load_state_dict(measuring.state_dict())
+    assert other.rates == measuring.rates != {}
+
+
+# 23: third derivatives through a group normalisation of channels-last data --------------------------------------------
+
+
+class Grouped(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.a, self.b = nn.Conv2d(2, 4, 3, padding=1), nn.Conv2d(4, 2, 1)
+        self.n, self.m = nn.GroupNorm(2, 4), nn.GroupNorm(1, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.m(self.b(F.silu(self.n(self.a(x)))))
+
+
+@each_engine
+def test_group_normalisation_of_channels_last_data(engine) -> None:
+    model = Grouped().double().to(memory_format=torch.channels_last)
+    x, y = normal(2, 2, 4, 4).contiguous(memory_format=torch.channels_last), normal(2, 2, 4, 4)
+    check(squared_error, model, lambda: (x, y), engine)
+
+
+# Small and sharp ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("value", [0.5, 0, 1.5, math.inf])
+@pytest.mark.parametrize("what", ["every", "window", "history"])
+def test_a_monitor_counts_in_whole_numbers(what, value) -> None:
+    model = network(4, 3, 1)
+    with pytest.raises(ValueError, match=f"{what} must be a whole number from 1 on"):
+        ns.Monitor(model, squared_error, optimizer=torch.optim.SGD(model.parameters(), lr=0.1), **{what: value})
+
+
+@pytest.mark.parametrize("warm_up", ["a scheduler", "by hand", None])
+@pytest.mark.parametrize("search", [None, 0])
+def test_the_first_step_is_held_to_the_loss_at_the_rate_after_a_warm_up(warm_up, search) -> None:
+    """A loss that turns up steeply outside of a narrow bowl, so that the model's step must be halved."""
+    model = nn.ParameterDict({"w": nn.Parameter(torch.ones(1, dtype=torch.float64))})
+
+    def loss_fn(m, batch):  # at 1 its slope is 1.8 and its curvature 0.2: Newton's step is to −8
+        d = m["w"] - 1
+        return (1.8 * d + 0.1 * d**2 + d**4).sum()
+
+    optimizer = ns.NewtonSummary(model, loss_fn, curvature_data=[None], direction="gradient", line_search_every=search)
+    if warm_up == "a scheduler":
+        torch.optim.lr_scheduler.LambdaLR(optimizer, lambda t: t / 100)
+    elif warm_up == "by hand":
+        optimizer.param_groups[0]["lr"] = 0.0
+    assert optimizer.param_groups[0]["lr"] == (1.5 if warm_up is None else 0.0)
+    loss_fn(model, None).backward()
+    optimizer._search = None if search == 0 else optimizer._search
+    optimizer.step()
+    assert optimizer.counts["halved"] == 4

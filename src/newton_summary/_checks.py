@@ -23,7 +23,7 @@ def check_positive(what: str, value: float) -> None:
 
 def check_count(what: str, value: int) -> None:
     """Raises unless the value is a whole number from 1 on."""
-    if not (value >= 1 and value == int(value)):
+    if not (1 <= value < math.inf and value == int(value)):
         raise ValueError(f"{what} must be a whole number from 1 on, got {value}")
 
 

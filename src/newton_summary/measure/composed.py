@@ -2,7 +2,8 @@
 
 The second backward pass of torch's batch, instance and layer normalisation takes the saved mean and deviation for
 constants, so that third derivatives miss terms; that of weight normalisation does so with the saved norm, so that
-second derivatives do.  First derivatives are right, and nothing is raised.
+second derivatives do.  First derivatives are right, and nothing is raised.  That of group normalisation ends the
+process where data are in the order of channels last.
 """
 
 from __future__ import annotations
@@ -74,6 +75,18 @@ def _layer_norm(
     return _affine(_standardised(x, list(range(first, x.dim())), eps), weight, bias, first)
 
 
+def _group_norm(
+    x: Tensor,
+    num_groups: int,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    eps: float = 1e-5,
+    cudnn_enabled: bool = True,
+) -> Tensor:
+    grouped = _standardised(x.reshape(x.shape[0], num_groups, -1), [2], eps)
+    return _affine(grouped.reshape(x.shape), weight, bias, 1)
+
+
 def _weight_norm(v: Tensor, g: Tensor, dim: int = 0) -> Tensor:
     return v * (g / torch.norm_except_dim(v, 2, dim))
 
@@ -117,8 +130,10 @@ _COMPOSITIONS: dict[Any, Callable[..., Tensor]] = {
     F.batch_norm: _batch_norm,
     F.instance_norm: _instance_norm,
     F.layer_norm: _layer_norm,
+    F.group_norm: _group_norm,
     torch.batch_norm: _statistics_last(_batch_norm),
     torch.instance_norm: _statistics_last(_instance_norm),
     torch.layer_norm: _layer_norm,
+    torch.group_norm: _group_norm,
     torch._weight_norm: _weight_norm,
 }

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 import math
-import warnings
 from collections import Counter
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -13,13 +12,14 @@ import torch
 from torch import Tensor
 
 from newton_summary._checks import check_count, check_not_negative
+from newton_summary._frozen import Frozen
 from newton_summary.optim import directions
 from newton_summary.optim.directions import Direction
 from newton_summary.optim.held_gradients import HeldGradients
 from newton_summary.optim.parameter_update import ParameterUpdate, by_parameter
 from newton_summary.optim.rates import RateRule
 from newton_summary.optim.samples import Samples
-from newton_summary.optim.state import KEY, Part, check_fits, packed, unpack
+from newton_summary.optim.state import KEY, Part, check_fits, check_parts, packed, unpack
 from newton_summary.parallel.sharding import unsharded
 from newton_summary.partition import Partition
 from newton_summary.solve import Status
@@ -73,7 +73,7 @@ class MeasuredOptimizer(torch.optim.Optimizer):
         self._taken = 0
         self._pending: dict[Tensor, Tensor] | None = None  # the direction of the step to come
         self._held: HeldGradients | None = None  # what measure() has made it of
-        self._frozen = {name: p for name, p in samples.loss.model.named_parameters() if not p.requires_grad}
+        self._frozen = Frozen(samples.loss.model, "trained by this optimizer")
         _check_same_parameters(self.direction, self.partition)
         super().__init__(self.partition.param_groups(), {"lr": lr, "rate": None, **self.direction.defaults})
 
@@ -118,8 +118,11 @@ class MeasuredOptimizer(torch.optim.Optimizer):
     def _scales(self, *, warm: bool = False) -> list[float]:
         """λ_1 times :attr:`factor`, for each of torch's groups; ``warm``: as a scheduler's warm-up will make it."""
         factor = self.factor
-        rates = [max(g["lr"], g.get("initial_lr", 0.0)) if warm else g["lr"] for g in self.param_groups]
-        return [float(rate) * factor for rate in rates]
+        rates = [float(g["lr"]) for g in self.param_groups]
+        if warm:  # as torch's schedulers note it, or else, where λ_1 is 0 as yet, as this optimizer was made
+            ahead = [max(float(g.get(key, 0.0)) for key in ("initial_lr", "max_lr")) for g in self.param_groups]
+            rates = [max(now, later) or self.defaults["lr"] for now, later in zip(rates, ahead, strict=True)]
+        return [rate * factor for rate in rates]
 
     def _scales_of_groups(self, *, warm: bool = False) -> Tensor:
         """The same for each group of the partition, shape (S,); that of its first tensor."""
@@ -156,7 +159,7 @@ class MeasuredOptimizer(torch.optim.Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 value = closure()
-        self._warn_of_unfrozen()
+        self._frozen.warn()
         self._forget_stale_gradients()
         if all(p.grad is None for p in self.partition.parameters):
             return value
@@ -236,17 +239,6 @@ class MeasuredOptimizer(torch.optim.Optimizer):
         if self._held is not None and not self._held.are_those_of(self.partition.parameters):
             self._forget_gradients()
 
-    def _warn_of_unfrozen(self) -> None:
-        """Says, once, which parameters take gradients now that were frozen when this optimizer was made."""
-        found = [name for name, p in self._frozen.items() if p.requires_grad] if self._frozen else []
-        for name in found:
-            shape = tuple(self._frozen.pop(name).shape)
-            warnings.warn(
-                f"parameter {name!r}, of shape {shape}, is not trained: it was frozen when this optimizer was made; "
-                "make a new optimizer to take it in",
-                stacklevel=4,
-            )
-
     def _measure(self, batch: Any, u: dict[Tensor, Tensor]) -> Summary:
         """Measures, and publishes the rates that come of it."""
         with self._samples.along(u) as (partition, along):
@@ -298,6 +290,7 @@ class MeasuredOptimizer(torch.optim.Optimizer):
         """
         check_fits(state_dict, [group["name"] for group in self.param_groups], self._kinds())
         own = state_dict[KEY]
+        check_parts(self._parts(), own["parts"])
         super().load_state_dict({key: value for key, value in state_dict.items() if key != KEY})
         self._taken, self.every, self.counts = own["taken"], own["every"], Counter(own["counts"])
         self.status = None if own["status"] is None else Status[own["status"]]

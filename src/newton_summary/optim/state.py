@@ -27,7 +27,14 @@ def packed(parts: Mapping[str, Part | None]) -> dict[str, Any]:
 
 
 def unpack(parts: Mapping[str, Part | None], saved: Mapping[str, Any]) -> None:
-    """Gives the parts back what :func:`packed` took.
+    """Gives the parts back what :func:`packed` took, where both sides have them."""
+    for name, part in parts.items():
+        if part is not None and saved[name] is not None:
+            part.load_state_dict(saved[name])
+
+
+def check_parts(parts: Mapping[str, Part | None], saved: Mapping[str, Any]) -> None:
+    """Raises where what :func:`packed` took is not of such parts.
 
     A position in a stream of batches is left out where there is no stream, or it was saved without one.
 
@@ -41,8 +48,6 @@ def unpack(parts: Mapping[str, Part | None], saved: Mapping[str, Any]) -> None:
                 f"{has} has a {name!r}, {lacks} has none, so rates would be others: make the optimizer as the one that "
                 "was saved, with or without curvature_data and with the same line_search_every"
             )
-        if part is not None and saved[name] is not None:
-            part.load_state_dict(saved[name])
 
 
 def check_fits(state: Mapping[str, Any], names: list[str], kinds: list[str]) -> None:

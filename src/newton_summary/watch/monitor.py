@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from newton_summary._checks import check_count
+from newton_summary._frozen import Frozen
 from newton_summary.measure import Engine, Loss, LossFunction, preserved_randomness, resolve_engine
 from newton_summary.measure.next_step import check_needs_no_closure, next_step, rate_of
 from newton_summary.measure.stream import BatchStream
@@ -176,6 +177,7 @@ class Monitor:
         self.records: deque[Record] = deque(maxlen=history)
         self.counts = Counter({"measured": 0, "failed": 0})
         self._loss = Loss(loss_fn, model)
+        self._frozen = Frozen(self._loss.model, "measured by this Monitor")
         self._processes = Processes(model, process_group)
         self._window: deque[tuple[Summary, Tensor]] = deque(maxlen=window)
         self._taken = 0
@@ -289,6 +291,7 @@ class Monitor:
     @torch.no_grad()
     def _measured(self, batches: Sequence[Any]) -> _Measured:
         """Measures on this process's batches."""
+        self._frozen.warn()
         device = self.partition.device
         randomness = _Randomness(device, self._loss.generators())
         if not batches:

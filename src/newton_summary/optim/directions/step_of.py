@@ -41,10 +41,11 @@ class StepOf:
         return dict(zip(parameters, steps, strict=True))
 
     def unit(self, parameter: Tensor) -> float:
-        """That optimizer's learning rate for this parameter."""
+        """That optimizer's learning rate for this parameter; 1, its own step, where it sets its rates itself."""
         for group in self.optimizer.param_groups:
             if any(p is parameter for p in group["params"]):
-                return float(group.get("lr", 1.0))
+                rate = group.get("lr")
+                return 1.0 if rate is None else float(rate)
         return 1.0
 
     def state_dict(self) -> dict[str, Any]:
