@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import importlib
 import random
 import sys
 import warnings
@@ -403,9 +404,10 @@ KINDS |= {name: of_case(name) for name in CASES}
 
 
 @pytest.fixture(autouse=True, scope="module")
-def _torchs_own_imports() -> None:
-    """With the first optimizer, torch imports its compiler, which registers containers and filters warnings."""
+def _imports_of_others() -> None:
+    """What is imported on first use: torch's compiler registers containers; it and scipy filter warnings."""
     torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=0.1)
+    importlib.import_module("scipy.optimize")
 
 
 def make(name: str) -> User:
