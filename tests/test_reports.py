@@ -396,7 +396,7 @@ def test_the_path_that_training_takes(kind) -> None:
     assert along.item() == pytest.approx(loss_fn(model, batch).item(), rel=1e-12)
 
 
-@pytest.mark.parametrize("engine", ["nested", "auto"])
+@each_engine
 def test_an_encoder_with_padding_in_evaluation(engine) -> None:
     model, batch = encoder()
     inputs = random_direction(model)
@@ -748,45 +748,14 @@ def test_a_monitor_ends_no_training() -> None:
     assert all(torch.equal(a, b) for a, b in zip(train(False), train(True), strict=True))
 
 
-# 15, 19, 20: the optimizer says what it does not do, and forgets what is gone -----------------------------------------
+# The optimizer: what is gone is forgotten, and what it does not do is said -------------------------------------------
 
 
-def test_a_parameter_that_is_unfrozen_is_named() -> None:
-    model, batches = network(4, 3, 1), regression()
-    model[0].requires_grad_(False)
-    optimizer = ns.NewtonSummary(model, squared_error, curvature_data=batches)
-    train(optimizer, model, batches)
-    model[0].weight.requires_grad_(True)
-    with pytest.warns(
-        UserWarning, match=r"'0\.weight', of shape \(3, 4\), is not trained by this optimizer: it was frozen"
-    ):
-        train(optimizer, model, batches)
-    train(optimizer, model, batches)  # no second warning
-
-
-def train(optimizer, model, batches, zero=None) -> None:
+def train(optimizer, model, batches) -> None:
     for batch in batches:
-        (zero or optimizer.zero_grad)()
+        optimizer.zero_grad()
         squared_error(model, batch).backward()
         optimizer.step()
-
-
-@pytest.mark.parametrize("set_to_none", [True, False])
-def test_a_direction_that_was_measured_is_forgotten_with_its_gradients(set_to_none) -> None:
-    ends = []
-    for skips in (True, False):
-        model, batches = network(4, 3, 1), regression()
-        optimizer = ns.NewtonSummary(model, squared_error, direction="gradient")
-        squared_error(model, batches[0]).backward()
-        optimizer.measure(batches[0])
-        if skips:
-            model.zero_grad(set_to_none)  # the model's, which the optimizer does not hear of
-        else:
-            optimizer.zero_grad(set_to_none)
-        squared_error(model, batches[1]).backward()
-        optimizer.step()
-        ends.append([p.detach().clone() for p in model.parameters()])
-    assert all(torch.equal(a, b) for a, b in zip(*ends, strict=True))
 
 
 def test_a_step_without_gradients_goes_nowhere_after_a_measurement() -> None:
@@ -798,46 +767,6 @@ def test_a_step_without_gradients_goes_nowhere_after_a_measurement() -> None:
     model.zero_grad()
     optimizer.step()
     assert all(torch.equal(a, b) for a, b in zip(before, model.parameters(), strict=True))
-
-
-@pytest.mark.parametrize("saved", ["with", "without"])
-def test_a_state_is_not_taken_for_that_of_another_way_to_measure(saved) -> None:
-    model, batches = network(4, 3, 1), regression()
-    options = {"with": {"curvature_data": batches}, "without": {}}
-    optimizer = ns.NewtonSummary(model, squared_error, **options.pop(saved))
-    squared_error(model, batches[0]).backward()
-    if saved == "without":
-        optimizer.measure(batches[0])
-    optimizer.step()
-    other = ns.NewtonSummary(model, squared_error, **options.popitem()[1])
-    with pytest.raises(ValueError, match="curvature_data"):
-        other.load_state_dict(optimizer.state_dict())
-
-
-# 12 and what is small and sharp ---------------------------------------------------------------------------------------
-
-
-class Around(torch.optim.Optimizer):
-    """An optimizer around another whose ``__init__`` does not call torch's."""
-
-    def __init__(self, inner: torch.optim.Optimizer) -> None:
-        self.optimizer, self.param_groups, self.state = inner, inner.param_groups, inner.state
-
-    def step(self, closure=None):
-        return self.optimizer.step(closure)
-
-
-def test_optimizers_that_cannot_be_watched_are_named() -> None:
-    model = network(4, 3, 1)
-    adam = torch.optim.Adam(model.parameters())
-    with pytest.raises(TypeError, match=r"Around runs no hooks.*watch the Adam inside it"):
-        ns.Monitor(model, squared_error, optimizer=Around(adam))
-    lbfgs = torch.optim.LBFGS(model.parameters())
-    with pytest.raises(ValueError, match=r"LBFGS evaluates the loss in its step\(closure\)"):
-        ns.Monitor(model, squared_error, optimizer=lbfgs)
-    adam.param_groups[0]["lr"] = None
-    with pytest.raises(ValueError, match=r"tensors of shapes \(3, 4\).* is None"):
-        ns.Monitor(model, squared_error, optimizer=adam)
 
 
 def test_nothing_is_measured_at_averaged_weights() -> None:
@@ -862,23 +791,6 @@ def test_steps_beyond_the_last_say_so() -> None:
         train(optimizer, model, batches[:1])
     assert set(optimizer.rates.values()) == {0.0}
     train(optimizer, model, batches)  # no second warning
-
-
-def test_a_warm_up_from_zero_does_not_hide_a_step_that_is_too_long() -> None:
-    def halved(warm_up: bool) -> int:
-        model = nn.Linear(1, 1, bias=False).double()
-        with torch.no_grad():
-            model.weight.fill_(-2.0)
-        x = torch.ones(4, 1, dtype=torch.float64)
-        loss_fn = lambda m, b: (m(b).exp() - m(b)).mean() + m(b).square().square().mean() / 1000  # noqa: E731
-        optimizer = ns.NewtonSummary(model, loss_fn, direction="gradient", regularization=0.0, lr=100.0)
-        if warm_up:
-            torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: min(1.0, step / 10))
-        loss_fn(model, x).backward()
-        optimizer.measure(x)
-        return optimizer.counts["halved"]
-
-    assert halved(True) == halved(False) > 0
 
 
 # 10: loaders that transform what they load ----------------------------------------------------------------------------
@@ -973,6 +885,16 @@ def test_rates_are_suggested_for_the_optimizer_that_it_is() -> None:
 
 
 # 12: optimizers whose rate is not a number, which need a closure, or run no hooks -------------------------------------
+
+
+class Around(torch.optim.Optimizer):
+    """An optimizer around another whose ``__init__`` does not call torch's."""
+
+    def __init__(self, inner: torch.optim.Optimizer) -> None:
+        self.optimizer, self.param_groups, self.state = inner, inner.param_groups, inner.state
+
+    def step(self, closure=None):
+        return self.optimizer.step(closure)
 
 
 class RelativeSteps(torch.optim.SGD):
