@@ -10,9 +10,17 @@ SUDO := $(if $(filter 0,$(shell id -u)),,sudo -n)
 	$(BIN)/pip install -q -c constraints.txt -e experiments -e '.[dev]'
 	touch .installed
 
-# Train on handwritten digits with Adam, SGD and newton-summary side by side; pictures land in runs/
-demo: .installed
-	$(BIN)/newton-summary compare digits --optimizers adam sgd newton-summary
+# What the demo needs and no more; where the whole set-up is there, that
+.demo: pyproject.toml experiments/pyproject.toml constraints.txt
+	@echo "setting up .venv: torch, newton-summary, and what its demo reads and draws with"
+	$(PYTHON) -m venv .venv
+	$(BIN)/pip install -q -c constraints.txt torch
+	$(BIN)/pip install -q -c constraints.txt -e '.[plots]' -e experiments
+	touch .demo
+
+# Handwritten digits: how layers interact, rates for Adam, then a training side by side; pictures land in runs/
+demo: $(if $(wildcard .installed),.installed,.demo)
+	$(BIN)/newton-summary demo
 
 # The paper's experiments on two cores: about an hour; goes on where it was stopped. Needs the data files (README).
 reproduce-quick: .installed
@@ -53,4 +61,4 @@ browser:
 	@command -v chromedriver || echo "no chromedriver: the report is not tested in a browser"
 
 clean:
-	rm -rf .venv .installed dist build site
+	rm -rf .venv .installed .demo dist build site

@@ -70,7 +70,7 @@ def test_the_entry_point_is_this_function():
     assert script.load() is cli.main
 
 
-@pytest.mark.parametrize("command", ["", "train", "compare", "interactions", "data"])
+@pytest.mark.parametrize("command", ["", "demo", "train", "compare", "interactions", "data"])
 def test_help_is_there(command, run):
     code, out, _ = run(f"{command} --help")
     assert code == 0
@@ -326,10 +326,29 @@ def test_data_says_what_is_there(run, workplace, monkeypatch):
     assert "here/mnist.npz is truncated" in err
 
 
+# demo -----------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.slow
+def test_the_demo_shows_interactions_rates_and_a_training(run, workplace):
+    code, out, err = run("demo --threads 1")
+    assert code == 0
+    assert [line[:6] for line in out.splitlines() if " of 3: " in line] == ["1 of 3", "2 of 3", "3 of 3"]
+    assert "Suggested learning rates" in out
+    assert "| newton-summary |" in out
+    folder = workplace / "runs" / "demo"
+    assert {"layers.png", "interactions.png", "curves.png", "rates.png", "table.md"} <= {
+        p.name for p in folder.iterdir()
+    }
+    assert "newton-summary, seed 0" in err
+
+
 # Without the package beside it ----------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("command", ["train digits", "compare --help", "interactions", "search", "figures", "data x"])
+@pytest.mark.parametrize(
+    "command", ["demo", "train digits", "compare --help", "interactions", "search", "figures", "data x"]
+)
 def test_a_command_of_the_experiments_says_what_to_install(command, run, monkeypatch):
     monkeypatch.setattr(cli, "entry_points", lambda group: ())
     code, _, err = run(command)

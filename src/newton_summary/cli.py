@@ -21,7 +21,7 @@ INTERRUPTED = 130
 GROUP = "newton_summary.commands"
 """The entry points of packages that add commands: each is a function ``add(commands)`` of the subparsers."""
 
-_ELSEWHERE = ("train", "compare", "interactions", "search", "figures", "data")
+_ELSEWHERE = ("demo", "train", "compare", "interactions", "search", "figures", "data")
 """What ``newton-summary-experiments`` adds: what is missing is told from what is misspelt."""
 
 

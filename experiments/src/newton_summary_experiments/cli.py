@@ -1,4 +1,4 @@
-"""What this package adds to the command ``newton-summary``: train, compare, interactions, search, figures, data."""
+"""What this package adds to ``newton-summary``: demo, train, compare, interactions, search, figures, data."""
 
 from __future__ import annotations
 
@@ -145,6 +145,22 @@ def _study(options: argparse.Namespace, tasks: Sequence[str]) -> Reproduction:
     return Reproduction(options.budget, options.results, runs, options.data, chosen, True, _device(options))
 
 
+def _demo(options: argparse.Namespace) -> int:
+    from newton_summary_experiments import demo
+
+    _set_threads(options.threads or get_task("digits").threads)
+    folder = _new_folder(options.out, "demo")
+    files.make_folder(folder)
+    try:
+        paths = demo.run(folder, lambda text: print(text, flush=True))
+    except Interrupted:
+        print(f"\nInterrupted; what is done is in {folder}", file=sys.stderr)
+        return INTERRUPTED
+    tell_paths(paths)
+    _tell_report(folder)
+    return 0
+
+
 def _data(options: argparse.Namespace) -> int:
     task = get_task(options.task)
     if options.fetch and task.source is not None:
@@ -289,6 +305,9 @@ def add_commands(commands: Commands) -> None:
 
     def add_device(command: argparse.ArgumentParser) -> None:
         command.add_argument("--device", default="cpu", metavar="NAME", help="where to compute: cuda, … (default: cpu)")
+
+    first = add_plain("demo", _demo, "What is unique here, on handwritten digits, within a minute.")
+    add_computing(first, "runs/demo, numbered if it exists")
 
     one = add("train", _train, "One training run: metrics, a checkpoint every epoch, figures.", True)
     one.add_argument("--optimizer", metavar="NAME", help=f"{names} (default: newton-summary)")

@@ -153,8 +153,10 @@ class MeasuredOptimizer(torch.optim.Optimizer):
             What the closure returned.
 
         Raises:
-            RuntimeError: nothing was measured yet, and there is no ``curvature_data`` to measure on.
+            RuntimeError: nothing was measured yet, and there is no ``curvature_data`` to measure on; or :meth:`eval`
+                was called, and not :meth:`train`.
         """
+        self._check_ready()
         value = None
         if closure is not None:
             with torch.enable_grad():
@@ -212,6 +214,9 @@ class MeasuredOptimizer(torch.optim.Optimizer):
 
     def train(self) -> None:
         """Puts the weights back that :meth:`eval` has taken out."""
+
+    def _check_ready(self) -> None:
+        """Raises where no step can be taken now."""
 
     def _is_time_to_measure(self) -> bool:
         """Whether the step to come is one that measures."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import warnings
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
@@ -181,38 +181,9 @@ class NewtonSummary(MeasuredOptimizer):
 
     # One step ---------------------------------------------------------------------------------------------------------
 
-    def step(self, closure: Callable[[], Any] | None = None) -> Any:
-        """Takes a step, and measures and searches first where it is time to.
-
-        Args:
-            closure: computes the loss and calls ``backward()``, as for any torch optimizer.
-
-        Returns:
-            What the closure returned.
-
-        Raises:
-            RuntimeError: nothing was measured yet, and there is no ``curvature_data`` to measure on; or :meth:`eval`
-                was called, and not :meth:`train`.
-        """
-        self._check_trains("step")
-        if self._taken == self.steps:
-            warnings.warn(
-                f"{self.steps} steps were taken, which is what steps= says: λ_1 is 0, and nothing moves", stacklevel=3
-            )
-        return super().step(closure)
-
-    def measure(self, batch: Any) -> Summary:
-        """As in :meth:`MeasuredOptimizer.measure <newton_summary.optim.measured.MeasuredOptimizer.measure>`.
-
-        Raises:
-            RuntimeError: there are no gradients; or :meth:`eval` was called, and not :meth:`train`.
-        """
-        self._check_trains("measure")
-        return super().measure(batch)
-
-    def _check_trains(self, what: str) -> None:
+    def _check_ready(self) -> None:
         if self._search is not None and self._search.average.is_in_place:
-            raise RuntimeError(f"the model has averaged weights: call the optimizer's train() before its {what}()")
+            raise RuntimeError("the model has averaged weights: call the optimizer's train() before its step()")
 
     @torch.no_grad()
     def eval(self) -> None:
