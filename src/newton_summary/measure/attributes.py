@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import operator
 import random
 import types
 from collections import Counter, defaultdict, deque
@@ -119,13 +120,10 @@ class Attributes:
 
 
 def _put_back(table: dict[str, Any], before: dict[str, Any]) -> None:
-    if len(table) == len(before) and all(table.get(k, _NOTHING) is v for k, v in before.items()):
+    if table.keys() == before.keys() and all(map(operator.is_, table.values(), before.values())):
         return
     table.clear()
     table.update(before)
-
-
-_NOTHING = object()
 
 
 def _refill(value: Any, before: Any) -> None:

@@ -185,6 +185,7 @@ class _Lowerer(Tracer):
         if function is None:
             return NotImplemented
         self._memories.clear()
+        self._named.clear()
         self._objects.clear()
         for slot in {*slots_in(record.args), *slots_in(tuple(v for _, v in record.kwargs))}:
             if isinstance(self.known[slot], int) and isinstance(values[slot], Tensor):

@@ -27,6 +27,7 @@ class Effects:
         draws: whether it draws random numbers.
         forgets: whether its results depend on nothing but the shapes of its arguments.
         turns: whether it changes nothing but how its argument looks at its memory.
+        writes: whether it overwrites anything.
     """
 
     positions: tuple[int, ...]
@@ -35,11 +36,7 @@ class Effects:
     draws: bool
     forgets: bool
     turns: bool
-
-    @property
-    def writes(self) -> bool:
-        """Whether it overwrites anything."""
-        return bool(self.positions or self.names)
+    writes: bool
 
     def written(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Iterator[Tensor]:
         """The tensors that a call overwrites."""
@@ -63,7 +60,7 @@ _SHARING = {aten._unsafe_view.default, aten.lift.default, aten.lift_fresh.defaul
 def effects_of(op: Any) -> Effects:
     """What an operator of torch does besides computing, as its schema says."""
     if not isinstance(op, torch._ops.OpOverload):
-        return Effects((), (), True, False, False, False)
+        return Effects((), (), True, False, False, False, False)
     arguments, positions, names = op._schema.arguments, [], []
     for i, argument in enumerate(arguments):
         if argument.alias_info is not None and argument.alias_info.is_write:
@@ -75,9 +72,9 @@ def effects_of(op: Any) -> Effects:
     draws = torch.Tag.nondeterministic_seeded in op.tags and op not in _UNDRAWN
     name = op._schema.name
     forgets = not positions and not names and (name.endswith("_like") or name.startswith("aten::new_"))
-    return Effects(
-        (*positions, *STATISTICS.get(op, ())), tuple(names), shares, draws, forgets, torch.Tag.inplace_view in op.tags
-    )
+    positions += STATISTICS.get(op, ())
+    turns, writes = torch.Tag.inplace_view in op.tags, bool(positions or names)
+    return Effects(tuple(positions), tuple(names), shares, draws, forgets, turns, writes)
 
 
 class Journal(TorchDispatchMode):

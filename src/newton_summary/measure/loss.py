@@ -174,7 +174,7 @@ def scalar(value: Any) -> Tensor:
     if not isinstance(value, Tensor) or value.numel() != 1:
         got = f"a tensor of shape {tuple(value.shape)}" if isinstance(value, Tensor) else type(value).__name__
         raise ValueError(f"the loss must be a scalar tensor, got {got}: reduce it, for example by .mean()")
-    return value.reshape(())
+    return value.reshape(()) if value.dim() else value
 
 
 @contextlib.contextmanager

@@ -12,9 +12,9 @@ results of a custom ``autograd.Function`` do.
 from __future__ import annotations
 
 import operator
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -56,8 +56,7 @@ def ref(slot: int) -> Ref:
     return _REFS[slot]
 
 
-@dataclass(frozen=True, slots=True)
-class Record:
+class Record(NamedTuple):
     """One operation: what was called, on what, where the result goes, and of which shape it was."""
 
     op: Any
@@ -103,8 +102,7 @@ class Recording:
     def key(self) -> tuple[Any, ...]:
         """What two recordings have in common that one graph can stand for."""
         leaves = tuple(leaf.signature() for leaf in self.leaves)
-        records = tuple((r.op, r.args, r.kwargs, r.out, r.shape) for r in self.records)
-        return (self.result, leaves, records)
+        return (self.result, leaves, tuple(self.records))
 
     def operations(self) -> tuple[Any, ...]:
         """The operations alone, whatever the shapes."""
@@ -128,6 +126,7 @@ class Tracer(Journal):
         self.refusal: Refusal | None = None
         self._slots = 0
         self._memories: dict[int, Memory] = {}
+        self._named: dict[int, list[tuple[Tensor, int]]] = {}
         self._objects: dict[int, int] = {}
         self._constants: dict[int, Leaf] = {}
 
@@ -140,11 +139,23 @@ class Tracer(Journal):
     def find(self, tensor: Tensor) -> int | None:
         """The slot of what lies where a tensor looks, if that is known."""
         slot = self._objects.get(id(tensor))
-        if slot is None and self._memories and tensor.layout is torch.strided:
-            memory = self._memories.get(tensor.untyped_storage()._cdata)
+        if slot is None and tensor.layout is torch.strided:
+            memory = self.memory_of(tensor)
             if memory is not None:
                 slot = memory.read(geometry(tensor), self.emit)
         return slot
+
+    def memory_of(self, tensor: Tensor) -> Memory | None:
+        """What is known of the memory that a tensor looks at; nothing where no moving value lies in it."""
+        key = tensor.untyped_storage()._cdata
+        memory = self._memories.get(key)
+        for named, slot in self._named.pop(key, ()):
+            view = geometry(named)
+            if memory is None:
+                memory = self._memories[key] = Memory({view: slot}, (view, slot))
+            memory.views[view] = slot
+            memory.objects.append(id(named))
+        return memory
 
     def new_slot(self, value: Any) -> int:
         """A name for a value, which is kept."""
@@ -153,18 +164,10 @@ class Tracer(Journal):
         return self._slots - 1
 
     def name(self, tensor: Tensor, slot: int) -> None:
-        """Notes that a tensor shows the value of a slot."""
-        if tensor.layout is not torch.strided:
-            self._objects[id(tensor)] = slot
-            return
-        key, view = tensor.untyped_storage()._cdata, geometry(tensor)
-        memory = self._memories.get(key)
-        if memory is None:
-            memory = self._memories[key] = Memory({view: slot}, (view, slot))
-        else:
-            memory.views[view] = slot
+        """Notes that a tensor shows the value of a slot; how it looks at its memory is found out when asked."""
         self._objects[id(tensor)] = slot
-        memory.objects.append(id(tensor))
+        if tensor.layout is torch.strided:
+            self._named.setdefault(tensor.untyped_storage()._cdata, []).append((tensor, slot))
 
     def constant(self, tensor: Tensor) -> int:
         """The slot of a value that does not move."""
@@ -213,7 +216,7 @@ class Tracer(Journal):
             return tuple(self.template(v) for v in value)
         return value
 
-    def moves(self, values: Sequence[Any]) -> bool:
+    def moves(self, values: Iterable[Any]) -> bool:
         """Whether any of these arguments moves."""
         for value in values:
             if isinstance(value, Tensor):
@@ -294,10 +297,13 @@ class Tracer(Journal):
         self._memories[tensor.untyped_storage()._cdata] = Memory({geometry(memory): slot}, (geometry(memory), slot))
 
     def _read(self, tensor: Tensor) -> int:
-        return self._memories[tensor.untyped_storage()._cdata].read(geometry(tensor), self.emit)
+        memory = self.memory_of(tensor)
+        assert memory is not None
+        return memory.read(geometry(tensor), self.emit)
 
     def _written(self, tensor: Tensor, slot: int) -> None:
-        memory = self._memories[tensor.untyped_storage()._cdata]
+        memory = self.memory_of(tensor)
+        assert memory is not None
         for known in memory.objects:
             self._objects.pop(known, None)
         memory.objects.clear()
@@ -393,7 +399,7 @@ class Recorder(Tracer):
         effects = effects_of(func)
         if effects.writes and self._writes_aside(func, args, kwargs, effects):
             return self._run_aside(func, args, kwargs, effects)
-        if self.moves(args) or (kwargs and self.moves(list(kwargs.values()))):
+        if self._may_move(args) or (kwargs and self._may_move(kwargs.values())):
             return self.run(func, args, kwargs, effects)
         for tensor in effects.written(args, kwargs) if effects.writes else ():
             self.before_writing(tensor)
@@ -402,12 +408,24 @@ class Recorder(Tracer):
             self.claim(out)
         return out
 
+    def _may_move(self, values: Iterable[Any]) -> bool:
+        """Whether any of these arguments may move: whether autograd thinks so, or does not look."""
+        if not torch.is_grad_enabled():
+            return self.moves(values)
+        for value in values:
+            if isinstance(value, Tensor):
+                if value.requires_grad and self.slot_of(value) is not None:
+                    return True
+            elif isinstance(value, list | tuple) and self._may_move(value):
+                return True
+        return False
+
     def _writes_aside(self, func: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any], effects: Effects) -> bool:
         """Whether moving values are written where autograd does not look: through ``detach`` or without gradients."""
         if func in BESIDE:
             return False
         for tensor in effects.written(args, kwargs):
-            if tensor.layout is not torch.strided or tensor.untyped_storage()._cdata not in self._memories:
+            if tensor.layout is not torch.strided or self.memory_of(tensor) is None:
                 continue
             if not torch.is_grad_enabled():
                 return tensor.requires_grad or tensor.untyped_storage()._cdata in self._shared
