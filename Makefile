@@ -48,11 +48,12 @@ check: .installed
 docs: .installed
 	OMP_NUM_THREADS=1 NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet --strict
 
-# Wheel and sdist, into dist/
+# Wheels and sdists, into dist/, and what an index would say of them
 dist: .installed
 	rm -rf dist
 	$(BIN)/python -m build --no-isolation
 	$(BIN)/python -m build --no-isolation --outdir dist experiments
+	$(BIN)/twine check --strict dist/*
 
 # What the tests of the report need beyond Python: where it cannot be had, they are skipped
 browser:
