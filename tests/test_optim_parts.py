@@ -1,0 +1,150 @@
+"""What the default optimizer is made of, each part alone."""
+
+from __future__ import annotations
+
+import copy
+from collections import defaultdict
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import nn
+
+from newton_summary import Summary
+from newton_summary.measure.along import LossAlongStep
+from newton_summary.optim.backtracking import halvings_to_agreement
+from newton_summary.optim.cadence import SearchCadence
+from newton_summary.optim.relative_rates import RelativeRates
+from newton_summary.optim.state import packed, unpack
+from newton_summary.optim.weight_average import WeightAverage
+
+DTYPE = torch.float64
+
+
+# The loss along a step ------------------------------------------------------------------------------------------------
+
+
+@given(st.lists(st.floats(0.0, 1e3), min_size=1, max_size=8))
+def test_the_loss_along_a_step_is_that_at_the_moved_weights(sizes) -> None:
+    start, step = [torch.tensor([1.0, -2.0], dtype=DTYPE)], [torch.tensor([0.5, 0.25], dtype=DTYPE)]
+    weights = [start[0].clone()]
+    losses = LossAlongStep(weights, start, step, lambda: float((weights[0] ** 2).sum()))
+    for size in sizes:
+        expected = (1 - 0.5 * size) ** 2 + (-2 - 0.25 * size) ** 2
+        assert losses(size) == pytest.approx(expected, rel=1e-9, abs=1e-9)
+    assert losses.at([torch.tensor([3.0, 4.0], dtype=DTYPE)]) == 25.0
+    assert losses(0.0) == 5.0, "after other weights it begins at the start again"
+    assert torch.equal(start[0], torch.tensor([1.0, -2.0], dtype=DTYPE))
+
+
+# Backtracking ---------------------------------------------------------------------------------------------------------
+
+
+@given(st.floats(-1e4, 1e4), st.floats(0.0, 10.0), st.floats(0.1, 10.0))
+def test_backtracking_stops_at_the_first_length_at_which_loss_and_model_agree(cubic, curvature, slope) -> None:
+    """The loss is 1 − slope η + ½ curvature η² + cubic η³: the last term is what the model does not know."""
+    summary = Summary(loss=1.0, gradient=[slope], hessian=[[curvature]])
+
+    def loss_after(eta: torch.Tensor) -> float:
+        (x,) = eta.tolist()
+        return 1 - slope * x + curvature * x**2 / 2 + cubic * x**3
+
+    found = halvings_to_agreement(summary, torch.ones(1, dtype=DTYPE), loss_after, precision=0.0)
+
+    def agrees(x: float) -> bool:
+        return abs(cubic) * x**3 <= 0.5 * (slope * x + curvature * x**2 / 2)
+
+    expected = next(k for k in range(40) if agrees(0.5**k))
+    assert found == expected or not agrees(0.5**expected * (1 + 1e-9)), "up to rounding at the border"
+
+
+def test_a_loss_that_is_noise_agrees_at_no_length() -> None:
+    summary = Summary(loss=1.0, gradient=[1e-3], hessian=[[1.0]])
+    assert halvings_to_agreement(summary, torch.ones(1, dtype=DTYPE), lambda eta: 3.0, precision=1e-7) is None
+    assert halvings_to_agreement(summary, torch.ones(1, dtype=DTYPE), lambda eta: 3.0, precision=1.0) == 0, "rounding"
+
+
+# Relative rates -------------------------------------------------------------------------------------------------------
+
+
+def test_relative_rates_take_ratios_and_keep_the_curvature() -> None:
+    relative, hessian = RelativeRates(), torch.tensor([[2.0, 0.3], [0.3, 1.0]], dtype=DTYPE)
+    relative.update(torch.zeros(2, dtype=DTYPE), hessian)
+    assert relative.value is None, "there is no ratio of nothing"
+    first, second = torch.tensor([1.0, 2.0], dtype=DTYPE), torch.tensor([30.0, 10.0], dtype=DTYPE)
+    relative.update(first, hessian)
+    assert torch.equal(relative.value, first), "the first ones have a size of their own"
+    relative.update(second, hessian)
+    assert float(relative.value @ hessian @ relative.value) == pytest.approx(float(first @ hessian @ first), rel=1e-14)
+    assert (relative.value / second).tolist() == pytest.approx([float(relative.value[0] / 30)] * 2)
+    before = relative.value.clone()
+    relative.update(second, -hessian)
+    assert torch.equal(relative.value, before), "a curvature that is not positive tells no size"
+    twin = RelativeRates()
+    twin.load_state_dict(copy.deepcopy(relative.state_dict()))
+    assert torch.equal(twin.value, relative.value)
+
+
+# The average of the weights -------------------------------------------------------------------------------------------
+
+
+def test_the_average_of_the_weights_follows_them_and_changes_places() -> None:
+    parameters, state = [nn.Parameter(torch.tensor([1.0, 2.0], dtype=DTYPE))], defaultdict(dict)
+    average = WeightAverage(parameters)
+    (values,) = average.values(state)
+    assert torch.equal(values, parameters[0])
+    by_hand = values.clone()
+    with torch.no_grad():
+        for steps, weights in ((5, [3.0, 0.0]), (20, [-1.0, 1.0]), (50, [7.0, 7.0])):
+            parameters[0].copy_(torch.tensor(weights))
+            average.update(state, steps)
+            by_hand += min(0.03 * steps, 1.0) * (torch.tensor(weights, dtype=DTYPE) - by_hand)
+            assert torch.allclose(average.values(state)[0], by_hand, rtol=1e-14)
+        parameters[0].copy_(torch.tensor([9.0, 9.0]))
+        average.exchange(state)
+        assert average.is_in_place
+        assert torch.equal(parameters[0], by_hand)
+        assert average.values(state)[0].tolist() == [9.0, 9.0]
+        average.exchange(state)
+        assert not average.is_in_place
+        assert parameters[0].tolist() == [9.0, 9.0]
+        average.restore(state)
+        assert torch.equal(parameters[0], by_hand)
+
+
+# When to search -------------------------------------------------------------------------------------------------------
+
+
+def test_asking_when_to_search_changes_nothing() -> None:
+    cadence = SearchCadence(every=8, settles=True)
+    assert not cadence.is_due(3), "nothing has begun"
+    cadence.note(3, alarmed=False)
+    before = cadence.state_dict()
+    for step in range(3, 200):
+        cadence.is_due(step)
+        cadence.interval(step)
+        cadence.gap(step)
+    assert cadence.state_dict() == before
+    cadence.note(4, alarmed=True)
+    assert cadence.state_dict() == before, "searches are frequent already"
+    cadence.note(20, alarmed=True)
+    assert cadence.began == 20
+    twin = SearchCadence(every=None, settles=False)
+    twin.load_state_dict(cadence.state_dict())
+    assert twin == cadence
+
+
+# Checkpoints ----------------------------------------------------------------------------------------------------------
+
+
+def test_parts_are_packed_by_name_and_a_part_that_one_side_lacks_is_left_out() -> None:
+    full, value = RelativeRates(), torch.tensor([1.0, 2.0], dtype=DTYPE)
+    full.value = value
+    saved = packed({"a": full, "b": None})
+    assert saved == {"a": {"value": [1.0, 2.0]}, "b": None}
+    empty, other = RelativeRates(), RelativeRates()
+    unpack({"a": empty, "b": other}, saved)
+    assert torch.equal(empty.value, value)
+    assert other.value is None
+    unpack({"a": None, "b": None}, saved)
