@@ -224,7 +224,7 @@ class _Pieces:
     def each(self, what: str) -> Iterator[tuple[Any, int]]:
         """Goes through all batches once."""
         sizes = BatchSizes(self.given)
-        for batch in tqdm(self.batches, desc=what, disable=not self.progress, leave=False):
+        for batch in tqdm(self.batches, desc=what, leave=False) if self.progress else self.batches:
             size = sizes(batch)
             if self.slices == 1:
                 yield fresh(batch), size

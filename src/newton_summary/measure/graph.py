@@ -212,7 +212,8 @@ class _Lowerer(Tracer):
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         slots = self._slots_of((args, tuple(kwargs.values())))
-        if not slots:
+        effects = effects_of(func)
+        if not slots or effects.forgets:
             return func(*args, **kwargs)
         if not self.moving.isdisjoint(slots):
             function = lowering_of(func)
@@ -225,7 +226,6 @@ class _Lowerer(Tracer):
                     return result
         if func is aten.detach.default:
             func = CONSTANT
-        effects = effects_of(func)
         if effects.draws or func is aten._local_scalar_dense.default:
             self.refuse(f"{func} within an operation cannot be computed anew")
         return self.run(func, args, kwargs, effects)

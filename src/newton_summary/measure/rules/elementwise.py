@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable, Iterator
 from typing import Any, TypeAlias
@@ -234,6 +235,76 @@ def _gelu(call: Call, order: int) -> tuple[Slope, ...]:
     return (first, (2 - square) * density, (square - 4) * x * density)[:order]
 
 
+def _softplus(call: Call, order: int) -> tuple[Slope, ...]:
+    x = call.args[0]
+    given = call.args[1:]
+    beta = given[0] if given else 1.0
+    threshold = given[1] if len(given) > 1 else 20.0
+    s = torch.where(beta * x > threshold, 1.0, torch.sigmoid(beta * x))
+    d2 = beta * s * (1 - s)
+    return (s, d2, beta * d2 * (1 - 2 * s))[:order]
+
+
+def _log1p(call: Call, order: int) -> tuple[Slope, ...]:
+    r = (1 + call.args[0]).reciprocal()
+    return (r, -r.square(), 2 * r.pow(3))[:order]
+
+
+def _logarithm(base: float, call: Call, order: int) -> tuple[Slope, ...]:
+    return tuple(None if d is None else d / math.log(base) for d in _log(call, order))
+
+
+def _exp2(call: Call, order: int) -> tuple[Slope, ...]:
+    return tuple(call.out * math.log(2) ** k for k in range(1, order + 1))
+
+
+def _erf(sign: int, call: Call, order: int) -> tuple[Slope, ...]:
+    x = call.args[0]
+    bell = torch.exp(-x * x) * (sign * 2 / math.sqrt(math.pi))
+    return (bell, -2 * x * bell, (4 * x * x - 2) * bell)[:order]
+
+
+def _tan(call: Call, order: int) -> tuple[Slope, ...]:
+    square = call.out.square()
+    d1 = 1 + square
+    return (d1, 2 * call.out * d1, 2 * d1 * (1 + 3 * square))[:order]
+
+
+def _atan(call: Call, order: int) -> tuple[Slope, ...]:
+    x = call.args[0]
+    r = (1 + x * x).reciprocal()
+    return (r, -2 * x * r * r, (6 * x * x - 2) * r.pow(3))[:order]
+
+
+def _atanh(call: Call, order: int) -> tuple[Slope, ...]:
+    x = call.args[0]
+    r = (1 - x * x).reciprocal()
+    return (r, 2 * x * r * r, 2 * r * r * (1 + 4 * x * x * r))[:order]
+
+
+def _inverse(outer: int, inner: int, call: Call, order: int) -> tuple[Slope, ...]:
+    """Of a function with slope ±1/√q, where q = ``outer`` x² + ``inner``."""
+    x = call.args[0]
+    r = (outer * x * x + inner).rsqrt()
+    cube = r.pow(3)
+    return (r, -outer * x * cube, cube * (3 * x * x * r * r - outer))[:order]
+
+
+def _negated(derivatives: Derivatives, call: Call, order: int) -> tuple[Slope, ...]:
+    return tuple(None if d is None else -d for d in derivatives(call, order))
+
+
+def _gammas(first: int, call: Call, order: int) -> tuple[Slope, ...]:
+    return tuple(torch.special.polygamma(first + k, call.args[0]) for k in range(order))
+
+
+def _hardswish(call: Call, order: int) -> tuple[Slope, ...]:
+    x = call.args[0]
+    inside = (x > -3) & (x < 3)
+    d1 = torch.where(inside, x / 3 + 0.5, (x >= 3).to(x.dtype))
+    return (d1, inside.to(x.dtype) / 3, None)[:order]
+
+
 TABLE: dict[Any, Elementwise] = {
     aten.tanh.default: Elementwise(_tanh),
     aten.sigmoid.default: Elementwise(_sigmoid),
@@ -265,27 +336,26 @@ TABLE |= {
         aten.relu6.default,
     )
 }
-TABLE |= {
-    op: Elementwise()
-    for op in (
-        aten.log1p.default,
-        aten.log2.default,
-        aten.log10.default,
-        aten.exp2.default,
-        aten.softplus.default,
-        aten.erf.default,
-        aten.erfc.default,
-        aten.atan.default,
-        aten.asin.default,
-        aten.acos.default,
-        aten.sinh.default,
-        aten.cosh.default,
-        aten.asinh.default,
-        aten.acosh.default,
-        aten.atanh.default,
-        aten.tan.default,
-        aten.lgamma.default,
-        aten.digamma.default,
-        aten.hardswish.default,
-    )
+_MORE: dict[Any, Derivatives] = {
+    aten.log1p.default: _log1p,
+    aten.log2.default: functools.partial(_logarithm, 2),
+    aten.log10.default: functools.partial(_logarithm, 10),
+    aten.exp2.default: _exp2,
+    aten.softplus.default: _softplus,
+    aten.erf.default: functools.partial(_erf, 1),
+    aten.erfc.default: functools.partial(_erf, -1),
+    aten.atan.default: _atan,
+    aten.asin.default: functools.partial(_inverse, -1, 1),
+    aten.acos.default: functools.partial(_negated, functools.partial(_inverse, -1, 1)),
+    aten.sinh.default: lambda call, order: (call.args[0].cosh(), call.out, call.args[0].cosh())[:order],
+    aten.cosh.default: lambda call, order: (call.args[0].sinh(), call.out, call.args[0].sinh())[:order],
+    aten.asinh.default: functools.partial(_inverse, 1, 1),
+    aten.acosh.default: functools.partial(_inverse, 1, -1),
+    aten.atanh.default: _atanh,
+    aten.tan.default: _tan,
+    aten.lgamma.default: functools.partial(_gammas, 0),
+    aten.digamma.default: functools.partial(_gammas, 1),
+    aten.hardswish.default: _hardswish,
 }
+TABLE |= {op: Elementwise(derivatives) for op, derivatives in _MORE.items()}
+TABLE[aten.abs.default] = Elementwise(lambda call, order: (call.args[0].sign(),), piecewise_linear=True)
