@@ -75,6 +75,11 @@ def parameters(user: User) -> Any:
     return [(n, id(p), p.data_ptr(), content(p)) for m in (user.model, *user.others) for n, p in m.named_parameters()]
 
 
+def versions(user: User) -> Any:
+    """How often parameters were written to: graphs that saved one know by that."""
+    return [p._version for m in (user.model, *user.others) for p in m.parameters()]
+
+
 def gradients(user: User) -> Any:
     return [p.grad if p.grad is None else (id(p.grad), content(p.grad)) for p in user.model.parameters()]
 
@@ -92,7 +97,7 @@ def modes(user: User) -> Any:
 
 
 def trainable(user: User) -> Any:
-    return [(p.requires_grad, p.is_leaf) for p in user.model.parameters()]
+    return [(p.requires_grad, p.is_leaf) for m in (user.model, *user.others) for p in m.parameters()]
 
 
 def random_states(_: User) -> Any:
@@ -169,6 +174,7 @@ def python_settings(_: User) -> Any:
 
 PROMISES = [
     parameters,
+    versions,
     gradients,
     buffers,
     modes,
@@ -303,6 +309,79 @@ def a_teacher() -> User:
     return User(perceptron(), loss_fn, data(), others=[teacher])
 
 
+def a_teacher_that_follows() -> User:
+    """The loss itself pulls it after the model."""
+    teacher = perceptron()
+
+    def loss_fn(model, batch) -> Tensor:
+        with torch.no_grad():
+            for p, q in zip(teacher.parameters(), model.parameters(), strict=True):
+                p.lerp_(q, 0.1)
+        return squared_error(model, (batch[0], teacher(batch[0]).detach()))
+
+    return User(perceptron(), loss_fn, data(), others=[teacher])
+
+
+def a_loss_that_is_a_module() -> User:
+    """With a parameter of its own, a statistic and a counter."""
+
+    class Criterion(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.scale, self.calls = nn.Parameter(torch.ones((), dtype=torch.float64)), 0
+            self.register_buffer("mean", torch.zeros((), dtype=torch.float64))
+
+        def forward(self, model, batch) -> Tensor:
+            loss = squared_error(model, batch) * self.scale.exp()
+            self.mean.lerp_(loss.detach(), 0.1)
+            self.calls += 1
+            return loss
+
+    criterion = Criterion()
+    return User(perceptron(), criterion, data(), others=[criterion])
+
+
+def modes_switched_by_the_loss() -> User:
+    def loss_fn(model, batch) -> Tensor:
+        model.eval()
+        with torch.no_grad():
+            target = model(batch[0])
+        model.train()
+        model[1].eval()
+        return squared_error(model, (batch[0], batch[1] + 0.1 * target))
+
+    return User(perceptron(nn.Dropout(0.5)), loss_fn, data())
+
+
+def gradients_switched_by_the_loss() -> User:
+    """As adversaries do with each other."""
+
+    def loss_fn(model, batch) -> Tensor:
+        model[0].requires_grad_(False)
+        penalty = model(batch[0]).square().mean()
+        model[0].requires_grad_(True)
+        loss = squared_error(model, batch) + penalty
+        model[2].bias.requires_grad_(False)
+        return loss
+
+    return User(perceptron(), loss_fn, data())
+
+
+def buffers_bound_anew() -> User:
+    class Rebinding(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.inner = perceptron()
+            self.register_buffer("step", torch.zeros((), dtype=torch.float64))
+            self.register_buffer("seen", None, persistent=False)
+
+        def forward(self, x: Tensor) -> Tensor:
+            self.step, self.seen = self.step + 1, x.detach() * 2
+            return self.inner(x) * (1 + 0.01 * self.step)
+
+    return User(Rebinding(), squared_error, data())
+
+
 def a_batch_taken_apart() -> User:
     def loss_fn(model, batch) -> Tensor:
         y = batch.pop("y")
@@ -392,6 +471,11 @@ OWN = [
     spectral_norm,
     old_weight_norm,
     a_teacher,
+    a_teacher_that_follows,
+    a_loss_that_is_a_module,
+    modes_switched_by_the_loss,
+    gradients_switched_by_the_loss,
+    buffers_bound_anew,
     a_batch_taken_apart,
     a_loss_of_gradients,
     frozen_and_evaluating_parts,
@@ -454,6 +538,13 @@ def the_monitor_measures(user: User) -> None:
     monitor.close()
 
 
+def rates_are_suggested(user: User) -> None:
+    """By trainings, after each of which everything is put back."""
+    optimizer = torch.optim.SGD(user.model.parameters(), lr=1e-3, momentum=0.9)
+    with contextlib.suppress(ValueError):  # where the loss does not change along a step
+        ns.suggest_rates(user.loss_fn, user.model, [user.batch], optimizer, steps=2, partition="trivial")
+
+
 WAYS = [summarize_forward, summarize_nested, line, the_optimizer_measures, the_monitor_measures]
 
 
@@ -474,6 +565,12 @@ def test_nothing_changes(name: str, way) -> None:
 
 
 @pytest.mark.parametrize("name", [build.__name__ for build in OWN])
+def test_nothing_changes_where_rates_are_suggested(name: str) -> None:
+    user = make(name)
+    assert broken(user, measured(user, rates_are_suggested)) == []
+
+
+@pytest.mark.parametrize("name", [build.__name__ for build in OWN])
 def test_a_step_of_no_length_changes_nothing(name: str) -> None:
     """The optimizer measures, and searches along the step, within its ``step()``."""
     user = make(name)
@@ -483,11 +580,11 @@ def test_a_step_of_no_length_changes_nothing(name: str) -> None:
             optimizer.step()
         return
     for _ in range(3):
-        assert broken(user, optimizer.step) == []
+        assert set(broken(user, optimizer.step)) <= {"versions"}
     assert optimizer.counts["measured"] > 0
 
 
-@pytest.mark.parametrize("way", WAYS, ids=lambda way: way.__name__)
+@pytest.mark.parametrize("way", [*WAYS, rates_are_suggested], ids=lambda way: way.__name__)
 @pytest.mark.parametrize("name", [build.__name__ for build in OWN])
 def test_a_graph_from_before_is_as_good_as_ever(name: str, way) -> None:
     found = []
@@ -530,7 +627,7 @@ def test_settings_hold_and_stay(way, context) -> None:
             torch.set_default_dtype(torch.float32)
 
 
-@pytest.mark.parametrize("way", WAYS, ids=lambda way: way.__name__)
+@pytest.mark.parametrize("way", [*WAYS, rates_are_suggested], ids=lambda way: way.__name__)
 def test_nothing_changes_where_the_loss_raises(way) -> None:
     user, inner = make("batch_statistics"), squared_error
     user.model.calls = 0
@@ -550,12 +647,13 @@ def test_nothing_changes_where_the_loss_raises(way) -> None:
     assert broken(user, block) == []
 
 
-def test_hooks_on_parameters_do_not_fire() -> None:
-    user, fired = make("batch_statistics"), []
+@pytest.mark.parametrize("name", ["batch_statistics", "a_loss_of_gradients"])
+def test_hooks_on_parameters_do_not_fire(name: str) -> None:
+    user, fired = make(name), []
     for p in user.model.parameters():
         p.register_hook(lambda g: fired.append(1))
         p.register_post_accumulate_grad_hook(lambda p: fired.append(1))
-    for way in WAYS:
+    for way in [*WAYS, rates_are_suggested]:
         measured(user, way)()
     assert not fired
 
@@ -565,6 +663,7 @@ def test_hooks_on_parameters_do_not_fire() -> None:
 
 SABOTAGE: dict[str, Callable[[User], Any]] = {
     "parameters": lambda user: user.model.w.data.add_(1e-300),
+    "versions": lambda user: user.model.w.detach().add_(0),
     "gradients": lambda user: user.model.w.grad.neg_(),
     "buffers": lambda user: user.model.statistics.add_(1),
     "modes": lambda user: user.model.eval(),

@@ -94,13 +94,15 @@ def _content(cell: Any) -> Any:
 class Attributes:
     """What some modules and objects hold in their attributes, to be restored.
 
-    Rebound attributes get their old values back, plain containers in attributes of modules their old entries.  What
-    tensors hold is not looked at: see :class:`~newton_summary.measure.journal.Journal`.
+    Rebound attributes get their old values back, plain containers in attributes of modules their old entries, and
+    parameters are frozen as they were.  What tensors hold is not looked at: see
+    :class:`~newton_summary.measure.journal.Journal`.
     """
 
     def __init__(self, modules: list[nn.Module], objects: list[Any]) -> None:
         self._tables = []
         self._containers = []
+        self._trainable = [(p, p.requires_grad) for m in modules for p in m._parameters.values() if p is not None]
         for module in modules:
             own = vars(module)
             self._tables += [(t, dict(t)) for t in (own, own["_parameters"], own["_buffers"], own["_modules"])]
@@ -117,6 +119,9 @@ class Attributes:
             _put_back(table, before)
         for value, before in self._containers:
             _refill(value, before)
+        for parameter, trainable in self._trainable:
+            if parameter.requires_grad != trainable:
+                parameter.requires_grad_(trainable)
 
 
 def _put_back(table: dict[str, Any], before: dict[str, Any]) -> None:

@@ -50,7 +50,8 @@ class Loss:
         """A block that begins with the loss on a batch, with its graph, and after which nothing has changed.
 
         The loss meets the model and its parameters themselves, and a batch with containers of its own.  What it
-        overwrites stays so within the block, where the graph needs it.
+        overwrites stays so within the block, where the graph needs it.  Hooks on gradients of parameters are off, those
+        of gradients that the loss itself takes, too.
 
         Args:
             batch: whatever the loss function takes.
@@ -61,11 +62,13 @@ class Loss:
             ValueError: the loss is not a scalar.
         """
         journal = Journal() if journal is None else journal
-        attributes = Attributes(*owners(self.model, self.loss_fn))
+        modules, objects = owners(self.model, self.loss_fn)
+        attributes = Attributes(modules, objects)
         try:
-            with journal, Composed() if differentiable else contextlib.nullcontext():
-                value = scalar(self.loss_fn(self.model, fresh(batch)))
-            yield value
+            with without_hooks([p for m in modules for p in m._parameters.values() if p is not None]):
+                with journal, Composed() if differentiable else contextlib.nullcontext():
+                    value = scalar(self.loss_fn(self.model, fresh(batch)))
+                yield value
         finally:
             attributes.restore()
             journal.undo()

@@ -46,9 +46,9 @@ class Rehearsal:
 
         What a forward pass changes stays changed, as in training; the batch does not.
         """
-        with self._journal:
-            value = scalar(self.loss.loss_fn(self.loss.model, map_tensors(batch, Tensor.clone)))
         with without_hooks(self._parameters):
+            with self._journal:
+                value = scalar(self.loss.loss_fn(self.loss.model, map_tensors(batch, Tensor.clone)))
             gradients = gradients_of(value, self._parameters)
         for p, gradient in zip(self._parameters, gradients, strict=True):
             p.grad = None if gradient is None else gradient.clone()  # which may be a view, of another one even
