@@ -10,6 +10,7 @@ from cases import (
     CASES,
     OWN_BACKWARD,
     STOCHASTIC,
+    Case,
     Reversing,
     assert_close,
     assert_symmetric,
@@ -649,6 +650,16 @@ def test_torchs_inner_functions_are_composed_too():
         assert any("Norm" in name for name in graph(expected))
         if call is not calls[1]:  # running statistics are constants, and torch's own derivatives are right
             assert not any("Norm" in name for name in graph(actual))
+
+
+def test_third_derivatives_of_a_group_norm_of_channels_that_lie_last():
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(2, 4, 1), nn.GroupNorm(2, 4), nn.SiLU(), nn.Conv2d(4, 2, 1)).double()
+    x = torch.randn(2, 2, 3, 3, dtype=torch.float64)
+    plain = Case(model, lambda model, x: model(x).square().mean(), x)
+    expected = measure(plain)  # torch's own would end the process on the next line
+    last = measure(Case(model, plain.loss_fn, x.contiguous(memory_format=torch.channels_last)))
+    torch.testing.assert_close(last.third, expected.third, rtol=1e-10, atol=1e-12)
 
 
 def test_compositions_refuse_what_torch_refuses():

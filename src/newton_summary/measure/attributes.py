@@ -6,7 +6,7 @@ import functools
 import operator
 import random
 import types
-from collections import Counter, defaultdict, deque
+from collections import Counter, OrderedDict, defaultdict, deque
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -14,14 +14,14 @@ import numpy as np
 import torch
 from torch import nn
 
-_CONTAINERS = (list, dict, set, deque, Counter, defaultdict)
+_CONTAINERS = (list, dict, OrderedDict, set, deque, Counter, defaultdict)
 _GENERATORS = (torch.Generator, np.random.Generator, np.random.RandomState, random.Random)
 _FOUND = (nn.Module, *_GENERATORS)
 _DEPTH = 3  # how deep closures and objects are looked into
 
 
-_INTERNAL = set(vars(nn.Module())) - {"training"}
-"""Names that every module has; what else there is in its ``__dict__``, somebody put there."""
+_INTERNAL = {"_parameters", "_buffers", "_modules"}
+"""What is looked at by itself.  Hooks are containers: transformers adds some, and notes in an attribute that it has."""
 
 
 def owners(model: nn.Module, loss_fn: Any) -> tuple[list[nn.Module], list[Any]]:

@@ -30,7 +30,16 @@ class Composed(TorchFunctionMode):
             return func(*args, **kwargs)
         with torch.no_grad():  # checks the arguments, updates running statistics, and knows the type under autocast
             original = func(*args, **kwargs)
-        return composition(*args, **kwargs).to(original.dtype)
+        return _laid_out(composition(*args, **kwargs).to(original.dtype), original)
+
+
+def _laid_out(x: Tensor, like: Tensor) -> Tensor:
+    """A value with its dimensions in memory as another's: dropout draws in that order."""
+    if x.stride() == like.stride():
+        return x
+    strides: tuple[int, ...] = like.stride()
+    order = sorted(range(x.dim()), key=lambda d: -strides[d])
+    return x.permute(order).contiguous().permute([order.index(d) for d in range(x.dim())])
 
 
 def _batch_norm(

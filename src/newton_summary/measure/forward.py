@@ -192,14 +192,12 @@ def _recorded(loss: Loss, batch: Any, partition: Partition) -> tuple[Recording, 
 
 
 def _value_tolerance(tape: Tape) -> float:
-    return _COARSE if tape.graph.coarse else _VALUE_TOLERANCE.get(tape.loss.dtype, _COARSE)
+    return _VALUE_TOLERANCE.get(tape.graph.coarsest, _COARSE)
 
 
 def _derivative_tolerance(tape: Tape) -> float:
-    if tape.graph.coarse or tape.loss.dtype not in _DERIVATIVE_TOLERANCE:
-        return _COARSE
-    kinked = tape.graph.kinked and tape.loss.dtype == torch.float32
-    return _KINKED if kinked else _DERIVATIVE_TOLERANCE[tape.loss.dtype]
+    kinked = tape.graph.kinked and tape.graph.coarsest == torch.float32
+    return _KINKED if kinked else _DERIVATIVE_TOLERANCE.get(tape.graph.coarsest, _COARSE)
 
 
 def _close(value: Tensor, expected: Tensor, tolerance: float, scale: float = 0.0) -> bool:
@@ -269,7 +267,7 @@ class _Expected:
         tolerance = _derivative_tolerance(tape)
         sizes = summary.hessian.abs().sum(1)
         # a saturated loss has next to no curvature: what is then measured is the rounding of a larger whole
-        rounding = 100 * torch.finfo(tape.loss.dtype).eps * summary.gradient.square().max() / summary.loss.abs()
+        rounding = 100 * torch.finfo(tape.graph.coarsest).eps * summary.gradient.square().max() / summary.loss.abs()
         allowed = tolerance * (sizes + 1e-3 * sizes.max()) + rounding.nan_to_num(nan=0.0) + 1e-30
         excess = (summary.hessian.sum(1) - self.rows).abs() - allowed
         if not bool((excess <= 0).all()):

@@ -53,7 +53,7 @@ class Graph:
         result: the slot of the loss.
         slots: how many values there are.
         plan: what each operation does to tangents, once that is known.
-        coarse: whether some values are of half precision.
+        coarsest: the least precise type of the values that move, once that is known.
         kinked: whether some operation has a slope that jumps.
         widest: the bytes of its largest value.
         layouts: where tangents lie in memory, for each kind of request.
@@ -65,7 +65,7 @@ class Graph:
     result: int
     slots: int
     plan: list[Any] | None = None
-    coarse: bool = False
+    coarsest: torch.dtype = torch.float64
     kinked: bool = False
     widest: int = 0
     layouts: dict[Any, Layout] = field(default_factory=dict)

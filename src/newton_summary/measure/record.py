@@ -233,6 +233,8 @@ class Tracer(Journal):
         if effects.writes:
             for tensor in effects.written(args, kwargs):
                 self.before_writing(tensor)
+            if effects.names == ("out",) and not effects.positions:
+                return self._run_into(func, args, kwargs)
             if func not in BESIDE:
                 return self._run_in_place(func, args, kwargs, effects)
         templates = tuple(self.template(a) for a in args)
@@ -279,6 +281,16 @@ class Tracer(Journal):
         slot = self.constant(target.detach().clone()) if drawn else self.put(functional, templates, plain, target)
         self._written(target, slot)
         return out
+
+    def _run_into(self, func: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
+        """Runs an operation that writes into ``out``: records the one that does not, and a copy."""
+        plain, target = _without_out(func), kwargs["out"]
+        if plain is None:
+            self.refuse(f"{func} writes what moves into a tensor, and has no form that does not")
+            return func(*args, **kwargs)
+        value = self.run(plain, args, {k: v for k, v in kwargs.items() if k != "out"}, effects_of(plain))
+        self.run(aten.copy_.default, (target, value), {}, effects_of(aten.copy_.default))
+        return target
 
     def _turn(self, func: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
         """Runs an operation that makes its argument look at its memory in another way."""
@@ -487,6 +499,14 @@ def functional_of(op: Any) -> Callable[..., Any] | None:
         return None
     overloads = [getattr(packet, one) for one in packet.overloads()]
     wanted = [(a.name, str(a.type)) for a in op._schema.arguments]
+    same = [o for o in overloads if [(a.name, str(a.type)) for a in o._schema.arguments] == wanted]
+    return same[0] if same else None
+
+
+def _without_out(op: Any) -> Callable[..., Any] | None:
+    """The operation that gives what this one writes into ``out``."""
+    wanted = [(a.name, str(a.type)) for a in op._schema.arguments if a.name != "out"]
+    overloads = [getattr(op.overloadpacket, one) for one in op.overloadpacket.overloads()]
     same = [o for o in overloads if [(a.name, str(a.type)) for a in o._schema.arguments] == wanted]
     return same[0] if same else None
 

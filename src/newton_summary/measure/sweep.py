@@ -118,7 +118,8 @@ def _moves(value: Any) -> bool:
 def _plan(graph: Graph, values: Sequence[Any]) -> list[_Step | None]:
     """The rule of each operation that moves with the parameters; made once for each graph."""
     if graph.plan is None:
-        graph.coarse = any(isinstance(v, Tensor) and v.dtype in (torch.bfloat16, torch.float16) for v in values)
+        types = {v.dtype.to_real() for v in values if _moves(v)}
+        graph.coarsest = max(types, key=lambda t: torch.finfo(t).eps, default=torch.float64)
         reached = {graph.result}
         for instruction in reversed(graph.instructions):
             if instruction.out in reached and instruction.op is not CONSTANT:
@@ -143,11 +144,11 @@ def _step(instruction: Instruction, values: Sequence[Any], bent: set[int]) -> _S
     if instruction.op is CONSTANT or not any(_moves(v) for v in _several(out)):
         return None
     places = tuple((place, slot) for place, slot in _places(instruction) if _any_moves(values[slot]))
-    if any(isinstance(values[s], Tensor) and values[s].is_complex() for _, s in places):
-        raise Refusal(f"{instruction.op} takes complex numbers")
     moving = dict.fromkeys((place for place, _ in places), _UNKNOWN)
     call = Call(instruction.op, instruction.arguments(values), instruction.keywords(values), out, moving)
     rule = rule_for(call)
+    if rule.kind != "linear" and any(isinstance(values[s], Tensor) and values[s].is_complex() for _, s in places):
+        raise Refusal(f"{instruction.op} takes complex numbers: write it with their real and imaginary parts")
     return _Step(rule, places, rule.is_curved(call), frozenset(place for place, slot in places if slot in bent))
 
 

@@ -10,7 +10,13 @@ from typing_extensions import override
 
 from newton_summary.measure.rules import linear as lin
 from newton_summary.measure.rules.base import Rule, Sums
-from newton_summary.measure.rules.bilinear import Bilinear, Convolution, Entrywise, MatrixProduct
+from newton_summary.measure.rules.bilinear import (
+    Bilinear,
+    Convolution,
+    Entrywise,
+    GroupedProduct,
+    MatrixProduct,
+)
 from newton_summary.measure.rules.call import Call, Place
 from newton_summary.measure.rules.elementwise import TABLE, Elementwise
 from newton_summary.measure.rules.general import General
@@ -39,10 +45,20 @@ __all__ = [
 
 aten = torch.ops.aten
 
+
+def _upsampled(dims: int, *smooth: str) -> list[Any]:
+    """Operations that resize ``dims`` dimensions."""
+    names = [f"upsample_{kind}{dims}d" for kind in ("nearest", *smooth)]
+    names += [f"_upsample_nearest_exact{dims}d"]
+    names += [f"_upsample_{kind}2d_aa" for kind in smooth if dims == 2]
+    return [getattr(aten, name).default for name in names]
+
+
 _RULES: dict[Any, Rule] = {
     **TABLE,
     aten.mm.default: Bilinear(MatrixProduct()),
     aten.bmm.default: Bilinear(MatrixProduct()),
+    aten._grouped_mm.default: Bilinear(GroupedProduct()),
     aten.addcmul.default: Bilinear(Entrywise(1, 2), left=1, right=2, bias=0),
     aten._softmax.default: Softmax(log=False),
     aten._log_softmax.default: Softmax(log=True),
@@ -52,15 +68,30 @@ _RULES: dict[Any, Rule] = {
     aten.convolution.default: Bilinear(Convolution(), bias=2),
     aten.cat.default: Concatenation(0),
     aten.stack.default: Concatenation(0),
-    aten.max_pool2d_with_indices.default: Selection(lin.pooled),
+    aten.max_pool2d_with_indices.default: Selection(lin.pooled(2)),
+    aten.max_pool3d_with_indices.default: Selection(lin.pooled(3)),
+    aten.adaptive_max_pool2d.default: Selection(lin.pooled(2)),
+    aten.adaptive_max_pool3d.default: Selection(lin.pooled(3)),
     aten.add.Tensor: Linear(0, 1, rows=lin.added),
     aten.sub.Tensor: Linear(0, 1, rows=lin.added),
+    aten.complex.default: Linear(0, 1, rows=lin.completed),
     aten.where.self: Linear(1, 2, rows=lin.chosen),
     aten.masked_fill.Scalar: Linear(0, 2, rows=lin.filled),
     aten.masked_fill.Tensor: Linear(0, 2, rows=lin.filled),
     aten.constant_pad_nd.default: Linear(0, 2, rows=lin.padded),
 }
-_RULES |= {op: Selection(lin.along_dim) for op in (aten.max.dim, aten.min.dim, aten.topk.default, aten.sort.default)}
+_EXTREMES = (
+    aten.max.dim,
+    aten.min.dim,
+    aten.topk.default,
+    aten.sort.default,
+    aten.median.dim,
+    aten.kthvalue.default,
+    aten.mode.default,
+    aten.cummax.default,
+    aten.cummin.default,
+)
+_RULES |= {op: Selection(lin.along_dim) for op in _EXTREMES}
 _RULES |= {
     op: Linear(0, rows=rows)
     for rows, ops in {
@@ -77,7 +108,13 @@ _RULES |= {
             aten.lift_fresh_copy.default,
         ),
         lin.expanded: (aten.expand.default,),
-        lin.same: (aten.neg.default, aten.tril.default, aten.triu.default),
+        lin.same: (
+            aten._conj.default,
+            aten.conj_physical.default,
+            aten.neg.default,
+            aten.tril.default,
+            aten.triu.default,
+        ),
         lin.scaled: (aten.mul.Scalar, aten.div.Scalar, aten.div.Tensor),
         lin.cast: (aten._to_copy.default,),
         lin.transposed: (aten.t.default, aten.transpose.int),
@@ -88,7 +125,25 @@ _RULES |= {
         lin.gathered: (aten.gather.default,),
         lin.indexed: (aten.index.Tensor,),
         lin.embedded: (aten.embedding.default,),
-        lin.folded(2): (aten.avg_pool2d.default, aten._adaptive_avg_pool2d.default),
+        lin.transformed: (aten._fft_r2c.default, aten._fft_c2r.default, aten._fft_c2c.default),
+        lin.paired: (aten.view_as_real.default,),
+        lin.unpaired: (aten.view_as_complex.default,),
+        lin.identical: (aten.add.Scalar, aten.sub.Scalar),
+        lin.folded(1): (aten.reflection_pad1d.default, aten.replication_pad1d.default, *_upsampled(1, "linear")),
+        lin.folded(2): (
+            aten.avg_pool2d.default,
+            aten._adaptive_avg_pool2d.default,
+            aten.reflection_pad2d.default,
+            aten.replication_pad2d.default,
+            *_upsampled(2, "bilinear", "bicubic"),
+        ),
+        lin.folded(3): (
+            aten.avg_pool3d.default,
+            aten._adaptive_avg_pool3d.default,
+            aten.reflection_pad3d.default,
+            aten.replication_pad3d.default,
+            *_upsampled(3, "trilinear"),
+        ),
     }.items()
     for op in ops
 }
@@ -101,16 +156,15 @@ _RULES |= {
             aten.as_strided.default,
             aten.unfold.default,
             aten.im2col.default,
-            aten.upsample_nearest2d.vec,
-            aten.upsample_bilinear2d.vec,
-            aten.reflection_pad2d.default,
-            aten.replication_pad2d.default,
+            aten.col2im.default,
             aten.repeat.default,
             aten.trace.default,
         ),
+        (0, 3): (aten.scatter.src, aten.scatter.value, aten.scatter_add.default, aten.index_add.default),
+        (1,): (aten.linalg_solve_triangular.default,),
+        (2,): (aten.linalg_lu_solve.default,),
         (0, 1): (aten.select_scatter.default, aten.slice_scatter.default),
         (0, 2): (aten.index_put.default, aten._unsafe_index_put.default),
-        (0, 3): (aten.scatter.src, aten.scatter_add.default, aten.index_add.default),
     }.items()
     for op in ops
 }

@@ -304,6 +304,39 @@ class Convolution(Product):
         return result
 
 
+class GroupedProduct(Product):
+    """Rows of a matrix, some for each of several experts, times the matrices of these (``_grouped_mm``)."""
+
+    @override
+    def apply(
+        self, call: Call, a: Tensor, b: Tensor, rows: tuple[bool, bool], out: Tensor, add: bool, factor: float = 1
+    ) -> None:
+        if not add:
+            out.zero_()  # rows after the last expert's
+        for expert, some in _shares(call):
+            out[:, some].add_(a[..., some, :] @ b[..., expert, :, :], alpha=factor)
+
+    @override
+    def to_left(self, call: Call, v: Tensor, b: Tensor, rows: tuple[bool, bool]) -> Tensor:
+        result = v.new_zeros(len(v) if rows[0] else len(b), *call.args[0].shape)
+        for expert, some in _shares(call):
+            result[:, some] = v[..., some, :] @ b[..., expert, :, :].mT
+        return result
+
+    @override
+    def to_right(self, call: Call, a: Tensor, v: Tensor, rows: tuple[bool, bool]) -> Tensor:
+        result = v.new_zeros(len(a) if rows[0] else len(v), *call.args[1].shape)
+        for expert, some in _shares(call):
+            result[:, expert] = a[..., some, :].mT @ v[..., some, :]
+        return result
+
+
+def _shares(call: Call) -> list[tuple[int, slice]]:
+    """The rows of each expert that has any."""
+    ends = call.args[2].tolist()
+    return [(e, slice(start, end)) for e, (start, end) in enumerate(zip([0, *ends], ends, strict=False)) if end > start]
+
+
 def _each(function: Callable[..., Tensor], x: Tensor, y: Tensor, rows: tuple[bool, bool]) -> Tensor:
     """A function applied row by row."""
     n = len(x) if rows[0] else len(y)

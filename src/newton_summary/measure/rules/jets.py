@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple, TypeAlias
@@ -169,7 +170,7 @@ def lift(rows: Tensor, dims: int) -> Tensor:
 
 def flat(rows: Tensor) -> Tensor:
     """Rows as a matrix."""
-    return rows.reshape(len(rows), -1)
+    return rows.reshape(len(rows), math.prod(rows.shape[1:]))
 
 
 def add_rows(target: Tensor, place: slice | list[int], rows: Tensor) -> None:

@@ -99,6 +99,34 @@ def same(call: Call, place: Place, rows: Tensor) -> Tensor:
     return result
 
 
+def identical(call: Call, place: Place, rows: Tensor) -> Tensor:
+    """Sums with numbers."""
+    return rows.to(call.out.dtype)
+
+
+def transformed(call: Call, place: Place, rows: Tensor) -> Tensor:
+    """Fourier transforms."""
+    result: Tensor = call.op(rows, [_shift(d, rows) for d in call.args[1]], *call.args[2:])
+    return result
+
+
+def paired(call: Call, place: Place, rows: Tensor) -> Tensor:
+    """Complex numbers as pairs of real ones."""
+    return torch.view_as_real(rows.resolve_conj())
+
+
+def unpaired(call: Call, place: Place, rows: Tensor) -> Tensor:
+    """Pairs of real numbers as complex ones."""
+    return torch.view_as_complex(rows.contiguous())
+
+
+def completed(call: Call, place: Place, rows: Tensor) -> Tensor:
+    """Real or imaginary parts as complex numbers."""
+    rows = lift(rows, call.out.dim())
+    zero = torch.zeros((), dtype=rows.dtype, device=rows.device)
+    return torch.complex(rows, zero) if place == 0 else torch.complex(zero, rows)
+
+
 def cast(call: Call, place: Place, rows: Tensor) -> Tensor:
     """Conversions of type or device."""
     return rows.to(call.out)
@@ -279,10 +307,15 @@ class Selection(Rule):
         return (jet.like(self.rows(call, jet.rows, call.out[1])), None)
 
 
-def pooled(call: Call, rows: Tensor, where: Tensor) -> Tensor:
-    """Max-pooling of two dimensions, by the saved places of the largest entries."""
-    n = len(rows)
-    return rows.flatten(-2).gather(-1, where.flatten(-2).expand(n, *where.shape[:-2], -1)).view(n, *where.shape)
+def pooled(dims: int) -> Callable[[Call, Tensor, Tensor], Tensor]:
+    """Max-pooling of the last ``dims`` dimensions, by the saved places of the largest entries."""
+
+    def act(call: Call, rows: Tensor, where: Tensor) -> Tensor:
+        n, first = len(rows), -dims
+        places = where.flatten(first).expand(n, *where.shape[:first], -1)
+        return rows.flatten(first).gather(-1, places).view(n, *where.shape)
+
+    return act
 
 
 def along_dim(call: Call, rows: Tensor, where: Tensor) -> Tensor:

@@ -41,10 +41,11 @@ class _Local(Rule):
         n, m = len(jet.first), len(jet.second)
         result = call.target((2 if call.third else 1) * n)
         positions = out.reshape(shape).shape
-        rows, new = jet.rows.reshape(n + m, *positions), result.view(len(result), *positions)
+        rows, new = jet.rows.reshape(n + m, *positions).contiguous(), result.view(len(result), *positions)
         gram = out.new_zeros(n, n)
         third = out.new_zeros(n) if call.third else None
-        values = self.values(call, out.reshape(shape), None if v is None else v.reshape(shape))
+        v = None if v is None else v.reshape(shape).contiguous()
+        values = self.values(call, out.reshape(shape).contiguous(), v)
         for block in blocks(rows.shape[1], width * (n + m)):
             self.block(jet, rows[:, block], tuple(x[block] for x in values), new[:, block], gram, third, v is not None)
         if v is not None:
@@ -158,7 +159,7 @@ class Softmax(_Local):
         rows = c * w
         if not self.log:  # for log_softmax these sums are zero
             rows -= rows.sum(-1, keepdim=True) * p
-        return {0: (jet.first, rows.view(jet.dot.shape))}
+        return {0: (jet.first, rows.reshape(jet.dot.shape))}
 
     @override
     def add_third(self, call: Call, adjoint: Any, moving: Any, groups: Groups, sums: Sums) -> None:

@@ -1,0 +1,87 @@
+"""Looking up, gathering and scattering."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from newton_summary.measure.lowering.table import CONSTANT, as_it_is, aten, lowers
+
+
+@lowers(aten.copy.default)
+def _copy(x: Tensor, source: Tensor, non_blocking: bool = False) -> Tensor:
+    return source.to(x.dtype).expand(x.shape)
+
+
+@lowers(aten.split_with_sizes.default)
+def _split_with_sizes(x: Tensor, sizes: list[int], dim: int = 0) -> list[Tensor]:
+    starts = [sum(sizes[:i]) for i in range(len(sizes))]
+    return [x.narrow(dim, start, size) for start, size in zip(starts, sizes, strict=True)]
+
+
+@lowers(aten.split.Tensor)
+def _split(x: Tensor, size: int, dim: int = 0) -> list[Tensor]:
+    return [x.narrow(dim, s, min(size, x.shape[dim] - s)) for s in range(0, x.shape[dim], size)] or [x]
+
+
+@lowers(aten.unbind.int)
+def _unbind(x: Tensor, dim: int = 0) -> list[Tensor]:
+    return [x.select(dim, i) for i in range(x.shape[dim])]
+
+
+@lowers(aten._embedding_bag.default, aten._embedding_bag_forward_only.default)
+def _embedding_bag(
+    weight: Tensor,
+    indices: Tensor,
+    offsets: Tensor,
+    scale_grad_by_freq: bool = False,
+    mode: int = 0,
+    sparse: bool = False,
+    per_sample_weights: Tensor | None = None,
+    include_last_offset: bool = False,
+    padding_idx: int = -1,
+) -> Any:
+    """Sums (mode 0), means (1) or largest entries (2) of the rows of a table, bag by bag."""
+    if scale_grad_by_freq:
+        return NotImplemented  # its gradient is not a derivative
+    options = (False, mode, False, None, include_last_offset, padding_idx)
+    _, bag_of, sizes, winners = as_it_is(aten._embedding_bag.default, CONSTANT(weight), indices, offsets, *options)
+    bags = len(offsets) - int(include_last_offset)
+    starts = offsets[:bags]
+    if mode == 2:
+        empty = (sizes == 0)[:, None]
+        return torch.where(empty, 0.0, weight.gather(0, torch.where(empty, 0, winners))), bag_of, sizes, winners
+    number = torch.searchsorted(starts, torch.arange(len(indices), device=indices.device), right=True) - 1
+    kept = (indices != padding_idx).to(weight.dtype)
+    factor = kept if per_sample_weights is None else kept * per_sample_weights
+    if mode == 1:
+        count = kept.new_zeros(bags).index_add(0, number, kept).clamp_min(1.0)
+        factor = factor / count.gather(0, number)
+    rows = aten.embedding.default(weight, indices) * factor[:, None]
+    return rows.new_zeros(bags, weight.shape[1]).index_add(0, number, rows), bag_of, sizes, winners
+
+
+@lowers(aten.scatter_reduce.two)
+def _scatter_reduce(
+    x: Tensor, dim: int, index: Tensor, source: Tensor, reduce: str, *, include_self: bool = True
+) -> Any:
+    """What is scattered to one place is added, averaged, or the largest or smallest of it taken."""
+    if reduce == "prod" or x.dim() == 0:
+        return NotImplemented
+    ones = torch.ones_like(index, dtype=x.dtype)
+    source = source[tuple(slice(n) for n in index.shape)]
+    counts = torch.zeros_like(x, dtype=x.dtype).scatter_add(dim, index, ones)
+    start = x if include_self else torch.where(counts > 0, 0.0, x)
+    if reduce == "sum":
+        return start.scatter_add(dim, index, source)
+    if reduce == "mean":
+        counts = counts + 1 if include_self else counts.clamp_min(1)
+        return start.scatter_add(dim, index, source) / counts
+    fixed = CONSTANT(x), dim, index, CONSTANT(source), reduce
+    result = as_it_is(aten.scatter_reduce.two, *fixed, include_self=include_self)
+    wins = (CONSTANT(source) == result.gather(dim, index)).to(x.dtype)
+    stays = (CONSTANT(x) == result).to(x.dtype) if include_self else (counts == 0).to(x.dtype)
+    shares = stays.scatter_add(dim, index, wins).clamp_min(1)  # those that are equal share, as torch has it
+    return (x * stays).scatter_add(dim, index, source * wins) / shares

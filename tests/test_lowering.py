@@ -1,0 +1,172 @@
+"""Operations that are written as simpler ones, against differences of gradients of the operation itself."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+from zoo_reference import by_differences, direction_of, error
+
+import newton_summary as ns
+
+EYE = torch.eye(6, dtype=torch.float64)
+INDEX = torch.tensor([[0, 2, 2], [1, 1, 0], [5, 4, 3], [2, 2, 2], [0, 1, 0], [3, 3, 5]])
+
+
+def positive(x):
+    return x @ x.mT + EYE
+
+
+def opened(x):
+    """Scores with a mask, in which one query may look at nothing."""
+    mask = torch.ones(6, 6, dtype=torch.bool).tril()
+    mask[3] = False
+    return mask
+
+
+def attended(x, **options):
+    q, k, v = x.view(1, 2, 6, 3), (2 * x).sin().view(1, 2, 6, 3), x.cos().view(1, 2, 6, 3)
+    return F.scaled_dot_product_attention(q, k, v, **options)
+
+
+def bag(mode, **options):
+    def act(x):
+        indices = torch.tensor([0, 1, 1, 5, 3, 2, 2])
+        return F.embedding_bag(indices, x, torch.tensor([0, 3, 3, 5]), mode=mode, **options)
+
+    return act
+
+
+def scattered(reduce, include):
+    return lambda x: x.sin().scatter_reduce(1, INDEX, x[:, :3], reduce, include_self=include)
+
+
+def transcribed(lengths, labels, label_lengths):
+    def act(x):
+        log_probs = x.reshape(9, 1, 4).expand(9, 2, 4) * torch.tensor([1.0, 0.5], dtype=x.dtype).view(1, 2, 1)
+        return F.ctc_loss(log_probs.log_softmax(-1), labels, lengths, label_lengths, reduction="none")
+
+    return act
+
+
+def sampled(padding, align):
+    def act(x):
+        grid = 0.9 * torch.tanh(x[:3].reshape(1, 3, 3, 2) + 0.3)
+        return F.grid_sample(x.view(1, 1, 6, 6), grid, padding_mode=padding, align_corners=align)
+
+    return act
+
+
+FUNCTIONS = {
+    "solve": lambda x: torch.linalg.solve(x + 3 * EYE, x.cos()),
+    "solve for a vector": lambda x: torch.linalg.solve(x + 3 * EYE, x[0]),
+    "solve from the right": lambda x: torch.linalg.solve(x + 3 * EYE, x.cos(), left=False),
+    "solve in batches": lambda x: torch.linalg.solve(torch.stack([x, x.sin()]) + 3 * EYE, x.cos()),
+    "inverse": lambda x: torch.linalg.inv(x + 3 * EYE),
+    "log-determinant": lambda x: torch.linalg.slogdet(x - 3 * EYE)[1],
+    "determinant": lambda x: torch.linalg.det(x - 1.5 * EYE),
+    "Cholesky": lambda x: torch.linalg.cholesky(positive(x)),
+    "Cholesky, upper": lambda x: torch.linalg.cholesky(positive(x), upper=True),
+    "triangular": lambda x: torch.linalg.solve_triangular(x + 3 * EYE, x.cos(), upper=False),
+    "triangular, upper, from the right": lambda x: torch.linalg.solve_triangular(x + 3 * EYE, x.cos(), upper=True,
+                                                                                        left=False),
+    "unit triangular": lambda x: torch.linalg.solve_triangular(x, x.cos(), upper=True, unitriangular=True),
+    "Gaussian density": lambda x: torch.distributions.MultivariateNormal(x[0], scale_tril=(x + 3 * EYE).tril())
+    .log_prob(x[1]),
+    "matrix exponential": torch.linalg.matrix_exp,
+    "norm": lambda x: torch.linalg.vector_norm(x, dim=1),
+    "norm, p = 3": lambda x: torch.linalg.vector_norm(x, 3, dim=0, keepdim=True),
+    "norm, p = 1": lambda x: torch.linalg.vector_norm(x, 1),
+    "norm, largest": lambda x: torch.linalg.vector_norm(x, torch.inf, dim=[0]),
+    "distances": lambda x: torch.cdist(x, x.cos()),
+    "distances, p = 1": lambda x: torch.cdist(x, x.cos() + 6, p=1.0),
+    "distances, p = 3": lambda x: torch.cdist(x, x.cos() + 6, p=3.0),
+    "distances, largest": lambda x: torch.cdist(x, x.cos(), p=torch.inf),
+    "distances, by products": lambda x: torch.cdist(x, x.cos(), compute_mode="use_mm_for_euclid_dist"),
+    "distances within": lambda x: F.pdist(x),
+    "attention with a mask": lambda x: attended(x, attn_mask=opened(x)),
+    "attention with a bias": lambda x: attended(x, attn_mask=x.sin()),
+    "causal attention": lambda x: attended(x, is_causal=True),
+    "grouped queries": lambda x: F.scaled_dot_product_attention(x.view(1, 4, 3, 3), x.sin()[:3].view(1, 2, 3, 3),
+                                                               x.cos()[:3].view(1, 2, 3, 3), enable_gqa=True),
+    "bags, sum": bag("sum"),
+    "bags, mean": bag("mean", padding_idx=1),
+    "bags, max": bag("max"),
+    "bags, weighted": lambda x: bag("sum", per_sample_weights=x.flatten()[:7].sin())(x),
+    "scattered, sum": scattered("sum", True),
+    "scattered, mean": scattered("mean", False),
+    "scattered, mean, with what was there": scattered("mean", True),
+    "scattered, largest": scattered("amax", False),
+    "scattered, smallest, with what was there": scattered("amin", True),
+    "CTC": transcribed([9, 7], torch.tensor([[1, 2, 2], [3, 1, 1]]), [3, 2]),
+    "CTC, lengths as tensors": transcribed(torch.tensor([8, 9]), torch.tensor([[1, 1], [2, 3]]), torch.tensor([2, 0])),
+    "CTC, labels in a row": transcribed([9, 9], torch.tensor([1, 2, 3, 3]), [1, 3]),
+    "grid_sample": sampled("zeros", False),
+    "grid_sample, border": sampled("border", True),
+    "grid_sample, reflection": sampled("reflection", False),
+    "bicubic": lambda x: F.interpolate(x.view(1, 1, 6, 6), scale_factor=1.5, mode="bicubic"),
+    "extremes": lambda x: torch.maximum(x, x.cos()) + torch.minimum(x.sin(), x.mT),
+    "group norm": lambda x: F.group_norm(x.view(2, 6, 3), 3, x[0], x[1]),
+    "norms of rows": lambda x: F.normalize(x, dim=1),
+    "cumulated largest": lambda x: x.cummax(1)[0] * x,
+    "log of sums": lambda x: torch.logcumsumexp(x, 1),
+    "products": lambda x: x.prod(1) + x.cumprod(0)[-1],
+    "Fourier transforms": lambda x: torch.fft.irfft(torch.fft.rfft(x) * torch.fft.rfft(x.sin()), n=6),
+    "spectrum": lambda x: torch.fft.fft2(x).abs(),
+    "complex products": lambda x: torch.einsum("ij,jk->ik", torch.complex(x, x.sin()), torch.complex(x.cos(), x)).real,
+    "complex quotients": lambda x: (torch.complex(x, x.sin()) / torch.complex(x.cos() + 2, x)).imag,
+    "complex exponentials": lambda x: (torch.exp(1j * x) * torch.polar(x.square() + 1, x.sin())).angle().sin(),
+    "a layer of pairs": lambda x: torch.view_as_complex(x.view(6, 3, 2)).abs(),
+    "steps": lambda x: x.floor() * x + x.round() * x.sign(),
+    "Householder": lambda x: torch.linalg.householder_product(x[:, :3], x[0, :3]),
+}  # fmt: skip
+
+
+class Entries(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        generator = torch.Generator().manual_seed(0)
+        self.a, self.b = (nn.Parameter(torch.randn(6, 6, generator=generator, dtype=torch.float64)) for _ in range(2))
+
+    def forward(self) -> torch.Tensor:
+        return self.a * (1 + 0.3 * self.b.sin())
+
+
+@pytest.mark.parametrize("name", FUNCTIONS)
+def test_derivatives_are_those_of_the_operation(name):
+    model, function = Entries(), FUNCTIONS[name]
+
+    def loss(model, batch):
+        out = function(model())
+        weights = torch.linspace(-1, 1, out.numel(), dtype=torch.float64).view(out.shape)
+        return (out * weights).sum() + (0.3 * out).sin().sum()
+
+    partition = ns.Partition({"a": ["a"], "upper b": [("b", slice(3))], "lower b": [("b", slice(3, 6))]}, model)
+    direction = [0.3 * u for u in direction_of(partition)]
+    expected, total = by_differences(loss, model, None, partition, direction)
+
+    def measured(third):
+        return ns.summarize(
+            loss, model, [torch.zeros(1)], partition=partition, direction=direction, engine="forward", third=third
+        )
+
+    got, full = measured("diagonal"), measured("full").third
+    assert error(got.loss, expected.loss) < 1e-10
+    assert error(got.gradient, expected.gradient) < 1e-9
+    assert error(got.hessian, expected.hessian) < 1e-7
+    assert error(got.third, expected.third) < 1e-6
+    assert error(torch.einsum("sss->s", full), got.third) < 1e-9
+    assert abs(float(full.sum() - total)) < 1e-6 * float(full.abs().sum())
+
+
+def test_products_of_values_of_two_types():
+    model = Entries()
+
+    def loss(model, batch):
+        return (model().sin().float() * model().cos()).square().mean() + (model()[0].float() * model()).sin().mean()
+
+    batches, direction = [torch.zeros(1)], direction_of(ns.Partition.canonical(model))
+    got, expected = (ns.summarize(loss, model, batches, direction=direction, engine=e) for e in ("forward", "nested"))
+    assert error(got.hessian, expected.hessian) < 1e-5
+    assert error(got.third, expected.third) < 1e-5
