@@ -725,3 +725,24 @@ def test_hooks_that_the_first_use_adds_are_added_once():
     summaries = [ns.summarize(lambda m, x: m(x).square().mean(), model, [x], engine="forward") for _ in range(2)]
     assert summaries[0].loss == summaries[1].loss == model(x).square().mean()
     assert len(model.layer._forward_hooks) == 1
+
+
+def test_complex_parameters():
+    class Model(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.w = nn.Parameter(torch.randn(3, 2, dtype=torch.complex128))
+            self.b = nn.Parameter(torch.randn(2, dtype=torch.float64))
+
+        def forward(self, x):
+            return ((x.to(self.w.dtype) @ self.w) * (1 + 2j)).abs().sin() + self.b
+
+    model, x = Model(), torch.randn(5, 3, dtype=torch.float64)
+    direction = [torch.randn_like(p) for p in model.parameters()]
+    got, expected = (
+        ns.summarize(lambda m, x: m(x).square().mean(), model, [x], direction=direction, engine=engine)
+        for engine in ("forward", "nested")
+    )
+    torch.testing.assert_close(got.hessian, expected.hessian)
+    torch.testing.assert_close(got.third, expected.third)
+    assert got.third[0] != 0

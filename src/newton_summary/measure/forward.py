@@ -202,11 +202,16 @@ def _derivative_tolerance(tape: Tape) -> float:
 
 def _close(value: Tensor, expected: Tensor, tolerance: float, scale: float = 0.0) -> bool:
     """Whether they agree up to rounding; numbers that are not finite agree with each other."""
-    x, y = value.detach().double(), expected.detach().double()
+    x, y = _real(value.detach()).double(), _real(expected.detach()).double()
     if not bool(y.isfinite().all()):
         return not bool(x.isfinite().all())
     size = max(float(torch.linalg.vector_norm(y)), scale)
     return float(torch.linalg.vector_norm(x - y)) <= tolerance * size + 1e-30
+
+
+def _real(x: Tensor) -> Tensor:
+    """A value, with complex numbers as pairs of real ones."""
+    return torch.view_as_real(x.resolve_conj()) if x.is_complex() else x
 
 
 def _check_value(tape: Tape, expected: Tensor) -> None:
@@ -252,12 +257,11 @@ class _Expected:
     def _hessian_rows(self, gradient: Sequence[Tensor | None], request: Request) -> Tensor | None:
         """H̄ times a vector of ones, or nothing where the loss is not twice differentiable by autograd."""
         partition = request.partition
-        moving = [(g, u) for g, u in zip(gradient, request.direction, strict=True) if g is not None]
-        slope = sum((g * u).sum() for g, u in moving)
-        if not isinstance(slope, Tensor) or not slope.requires_grad:
+        slope = torch.stack(partition.dot(gradient, request.direction)).sum()
+        if not slope.requires_grad:
             return torch.zeros(len(partition), dtype=torch.float64, device=partition.device)
         product = gradients_of(slope, partition.parameters)
-        return partition.reduce([None if h is None else h * u for h, u in zip(product, request.direction, strict=True)])
+        return torch.stack(partition.dot(product, request.direction))
 
     def check_hessian(self, summary: Summary, tape: Tape) -> None:
         """Compares H̄ times ones."""
