@@ -102,6 +102,8 @@ FUNCTIONS = {
     "CTC": transcribed([9, 7], torch.tensor([[1, 2, 2], [3, 1, 1]]), [3, 2]),
     "CTC, lengths as tensors": transcribed(torch.tensor([8, 9]), torch.tensor([[1, 1], [2, 3]]), torch.tensor([2, 0])),
     "CTC, labels in a row": transcribed([9, 9], torch.tensor([1, 2, 3, 3]), [1, 3]),
+    "CTC, one sample": lambda x: F.ctc_loss(x.view(9, 4).log_softmax(-1), torch.tensor([1, 2]), torch.tensor(9),
+                                          torch.tensor(2)),
     "grid_sample": sampled("zeros", False),
     "grid_sample, border": sampled("border", True),
     "grid_sample, reflection": sampled("reflection", False),

@@ -322,14 +322,10 @@ class Fourier(nn.Module):
 def test_complex_parameters(engine) -> None:
     torch.manual_seed(0)
     model, x = Fourier(), normal(5, 8)
-    if engine == "forward":
-        with pytest.raises(Refusal, match="complex"):
-            ns.summarize(lambda m, x: (m(x) - x).square().mean(), model, [x], engine=engine)
-        return
     check(lambda m, x: (m(x) - x).square().mean(), model, lambda: x, engine)
 
 
-@pytest.mark.parametrize("engine", ["nested", "auto"])
+@each_engine
 def test_the_square_of_a_complex_number(engine) -> None:
     class One(nn.Module):
         def __init__(self) -> None:

@@ -72,10 +72,15 @@ def _ctc_loss(
         blank: the class between labels.
         zero_infinity: whether a sample whose labels do not fit counts as zero.
     """
+    if log_probs.dim() == 2:  # one sample
+        loss, alphas = _ctc_loss(
+            log_probs.unsqueeze(1), targets.flatten(), input_lengths, target_lengths, blank, zero_infinity
+        )
+        return loss.squeeze(0), alphas
     known, alphas = _ctc_values(log_probs, targets, input_lengths, target_lengths, blank, zero_infinity)
     device = log_probs.device
     times = len(log_probs)
-    lengths, label_lengths = (torch.as_tensor(n, device=device) for n in (input_lengths, target_lengths))
+    lengths, label_lengths = (torch.as_tensor(n, device=device).flatten() for n in (input_lengths, target_lengths))
     states = _ctc_states(targets.to(device), label_lengths, alphas.shape[-1], blank)
     inside = torch.arange(alphas.shape[-1], device=device) <= 2 * label_lengths[:, None]
     skips = (states != blank) & (states != states.roll(2, 1)) & (torch.arange(alphas.shape[-1], device=device) > 1)
