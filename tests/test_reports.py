@@ -1113,3 +1113,31 @@ def test_the_first_step_is_held_to_the_loss_at_the_rate_after_a_warm_up(warm_up,
     optimizer._search = None if search == 0 else optimizer._search
     optimizer.step()
     assert optimizer.counts["halved"] == 4
+
+
+# What is computed without gradients into a buffer ---------------------------------------------------------------------
+
+
+@each_engine
+def test_the_power_iteration_of_spectral_norms(engine) -> None:
+    """Its vectors count as constants: those that an evaluation by hand has left."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.utils.parametrizations.spectral_norm(nn.Linear(4, 3)), nn.Tanh(), nn.Linear(3, 1)).double()
+    batch, u = regression()[0], random_direction(model)
+    buffers = {name: b.clone() for name, b in model.named_buffers()}
+    summary = ns.summarize(squared_error, model, [batch], direction=u, engine=engine)
+    assert all(torch.equal(b, buffers[name]) for name, b in model.named_buffers())
+    squared_error(model, batch)  # iterates once
+    state = model[0].parametrizations.weight[0]
+    left, right = state._u.clone(), state._v.clone()
+    values = dict(model.named_parameters())
+
+    def phi(eta: Tensor) -> Tensor:
+        moved = {name: p.detach() + e * u[name] for (name, p), e in zip(values.items(), eta, strict=True)}
+        weight = moved["0.parametrizations.weight.original"]
+        hidden = F.linear(batch[0], weight / (left @ weight @ right), moved["0.bias"]).tanh()
+        return (F.linear(hidden, moved["2.weight"], moved["2.bias"]) - batch[1]).square().mean()
+
+    eta = torch.zeros(len(values), dtype=torch.float64)
+    torch.testing.assert_close(summary.gradient, torch.func.grad(phi)(eta))
+    torch.testing.assert_close(summary.hessian, torch.func.hessian(phi)(eta))

@@ -198,9 +198,9 @@ def test_whatever_a_training_changes_is_put_back(fails: bool) -> None:
     plain = (model.calls, list(model.log), model.training, str(optimizer.param_groups), str(scheduler.state_dict()))
     if fails:
         with pytest.raises(KeyError, match="a mistake"):
-            ns.suggest_rates(with_teacher, model, batches, optimizer, steps=6, engine="nested")
+            ns.suggest_rates(with_teacher, model, batches, optimizer, steps=6)
     else:
-        ns.suggest_rates(with_teacher, model, batches, optimizer, steps=6, engine="nested")
+        ns.suggest_rates(with_teacher, model, batches, optimizer, steps=6)
     for name, (tensor, version, content) in before.items():
         assert tensors()[name] is tensor or name.startswith("teacher"), name
         assert torch.equal(tensor, content), name

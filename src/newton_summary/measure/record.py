@@ -270,8 +270,9 @@ class Tracer(Journal):
         written = list(effects.written(args, kwargs))
         functional, target = functional_of(func), written[0]
         if len(written) != 1 or functional is None or target is not args[0] or target.layout is not torch.strided:
-            self.refuse(f"{func} overwrites what moves, and has no form that does not")
-            return func(*args, **kwargs)
+            if torch.is_grad_enabled() or any(t.layout is not torch.strided for t in written):
+                self.refuse(f"{func} overwrites what moves, and has no form that does not")
+            return self._run_constant(func, args, kwargs, written)
         if self.find(target) is None:
             self._adopt(target)
         templates = (ref(self._read(target)), *(self.template(a) for a in args[1:]))
@@ -291,6 +292,14 @@ class Tracer(Journal):
         value = self.run(plain, args, {k: v for k, v in kwargs.items() if k != "out"}, effects_of(plain))
         self.run(aten.copy_.default, (target, value), {}, effects_of(aten.copy_.default))
         return target
+
+    def _run_constant(self, func: Any, args: Any, kwargs: Mapping[str, Any], written: Sequence[Tensor]) -> Any:
+        """Runs an operation whose results count as constants, as what is computed without gradients does."""
+        out = func(*args, **kwargs)
+        for tensor in written:
+            if tensor.layout is torch.strided and self.find(tensor) is not None:
+                self._written(tensor, self.constant(tensor.detach().clone()))
+        return out
 
     def _turn(self, func: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
         """Runs an operation that makes its argument look at its memory in another way."""
