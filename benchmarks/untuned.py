@@ -3,7 +3,7 @@
     python benchmarks/untuned.py baselines     searches the baselines' rates (hours; resumable; committed)
     python benchmarks/untuned.py judge         runs ours, times a step of everyone, writes results/untuned/
     python benchmarks/untuned.py judge --quick     one seed of five cheap problems
-    python benchmarks/untuned.py robust        batch sizes, periods of looks, initial weights (hours; resumable)
+    python benchmarks/untuned.py robust        batch sizes, periods of comparisons, initial weights (hours; resumable)
 
 The nine problems are those on which the defaults were chosen; ``--suite held-out`` takes eleven others, and
 results/held-out/.  ``--problems`` and ``--forms`` choose.  A run is a Record; what was run stays in *.jsonl there.
@@ -29,7 +29,7 @@ from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 import newton_summary as ns
-from newton_summary.optim.cadence import BEGINNING, COMPARED, interval_at
+from newton_summary.optim.cadence import COMPARISONS
 from newton_summary.optim.rates import AveragedRates
 from newton_summary.solve import Status
 from newton_summary_experiments.data import InMemory, as_it_is, shuffled
@@ -107,7 +107,7 @@ class Record:
     initial: float
     marked: list[float] | None = None  # the training losses at earlier steps, where some were asked for
     measured: int = 0  # how often NewtonSummary measured
-    looked: int = 0  # how often it looked
+    compared: int = 0  # how often it compared
 
     @property
     def loss(self) -> float:
@@ -184,9 +184,9 @@ def run(
                 break
     validation = evaluate(problem, model, samples.validation, problem.score == "accuracy")
     train = evaluate(problem, model, samples.train) if math.isfinite(curve[-1]) else math.inf
-    counts = optimizer.counts if isinstance(optimizer, ns.NewtonSummary) else {"measured": 0, "searched": 0}
+    counts = optimizer.counts if isinstance(optimizer, ns.NewtonSummary) else {"measured": 0, "compared": 0}
     at_marks = [marked.get(mark, math.inf) for mark in marks] if marks else None
-    found = (stops[: len(curve)], curve, train, validation, initial, at_marks, counts["measured"], counts["searched"])
+    found = (stops[: len(curve)], curve, train, validation, initial, at_marks, counts["measured"], counts["compared"])
     return Record(problem.name, name, rate, seed, *found)
 
 
@@ -329,8 +329,6 @@ def ours(problem: Problem, seed: int, form: str = "default", batch_size: int | N
         if form == "diagonal":
             rule = optimizer.rule
             optimizer.rule = DiagonalRates(rule.regularization, rule.shrinkage, rule.target, rule.average.momentum)
-        if form == "constant λ":
-            optimizer._search.line_search.multiplier.compare = lambda *losses: None
         return optimizer
 
     return make
@@ -339,7 +337,7 @@ def ours(problem: Problem, seed: int, form: str = "default", batch_size: int | N
 FORMS: dict[str, dict[str, object]] = {
     "default": {},
     "steps": {},
-    "constant λ": {},
+    "along nadam": {"direction": "nadam"},
     "each tensor": {"partition": "canonical"},
     "diagonal": {"partition": "canonical"},
     "no third order": {"partition": "canonical", "regularization": 0.0},
@@ -352,8 +350,8 @@ SCHEDULED = ("steps",)  # what knows the length of the run
 
 
 FUSED = "adam, fused"  # torch's other implementation of Adam, which takes the same steps
-WARM = 10  # steps, after which they are timed
-ROUNDS, PATIENCE = (9, 60), 20  # turns of each, and the seconds that they should fill: small steps need many
+BLOCK = COMPARISONS.longest  # steps that are timed together
+ROUNDS, PATIENCE = (3, 30), 15  # turns of each, and the seconds that they should fill: small steps need many
 
 
 def fused_adam(model: nn.Module, rate: float, steps: int) -> torch.optim.Optimizer:
@@ -363,46 +361,39 @@ def fused_adam(model: nn.Module, rate: float, steps: int) -> torch.optim.Optimiz
 def step_times(problem: Problem) -> dict[str, float]:
     """Seconds of a step of every optimizer, its batch included: medians of blocks of steps, which take turns.
 
-    A block of ours has as many looks as any other, one of which compares; there are shorter blocks at the beginning of
-    a run, where looks are more frequent.  Both count by their share of the problem's steps.
+    The first block of a run is that of an optimizer that was just made: it has all that a first step has to do, and
+    comparisons are more frequent in it.  Both kinds count by their share of the problem's steps.  It is processor time:
+    what else the machine does is no part of it.
     """
     untuned = {name: make for name, (make, _) in UNTUNED.items()}
-    trained = {}
-    for name, make in {**TUNED, **untuned, FUSED: fused_adam, "ours": ours(problem, 0)}.items():
-        model = problem.make_model(0)
-        trained[name] = (model, make(model, 1e-4, problem.steps), endless(problem, 0, problem.batch_size))
-        _mode(trained[name][1], "train")
-
-    def timed(name: str, steps: int) -> float:
-        model, optimizer, batches = trained[name]
-        start = time.perf_counter()
-        for batch in islice(batches, steps):
-            optimizer.zero_grad()
-            problem.loss_fn(model, batch).backward()
-            optimizer.step()
-        return (time.perf_counter() - start) / steps
-
-    def medians(period: int, turns: int) -> dict[str, float]:
-        seconds = [
-            {name: timed(name, COMPARED * period) for name in trained}
-            for _ in tqdm(range(turns), desc=f"{problem.name}: times", leave=False)
-        ]
-        return {name: median(of_all[name] for of_all in seconds) for name in trained}
-
-    for name in trained:
-        timed(name, WARM)
-    settled = trained["ours"][1].line_search_every
-    often = interval_at(0, settled)
-    early = medians(often, (BEGINNING - WARM) // (COMPARED * often))
-    for name in trained:
-        timed(name, COMPARED * often)  # to the end of the beginning
-    rounds = round(PATIENCE / (COMPARED * settled * sum(early.values())))
-    late, share = medians(settled, min(max(rounds, ROUNDS[0]), ROUNDS[1])), BEGINNING / problem.steps
-    return {name: share * early[name] + (1 - share) * late[name] for name in trained}
+    makers = {**TUNED, **untuned, FUSED: fused_adam, "ours": ours(problem, 0)}
+    first: dict[str, list[float]] = {name: [] for name in makers}
+    later: dict[str, list[float]] = {name: [] for name in makers}
+    rounds = ROUNDS[0]
+    for turn in tqdm(range(ROUNDS[1]), desc=f"{problem.name}: times", leave=False):
+        if turn == rounds:
+            break
+        began = time.perf_counter()
+        for name, make in makers.items():
+            model, batches = problem.make_model(0), endless(problem, 0, problem.batch_size)
+            start = time.process_time()
+            optimizer = make(model, 1e-4, problem.steps)
+            _mode(optimizer, "train")
+            for seconds in (first[name], later[name]):
+                for batch in islice(batches, BLOCK):
+                    optimizer.zero_grad()
+                    problem.loss_fn(model, batch).backward()
+                    optimizer.step()
+                seconds.append((time.process_time() - start) / BLOCK)
+                start = time.process_time()
+        if turn == 0:
+            rounds = min(max(round(PATIENCE / (time.perf_counter() - began)), ROUNDS[0]), ROUNDS[1])
+    share = BLOCK / problem.steps
+    return {name: share * median(first[name]) + (1 - share) * median(later[name]) for name in makers}
 
 
 def overheads_of(problem: Problem, folder: Path) -> dict[str, float]:
-    """The wall-clock of our run, against everyone's of as many steps; kept for a judge that is resumed."""
+    """The processor time of our run, against everyone's of as many steps; kept for a judge that is resumed."""
     path = folder / "overheads.json"
     known: dict[str, dict[str, float]] = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
     if problem.name not in known:
@@ -421,9 +412,9 @@ class Verdict:
 
     problem: str
     score: str
-    overheads: dict[str, float]  # of our run's wall-clock, against everyone's of as many steps
-    loss: dict[str, float]  # ours at the wall-clock of Adam's run
-    at_time_of: dict[str, dict[str, float]]  # the loss of each form of ours, at the wall-clock of each rival's run
+    overheads: dict[str, float]  # of our run's processor time, against everyone's of as many steps
+    loss: dict[str, float]  # ours at the processor time of Adam's run
+    at_time_of: dict[str, dict[str, float]]  # the loss of each form of ours, at the processor time of each rival's run
     equal_epochs: dict[str, float]
     scores: dict[str, float]
     rates: dict[str, float]
@@ -464,7 +455,7 @@ def judge(problem: Problem, baseline: Store, own: Store, forms: Sequence[str], s
 
 
 def ratio(verdict: Verdict, form: str, rivals: Sequence[str], of_time: bool) -> float:
-    """Our loss against that of the best of some rivals, after its own wall-clock or after as many epochs."""
+    """Our loss against that of the best of some rivals, after its own processor time or after as many epochs."""
     rival = min(rivals, key=lambda name: verdict.loss[name])
     return (verdict.at_time_of[form][rival] if of_time else verdict.equal_epochs[form]) / verdict.loss[rival]
 
@@ -502,7 +493,7 @@ class Setting:
 
     @property
     def names(self) -> dict[str, int]:
-        """What is run at it, and the period of its looks: of the tuned Adam, 0."""
+        """What is run at it, and the period of its comparisons: of the tuned Adam, 0."""
         ours = {f"ours, {self.batch}, × {self.scale:g}, every {n}": n for n in PERIODS}
         return {**ours, f"adam, {self.batch}, × {self.scale:g}": 0}
 
@@ -520,9 +511,7 @@ def robust(problems: Sequence[Problem], baseline: Store, own: Store) -> None:
         options = {"scale": setting.scale, "batch_size": setting.batch}
         *periods, (adam, _) = setting.names.items()
         runs = [
-            own.get(
-                problem, name, ours(problem, seed, line_search_every=n, batch_size=setting.batch), 0.0, seed, **options
-            )
+            own.get(problem, name, ours(problem, seed, compare_every=n, batch_size=setting.batch), 0.0, seed, **options)
             for name, n in periods
         ]
         if any(map(failure, runs)):
@@ -542,7 +531,7 @@ def robust_table(own: Store, problems: Sequence[Problem]) -> str:
         "a run of ours has failed. Batches are a third, one and five times the problem's own. Written by",
         "`python benchmarks/untuned.py robust`, which goes on where it was stopped; “–” was not run.",
         "",
-        "| problem | batch | weights × | " + " | ".join(f"looks every {n}" for n in PERIODS) + " | Adam |",
+        "| problem | batch | weights × | " + " | ".join(f"compared every {n}" for n in PERIODS) + " | Adam |",
         "|" + "---|" * (len(PERIODS) + 4),
     ]
     runs = failed = alone = 0
@@ -579,10 +568,10 @@ def table(verdicts: Sequence[Verdict], forms: Sequence[str], suite: Suite) -> st
         "Final training loss over the whole training set in eval mode, medians of seeds. The rates of Adam, AdamW with",
         "a cosine schedule, SGD with momentum and NAdam (β = 0.9, 0.99: the direction of the default, at a constant",
         "rate) were searched for every problem over half decades (in brackets); Adam at 1e-3, Prodigy, Schedule-Free",
-        "AdamW and D-Adapt Adam run at their default rates. Ours (from “default” on) has nothing set, and stops at the",
-        "wall-clock of Adam's run: after 1/overhead of the steps. “steps” knows the length of the run, as the cosine",
-        "schedule does. The overhead is against torch's Adam as it comes, and in brackets with `fused=True`. Written",
-        f"by `python benchmarks/untuned.py judge --suite {suite.name}`.",
+        "AdamW and D-Adapt Adam run at their default rates. Ours (from “default” on) has nothing set, and stops at",
+        "the processor time of Adam's run: after 1/overhead of the steps. “steps” knows the length of the run, as the",
+        "cosine schedule does. The overhead is against torch's Adam as it comes, and in brackets with `fused=True`.",
+        f"Written by `python benchmarks/untuned.py judge --suite {suite.name}`.",
         "",
         "| problem | overhead | " + " | ".join(names) + " |",
         "|" + "---|" * (len(names) + 2),
@@ -590,12 +579,15 @@ def table(verdicts: Sequence[Verdict], forms: Sequence[str], suite: Suite) -> st
     for v in verdicts:
         cells = [f"{v.loss[n]:.3g}" + (f" ({v.rates[n]:g})" if n in TUNED else "") for n in names]
         lines.append(f"| {v.problem} | {v.overheads['adam']:.2f} ({v.overheads[FUSED]:.2f}) | {' | '.join(cells)} |")
-    for title in ("equal wall-clock", "equal epochs"):
-        timed = title == "equal wall-clock"
+    for title in ("equal processor time", "equal epochs"):
+        timed = title == "equal processor time"
         lines += ["", f"## Ratios of losses at {title}", ""]
         lines += [
             "Geometric means over the problems, each ratio clipped to [1/3, 3]; the worst problem in brackets.",
-            *(["The wall-clock is that of each rival's own run; ours never takes more steps than the rival."] * timed),
+            *(
+                ["The processor time is that of each rival's own run; ours never takes more steps than the rival."]
+                * timed
+            ),
             "",
         ]
         lines += ["| ours | " + " | ".join([*RIVALS, BEST]) + " |"]

@@ -418,7 +418,7 @@ def test_directions_by_name():
     own = Momentum(0.3)
     assert resolve(own) is own
     with pytest.raises(
-        ValueError, match="unknown direction 'newton': choose one of gradient, momentum, adam, nadam, or pass"
+        ValueError, match="unknown direction 'newton': choose one of gradient, momentum, adam, nadam, soap, or pass"
     ):
         resolve("newton")
 

@@ -80,7 +80,7 @@ def test_a_run_learns_and_records_every_epoch(optimizer, digits, tmp_path):
     elif measured:
         one_group = len(names) == 1
         assert (run.rows[-1].counts["measured"] == 1) == one_group, "one group is measured only at the start"
-        assert run.rows[-1].counts["searched"] > 1
+        assert run.rows[-1].counts["compared"] > 1
 
 
 def test_the_figures_are_those_of_the_model(digits):

@@ -108,7 +108,7 @@ def default(target):
             partition="canonical",
             target=target,
             every=5,
-            line_search_every=5,
+            compare_every=5,
             engine="nested",
         )
 

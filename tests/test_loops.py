@@ -84,7 +84,7 @@ def test_training_under_autocast_is_measured_in_full_precision(inside, engine) -
     for key in ("loss", "gradient", "hessian", "third"):
         torch.testing.assert_close(getattr(measured, key), getattr(expected, key), rtol=1e-4, atol=1e-7)
     assert not torch.allclose(rough.hessian, expected.hessian, rtol=1e-3), "half precision makes no difference"
-    assert optimizer.counts == {"measured": 1, "failed": 0, "searched": 0, "halved": 0}
+    assert optimizer.counts == {"measured": 1, "failed": 0, "compared": 0, "halved": 0}
 
 
 def test_the_loss_after_a_step_is_computed_in_full_precision_too() -> None:

@@ -28,7 +28,7 @@ METHODS: dict[str, Maker] = {
         target="invariant",
         direction="momentum",
         every=20,  # set, because it follows a count of calls, which differ between the parameterisations
-        line_search_every=5,
+        compare_every=5,
     ),
     "SGD, momentum": lambda model, task, batches: torch.optim.SGD(model.parameters(), 0.03, momentum=0.9),
 }

@@ -30,7 +30,7 @@ class GradientClipping:
     parameters may have any units.  The usual norm is a moving average, in which none counts for more than a hundred
     times the average: where gradients have grown for good, it follows in a few steps.
 
-    Nothing is read from an accelerator, but for the alarm.
+    Nothing is read from an accelerator.
 
     Attributes:
         usual: the averages of the norms of the gradients, one for each parameter, 0 for one that had none yet: numbers
@@ -39,18 +39,6 @@ class GradientClipping:
 
     def __init__(self) -> None:
         self.usual: Sequence[float] | Tensor = ()
-        self._shortened: bool | Tensor = False
-
-    @property
-    def is_on_host(self) -> bool:
-        """Whether what it knows is there, where to read it costs nothing."""
-        return not isinstance(self._shortened, Tensor)
-
-    def take_alarm(self) -> bool:
-        """Whether gradients were shortened since this was last asked: the loss may explode."""
-        alarm = bool(self._shortened)
-        self._shortened = self._shortened & False
-        return alarm
 
     def apply(self, parameters: Sequence[Tensor], total: Callable[[Tensor], Tensor]) -> None:
         """Looks at the gradients of these parameters, all together, and overwrites them where they are too long.
@@ -70,7 +58,6 @@ class GradientClipping:
             norms = total(norms.square()).sqrt()
         if norms.device.type == _HOST:
             share, self.usual = _follow(norms.tolist(), list(self.usual) or [0.0] * len(norms))
-            self._shortened |= share < 1
             if share == 0:
                 for part in parts:
                     part.zero_()
@@ -79,18 +66,17 @@ class GradientClipping:
             return
         usual = torch.as_tensor(self.usual).to(norms) if len(self.usual) else torch.zeros_like(norms)
         shares, self.usual = _follow_on_device(norms, usual)
-        self._shortened = self._shortened | (shares < 1)
         torch._foreach_mul_(parts, shares)
         for part in parts:
             part.masked_fill_(shares == 0, 0.0)
 
     def state_dict(self) -> dict[str, Any]:
         """Plain numbers."""
-        return {"usual": [float(usual) for usual in self.usual], "shortened": bool(self._shortened)}
+        return {"usual": [float(usual) for usual in self.usual]}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """The inverse of :meth:`state_dict`."""
-        self.usual, self._shortened = state["usual"], state["shortened"]
+        self.usual = state["usual"]
 
 
 def _follow(norms: list[float], usual: list[float]) -> tuple[float, list[float]]:

@@ -166,10 +166,10 @@ class MeasuredOptimizer(torch.optim.Optimizer):
         if all(p.grad is None for p in self.partition.parameters):
             return value
         self._prepare_gradients()
+        self._adapt()
         if self._samples.stream is not None and self._is_time_to_measure():
             self._measure(self._samples.next(), self._current_direction())
-        self._adapt()
-        if self.status is None:
+        if self.status is None and not self._has_rates:
             raise RuntimeError(
                 "no rates yet: pass curvature_data, or call measure(batch) between backward() and the first step()"
             )
@@ -226,7 +226,7 @@ class MeasuredOptimizer(torch.optim.Optimizer):
         """Changes the gradients of the step to come, before anything is made of them."""
 
     def _adapt(self) -> None:
-        """Adapts the step, after it was measured."""
+        """Adapts what the step is taken with, before a measurement."""
 
     def _current_direction(self) -> dict[Tensor, Tensor]:
         """The direction of this step, computed once for a measurement and the step after it."""

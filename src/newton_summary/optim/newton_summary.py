@@ -1,4 +1,4 @@
-"""The default optimizer: one product of factors for every group's rate, each measured (docs/method.md, section 2)."""
+"""The default optimizer: rates that are found while it trains (docs/method.md, section 2)."""
 
 from __future__ import annotations
 
@@ -14,33 +14,46 @@ from torch import Tensor, nn
 from newton_summary._checks import check_count
 from newton_summary.measure import Engine, LossFunction
 from newton_summary.optim.backtracking import halvings_to_agreement
-from newton_summary.optim.cadence import MEASUREMENTS, SEARCHES, Price, affordable_interval
+from newton_summary.optim.cadence import MEASUREMENTS, Price, affordable_interval
 from newton_summary.optim.clipping import GradientClipping
-from newton_summary.optim.directions import Direction
+from newton_summary.optim.comparison import AverageComparison
+from newton_summary.optim.directions import SOAP, Direction, usual_rate
+from newton_summary.optim.directions.affordable import SidesByCount
 from newton_summary.optim.measured import MeasuredOptimizer
 from newton_summary.optim.paper import PaperNewtonSummary
 from newton_summary.optim.rates import AveragedRates
 from newton_summary.optim.relative_rates import RelativeRates
 from newton_summary.optim.samples import Samples
 from newton_summary.optim.state import Part
-from newton_summary.optim.step_search import StepSearch
 from newton_summary.partition import Partition, resolve_partition
 from newton_summary.solve import Status
 from newton_summary.summary import Summary
 
 logger = logging.getLogger(__name__)
 
+_WAITING = 5  # steps from one measurement to the next, while none has given rates
+
 
 class NewtonSummary(MeasuredOptimizer):
-    """Steps θ ← θ − λ_1 η_s u for every group s, with rates η that are measured.
+    """Steps θ ← θ − λ_1 η_s u for every group s, with nothing to tune.
 
-    Now and then the summary of the loss along the direction u is measured on a batch of ``curvature_data``, and the
-    rates are solved for, from exact second and third derivatives
-    (:class:`~newton_summary.optim.rates.AveragedRates`): it tells the length of the first step, and how the rates of
-    groups compare.  Every few steps a line search tells how long the step may be now
-    (:class:`~newton_summary.optim.line_search.LineSearch`).  There is nothing to tune.  It is used in the loop that
-    you have: ``zero_grad()``, ``backward()``, ``step()``.  A gradient that is far longer than usual is shortened, one
-    that is not finite counts as zero (:class:`~newton_summary.optim.clipping.GradientClipping`).
+    By default, in five lines:
+
+    1. The *direction* u is Adam's with Nesterov's momentum, in the eigenbases of Kronecker factors for those sides of
+       weight matrices where a count of operations finds that cheap (:class:`~newton_summary.optim.directions.SOAP`).
+    2. There is one rate for everything.  It begins half way from 0.001 to a tenth of the best first step.
+    3. Every few steps the loss of a fresh batch is evaluated at the weights and at their average over the last quarter
+       of the run: while the weights are better, steps become longer, else shorter.
+    4. In a given share of the run's steps so far the rate changes by a given factor at most: quickly at first.
+    5. A gradient three times as long as usual is shortened; weights that diverge go back to their average.
+
+    Training is the same when a constant is added to the loss, or when it is multiplied by one, ε aside.  It is used in
+    the loop that you have: ``zero_grad()``, ``backward()``, ``step()``.
+
+    With several groups (``partition=``), the ratios of their rates are measured: now and then the summary of the loss
+    along u is computed on a batch of ``curvature_data``, and the rates are solved for, from exact second and third
+    derivatives (:class:`~newton_summary.optim.rates.AveragedRates`).  So is the first rate along a direction that has
+    no usual one, such as the gradient.
 
     Beside what the direction remembers, a copy of the weights is kept: their moving average.
 
@@ -54,17 +67,16 @@ class NewtonSummary(MeasuredOptimizer):
             batches. Without it, call :meth:`measure`, whose rates hold until the next one.
         partition: the groups, or the name of a constructor, such as ``"canonical"``.  Default: all parameters in one.
             docs/research.md has what rates of their own are worth to groups.
-        direction: ``"nadam"``, ``"adam"``, ``"momentum"``, ``"gradient"``, a ``torch.optim.Optimizer`` over the same
-            parameters whose own step it is, or a :class:`~newton_summary.optim.directions.Direction`.
-        lr: λ_1, dimensionless: a scale on all rates, for every ``lr_scheduler`` to work on.  At 2 a step is as long as
-            the quadratic model lets it be without going uphill, at 1 it is the best step of that model.  Between 2/3
-            and 1.4 of it are used, by what the looks tell.
+        direction: ``"soap"``, ``"nadam"``, ``"adam"``, ``"momentum"``, ``"gradient"``, a ``torch.optim.Optimizer``
+            over the same parameters whose own step it is, or a :class:`~newton_summary.optim.directions.Direction`.
+            Default: SOAP's, as far as it is cheap; without ``curvature_data`` NAdam's.
+        lr: λ_1, dimensionless: a scale on all rates, for every ``lr_scheduler`` to work on.
         steps: the length of the training, if known: over its last quarter, λ_1 goes to 0.
         every: the number of steps between measurements.  Default: from 20 to 200, as many as keep the time that they
-            take small (:mod:`~newton_summary.optim.cadence`); with one group, only the first step measures.
-        line_search_every: the number of steps between line searches.  Default: from 5 to 20, in the same way, and a
-            quarter of that in the first hundred steps.  The first ones, and those after a gradient that is far too
-            long, are closer.  With 0 there are none: rates are those that were measured, and λ_1 is ``lr``.
+            take small (:mod:`~newton_summary.optim.cadence`); none where there is one group and its first rate is
+            known.
+        compare_every: the number of steps between comparisons.  Default: from 10 to 20, in the same way.  The first
+            ones are closer.  With 0 there are none: rates are those that were measured, and λ_1 is ``lr``.
         regularization: λ_int, the weight of the cubic term.
         shrinkage: ρ, how strongly rates are drawn to the target (:func:`~newton_summary.solve.shrink`).
         target: ``"shared"``, one rate for all groups; or ``"invariant"``, which keeps training the same when groups are
@@ -74,13 +86,13 @@ class NewtonSummary(MeasuredOptimizer):
         seed: fixes the sampler of ``curvature_data``.
         process_group: the processes whose measurements are averaged.  Default: those of the
             ``DistributedDataParallel`` module, or else of the default group, where one was initialised.
-        look_every: the old name of ``line_search_every``.
+        look_every: the old name of ``compare_every``.
 
     Attributes:
         partition: the groups.
         summary: the last measurement, or ``None``.
         counts: how many measurements there were (``"measured"``), how many failed and left the rates as they were
-            (``"failed"``), how many line searches there were (``"searched"``), and how often rates were halved because
+            (``"failed"``), how many comparisons there were (``"compared"``), and how often rates were halved because
             the loss did not follow its model (``"halved"``).
         status: how the last solve ended.
 
@@ -114,11 +126,11 @@ class NewtonSummary(MeasuredOptimizer):
         *,
         curvature_data: Iterable[Any] | None = None,
         partition: Partition | str | None = None,
-        direction: str | torch.optim.Optimizer | Direction = "nadam",
-        lr: float = 1.5,
+        direction: str | torch.optim.Optimizer | Direction | None = None,
+        lr: float = 1.0,
         steps: int | None = None,
         every: int | None = None,
-        line_search_every: int | None = None,
+        compare_every: int | None = None,
         regularization: float = 1.0,
         shrinkage: float = 0.1,
         target: str = "shared",
@@ -129,10 +141,10 @@ class NewtonSummary(MeasuredOptimizer):
         look_every: int | None = None,
     ) -> None:
         if look_every is not None:
-            warnings.warn("look_every is now line_search_every", DeprecationWarning, stacklevel=2)
-            line_search_every = look_every
-        if line_search_every:
-            check_count("line_search_every", line_search_every)
+            warnings.warn("look_every is now compare_every", DeprecationWarning, stacklevel=2)
+            compare_every = look_every
+        if compare_every:
+            check_count("compare_every", compare_every)
         if steps is not None:
             check_count("steps", steps)
         groups = resolve_partition(partition, model, Partition.trivial)
@@ -140,67 +152,76 @@ class NewtonSummary(MeasuredOptimizer):
         options = {"engine": engine, "seed": seed, "process_group": process_group}
         samples = Samples(model, loss_fn, groups, curvature_data, **options)
         rule = AveragedRates(regularization, shrinkage, target, averaging, groups.precision)
-        super().__init__(samples, rule, direction, lr=lr, every=every)
+        compares = samples.stream is not None and compare_every != 0
+        by_count = direction is None and compares
+        super().__init__(samples, rule, direction or ("soap" if by_count else "nadam"), lr=lr, every=every)
         self.steps = steps
-        self.counts.update({"searched": 0, "halved": 0})
+        self.counts.update({"compared": 0, "halved": 0})
         self._clipping = GradientClipping()
         self._clipped = False  # whether the gradients of the step to come are
-        self._relative = RelativeRates()
-        searches = samples.stream is not None and line_search_every != 0
-        self._search = StepSearch(samples, line_search_every) if searches else None
+        self._sides = None
+        if by_count and isinstance(self.direction, SOAP):
+            self._sides = SidesByCount(self.direction, groups.parameters)
+        self._comparison = AverageComparison(samples, compare_every, self._sides) if compares else None
+        usual = usual_rate(self.direction) if compares and target == "shared" else None
+        self._relative = RelativeRates(
+            None if usual is None else torch.full((len(groups),), usual, dtype=torch.float64)
+        )
+        self._publish_rates()
 
     # Rates ------------------------------------------------------------------------------------------------------------
 
     @property
     def factor(self) -> float:
-        """What λ_1 is multiplied by in the next step: the schedule, where ``steps`` is known, times the multiplier."""
-        schedule = 1.0 if self.steps is None else min(1.0, max(0.0, 4 - 4 * self._taken / self.steps))
-        return schedule if self._search is None else schedule * self._search.line_search.multiplier.value
+        """What λ_1 is multiplied by in the next step: the schedule, where ``steps`` is known."""
+        return 1.0 if self.steps is None else min(1.0, max(0.0, 4 - 4 * self._taken / self.steps))
 
     @property
-    def line_search_every(self) -> int | None:
-        """The number of steps between line searches; 0: there are none, ``None``: their price was not yet counted."""
-        return 0 if self._search is None else self._search.cadence.every
+    def compare_every(self) -> int | None:
+        """The number of steps between comparisons; 0: there are none, ``None``: their price was not yet counted."""
+        return 0 if self._comparison is None else self._comparison.cadence.every
 
     @property
     def look_every(self) -> int | None:
-        """The old name of :attr:`line_search_every`."""
-        warnings.warn("look_every is now line_search_every", DeprecationWarning, stacklevel=2)
-        return self.line_search_every
+        """The old name of :attr:`compare_every`."""
+        warnings.warn("look_every is now compare_every", DeprecationWarning, stacklevel=2)
+        return self.compare_every
 
     @property
     def _eta(self) -> Tensor | None:
-        """η: the rates as they were measured, or the relative rates at the length that the line search has found."""
-        if self._search is None:
+        """η: the rates as they were measured, or the relative rates at the scale that comparisons have found."""
+        if self._comparison is None:
             return self.rule.rates
-        return None if self._relative.value is None else self._relative.value * self._search.line_search.step_size
+        return None if self._relative.value is None else self._relative.value * self._comparison.adaptation.scale
 
     @property
     def _has_rates(self) -> bool:
-        return (self.rule.rates if self._search is None else self._relative.value) is not None
+        return (self.rule.rates if self._comparison is None else self._relative.value) is not None
 
     # One step ---------------------------------------------------------------------------------------------------------
 
     def _check_ready(self) -> None:
-        if self._search is not None and self._search.average.is_in_place:
+        if self._comparison is not None and self._comparison.average.is_in_place:
             raise RuntimeError("the model has averaged weights: call the optimizer's train() before its step()")
 
     @torch.no_grad()
     def eval(self) -> None:
-        """Puts the moving average of the weights in their place, if line searches have found the loss lower there.
+        """Puts the moving average of the weights in their place, if comparisons have found the loss lower there.
 
         For validation, and for a model that is kept; call :meth:`train` before the next step.  Training is the same
-        whether this is ever called.  Buffers, such as the statistics of a batch norm, stay as they are.
+        whether this is ever called.  A model with batch norms keeps its weights: their statistics are of those.
         """
-        search = self._search
-        if search is not None and search.line_search.multiplier.advantage > 0 and not search.average.is_in_place:
-            search.average.exchange(self.state)
+        comparison = self._comparison
+        if comparison is None or comparison.average.is_in_place or comparison.adaptation.advantage <= 0:
+            return
+        if not _has_statistics(self._samples.loss.model):
+            comparison.average.exchange(self.state)
 
     @torch.no_grad()
     def train(self) -> None:
         """Puts the weights back that :meth:`eval` has taken out."""
-        if self._search is not None and self._search.average.is_in_place:
-            self._search.average.exchange(self.state)
+        if self._comparison is not None and self._comparison.average.is_in_place:
+            self._comparison.average.exchange(self.state)
 
     def _prepare_gradients(self) -> None:
         """Shortens the gradients of this step where they are too long, once."""
@@ -215,14 +236,14 @@ class NewtonSummary(MeasuredOptimizer):
     def _is_time_to_measure(self) -> bool:
         """Whether the step to come is one that measures; before there are rates, every fifth does, at least."""
         if not self._has_rates:
-            return self._taken % min(self.every or SEARCHES.first, SEARCHES.first) == 0
+            return self._taken % min(self.every or _WAITING, _WAITING) == 0
         if self.every is not None:
             return self._taken % self.every == 0
-        needed = self._search is None or len(self.partition) > 1  # a single relative rate stays what it is
+        needed = self._comparison is None or len(self.partition) > 1  # a single relative rate stays what it is
         return needed and self._taken % MEASUREMENTS.first == 0
 
     def _take_in(self, batch: Any, partition: Partition, along: Sequence[Tensor]) -> Summary:
-        """Measures, and takes the relative rates from it; before there are any, backtracks instead of searching."""
+        """Measures, and takes the relative rates from it; before there are any, backtracks."""
         counting = self.every is None and self._samples.stream is not None and self._has_rates
         with Price() if counting else contextlib.nullcontext() as price:
             summary = super()._take_in(batch, partition, along)
@@ -232,12 +253,12 @@ class NewtonSummary(MeasuredOptimizer):
             with Price() as evaluation:
                 self._samples.evaluate(batch, partition, along)
             self.every = round(self._samples.mean(affordable_interval(price, evaluation, MEASUREMENTS)))
-        if self._search is not None and self.status is Status.SOLVED:
+        if self._comparison is not None and self.status is Status.SOLVED:
             self._take_relative_rates()
         return summary
 
     def _take_relative_rates(self) -> None:
-        """Takes the ratios of the rates just measured; their size is the line search's."""
+        """Takes the ratios of the rates just measured; their size is found by comparisons."""
         rates, mean = self.rule.rates, self.rule.average.value
         if rates is not None and mean is not None and mean.hessian is not None:
             self._relative.update(rates, mean.hessian)
@@ -262,26 +283,35 @@ class NewtonSummary(MeasuredOptimizer):
         self.counts["halved"] += halvings
 
     def _adapt(self) -> None:
-        """Searches along the step to come, where there are rates and it is time to."""
-        if self._search is None or self._relative.value is None:
+        """Compares, where it is time to."""
+        if self._comparison is None or self._taken < self._comparison.cadence.due:
             return
-        self._search.cadence.note(self._taken, self._take_alarm())
-        if self._search.cadence.is_due(self._taken):
-            self._search.run(self._current_direction(), self._relative.value, self.state, self._taken)
-            self.counts["searched"] += 1
-            self._publish_rates()
+        begins = self._comparison.cadence.due == 0
+        self._comparison.run(self.state, self._taken, holds=self.factor < 1)
+        self.counts["compared"] += 1
+        if begins and self._relative.value is not None:
+            self._comparison.begin(self._current_direction(), self._relative.value)
+        self._publish_rates()
 
-    def _take_alarm(self) -> bool:
-        """Takes the alarm of a gradient that was too long, as far as it is asked: at once where that costs nothing."""
-        alone = self._samples.processes.count == 1
-        if not (alone and self._clipping.is_on_host) and self._taken % SEARCHES.first != 0:
-            return False
-        alarm = self._clipping.take_alarm()
-        return alarm if alone else self._samples.mean(float(alarm)) > 0
+    def _current_direction(self) -> dict[Tensor, Tensor]:
+        """The direction of this step; the sides of its factors are chosen before it is first computed."""
+        if self._pending is None:
+            self._adapt()
+        return super()._current_direction()
 
     # State ------------------------------------------------------------------------------------------------------------
 
     def _parts(self) -> dict[str, Part | None]:
         """What remembers something, by name."""
-        own: dict[str, Part | None] = {"clipping": self._clipping, "relative": self._relative, "search": self._search}
+        own: dict[str, Part | None] = {
+            "clipping": self._clipping,
+            "relative": self._relative,
+            "comparison": self._comparison,
+            "sides": self._sides,
+        }
         return {**super()._parts(), **own}
+
+
+def _has_statistics(model: nn.Module) -> bool:
+    """Whether the model is evaluated with statistics that belong to the weights that it was trained at."""
+    return any(isinstance(m, nn.modules.batchnorm._BatchNorm) and m.track_running_stats for m in model.modules())

@@ -10,11 +10,14 @@ from torch import Tensor
 
 
 class RelativeRates:
-    """Rates whose size is that of the first measurement, and whose ratios are those of the last one.
+    """Rates whose size is that of the first ones, and whose ratios are those of the last measurement.
 
-    The line search adapts the length of a step in multiples of these rates: were their size to change with each
+    One scale adapts the length of a step in multiples of these rates: were their size to change with each
     measurement, what it has found would be lost.  So new rates are brought to the length at which they have the same
     curvature, ηᵀ H̄ η, in the measured averages as those before.
+
+    Args:
+        value: the first ones, shape (S,); ``None`` where the first measurement gives them.
 
     Attributes:
         value: shape (S,), float64; ``None`` before the first measurement.
@@ -27,8 +30,8 @@ class RelativeRates:
         tensor([1.4142, 0.0000])
     """
 
-    def __init__(self) -> None:
-        self.value: Tensor | None = None
+    def __init__(self, value: Tensor | None = None) -> None:
+        self.value = value
 
     def update(self, rates: Tensor, hessian: Tensor) -> None:
         """Takes the ratios of rates just measured; where all are 0, or a curvature is not positive, it does not.

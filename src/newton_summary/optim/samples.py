@@ -64,6 +64,12 @@ class Samples:
         with measurable(self.loss.model, self.partition, direction) as whole:
             yield whole
 
+    @contextlib.contextmanager
+    def whole(self) -> Iterator[Partition]:
+        """The same block where there is no direction."""
+        with measurable(self.loss.model, self.partition, []) as (partition, _):
+            yield partition
+
     def summary(self, batch: Any, partition: Partition, along: Sequence[Tensor]) -> Summary:
         """The measurement on all processes' batches together."""
         part = self.engine.measure(self.loss, batch, partition, along, 3, "diagonal")

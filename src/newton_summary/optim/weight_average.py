@@ -1,4 +1,4 @@
-"""The exponential moving average of the weights."""
+"""The moving average of the weights."""
 
 from __future__ import annotations
 
@@ -11,7 +11,6 @@ from torch import Tensor
 from newton_summary.optim.directions import State
 
 _KEY = "average"
-_SHARE = 0.03  # of the newest weights in the average, for each step since the last ones
 
 
 class WeightAverage:
@@ -30,7 +29,7 @@ class WeightAverage:
         >>> _ = average.values(state)
         >>> with torch.no_grad():
         ...     _ = weight.fill_(1.0)
-        ...     average.update(state, steps=5)
+        ...     average.update(state, share=0.15)
         >>> average.values(state)
         [tensor([0.1500])]
     """
@@ -46,9 +45,9 @@ class WeightAverage:
                 state[p][_KEY] = p.detach().clone(memory_format=torch.preserve_format)
         return [state[p][_KEY] for p in self.parameters]
 
-    def update(self, state: State, steps: int) -> None:
-        """Takes the weights in, after so many steps since the last ones."""
-        torch._foreach_lerp_(self.values(state), list(self.parameters), share_of_newest(steps))
+    def update(self, state: State, share: float) -> None:
+        """Takes the weights in, as this share of the average."""
+        torch._foreach_lerp_(self.values(state), list(self.parameters), share)
 
     def restore(self, state: State) -> None:
         """Sends the weights back to their average."""
@@ -69,8 +68,3 @@ class WeightAverage:
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """The inverse of :meth:`state_dict`."""
         self.is_in_place = state["is_in_place"]
-
-
-def share_of_newest(steps: int) -> float:
-    """The share of the weights in their moving average, which takes them in after so many steps."""
-    return min(_SHARE * steps, 1.0)

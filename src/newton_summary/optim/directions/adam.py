@@ -4,14 +4,14 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Iterable, Mapping
-from typing import Any, NamedTuple, TypeGuard
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.optim.adam import adam
 
 from newton_summary._checks import check_fraction
-from newton_summary.optim.directions.base import Direction, Groups, State, Stateless, buckets, gradients_of
+from newton_summary.optim.directions.base import Groups, State, Stateless, buckets, gradients_of
 
 _FUSED = ("cpu", "cuda", "mps")  # devices, on which torch has Adam in one kernel
 
@@ -25,6 +25,8 @@ class Adam(Stateless):
     """
 
     looks_ahead = False
+    usual_rate = 1e-3
+    """What a training begins with: entries of its step are at most about 1, whatever the units of the loss."""
 
     def __init__(self, betas: tuple[float, float] = (0.9, 0.999), eps: float = 1e-8) -> None:
         for beta in betas:
@@ -36,8 +38,9 @@ class Adam(Stateless):
     def update(self, groups: Groups, state: State) -> dict[Tensor, Tensor]:
         """New tensors."""
         result: dict[Tensor, Tensor] = {}
-        for alike, parameters in _for_one_kernel(groups, state):
-            result |= dict(zip(parameters, self._directions(parameters, state, alike), strict=True))
+        for alike, parameters in for_one_kernel(groups, state):
+            directions = self.directions(gradients_of(parameters), [state[p] for p in parameters], alike)
+            result |= dict(zip(parameters, directions, strict=True))
         return result
 
     def descend(self, groups: Groups, state: State, sizes: Mapping[Tensor, float]) -> None:
@@ -48,25 +51,34 @@ class Adam(Stateless):
             state: the optimizer's.
             sizes: of the step, for every parameter that has a gradient.
         """
-        for alike, parameters in _for_one_kernel(groups, state, sizes):
-            if alike.eps > 0 and all(p.stride() == state[p]["exp_avg"].stride() for p in parameters):
-                self._move(parameters, parameters, state, alike, alike.size)
+        for alike, parameters in for_one_kernel(groups, state, sizes):
+            gradients, memories = gradients_of(parameters), [state[p] for p in parameters]
+            laid_out = (p.stride() == m["exp_avg"].stride() for p, m in zip(parameters, memories, strict=True))
+            if alike.eps > 0 and all(laid_out):
+                self._move(parameters, gradients, memories, alike, alike.size)
             else:
-                torch._foreach_sub_(parameters, self._directions(parameters, state, alike), alpha=alike.size)
+                torch._foreach_sub_(parameters, self.directions(gradients, memories, alike), alpha=alike.size)
 
-    def _directions(self, parameters: list[Tensor], state: State, alike: _Alike) -> list[Tensor]:
-        """What a step leads to from zero, at a rate of −1."""
-        directions = [torch.zeros_like(state[p]["exp_avg"]) for p in parameters]
-        self._move(directions, parameters, state, alike, -1.0)
+    def directions(self, gradients: list[Tensor], memories: list[dict[str, Any]], alike: Alike) -> list[Tensor]:
+        """What a step leads to from zero, at a rate of −1: new tensors, shaped as the memories are."""
+        directions = [torch.zeros_like(m["exp_avg"]) for m in memories]
+        self._move(directions, gradients, memories, alike, -1.0)
         if alike.eps == 0:  # an entry that never had a gradient, or one too small to square, does not move
-            for p, direction in zip(parameters, directions, strict=True):
-                direction.masked_fill_(state[p]["exp_avg_sq"] == 0, 0.0)
+            for memory, direction in zip(memories, directions, strict=True):
+                direction.masked_fill_(memory["exp_avg_sq"] == 0, 0.0)
         return directions
 
-    def _move(self, places: list[Tensor], parameters: list[Tensor], state: State, alike: _Alike, rate: float) -> None:
+    def _move(
+        self,
+        places: list[Tensor],
+        gradients: list[Tensor],
+        memories: list[dict[str, Any]],
+        alike: Alike,
+        rate: float,
+    ) -> None:
         """Moves these places by torch's Adam, in one kernel where there is one."""
-        means, squares = ([state[p][key] for p in parameters] for key in ("exp_avg", "exp_avg_sq"))
-        gradients = [_laid_out_as(place, g) for place, g in zip(places, gradients_of(parameters), strict=True)]
+        means, squares = ([m[key] for m in memories] for key in ("exp_avg", "exp_avg_sq"))
+        gradients = [_laid_out_as(place, g) for place, g in zip(places, gradients, strict=True)]
         beta = beta1 = alike.betas[0]
         if self.looks_ahead:  # with β² for β, the mean becomes β² m + (1 − β²) g, which is Nesterov's step from m
             beta, rate = beta1**2, rate * (1 - beta1 ** (2 * alike.step)) / (1 - beta1 ** (alike.step + 1))
@@ -94,12 +106,7 @@ class NAdam(Adam):
         super().__init__(betas, eps)
 
 
-def descends(direction: Direction) -> TypeGuard[Adam]:
-    """Whether a direction can take its step by itself; a subclass that gives another one cannot."""
-    return isinstance(direction, Adam) and type(direction).update is Adam.update
-
-
-class _Alike(NamedTuple):
+class Alike(NamedTuple):
     """What parameters have in common that Adam moves in one kernel."""
 
     dtype: torch.dtype
@@ -109,15 +116,15 @@ class _Alike(NamedTuple):
     size: float
 
 
-def _for_one_kernel(
+def for_one_kernel(
     groups: Groups, state: State, sizes: Mapping[Tensor, float] | None = None
-) -> Iterable[tuple[_Alike, list[Tensor]]]:
+) -> Iterable[tuple[Alike, list[Tensor]]]:
     """The parameters that have gradients, their memories at the next step, together where one kernel can move them."""
-    kernels: defaultdict[_Alike, list[Tensor]] = defaultdict(list)
+    kernels: defaultdict[Alike, list[Tensor]] = defaultdict(list)
     for (betas, eps), parameters in buckets(groups, "betas", "eps"):
         for p in parameters:
-            step = _adam_memory(p, state[p])["step"]
-            kernels[_Alike(p.dtype, betas, eps, step, 1.0 if sizes is None else sizes[p])].append(p)
+            step = adam_memory(p, state[p])["step"]
+            kernels[Alike(p.dtype, betas, eps, step, 1.0 if sizes is None else sizes[p])].append(p)
     return kernels.items()
 
 
@@ -139,7 +146,7 @@ def _by_torch(tensors: tuple[list[Tensor], ...], step: int, options: dict[str, A
         adam(places, gradients, means, squares, [], steps, **options)
 
 
-def _adam_memory(parameter: Tensor, state: dict[str, Any]) -> dict[str, Any]:
+def adam_memory(parameter: Tensor, state: dict[str, Any]) -> dict[str, Any]:
     """The memory of a parameter, at its next step."""
     if "step" not in state:
         state["step"] = 0

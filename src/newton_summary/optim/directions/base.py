@@ -39,6 +39,12 @@ class Direction(Protocol):
         ...
 
 
+def usual_rate(direction: Direction) -> float | None:
+    """The length, in units of the direction, that training begins with; ``None`` where it has to be measured."""
+    rate: float | None = getattr(direction, "usual_rate", None)
+    return rate
+
+
 class Stateless:
     """A direction whose memory is all in the optimizer's state."""
 

@@ -8,11 +8,12 @@ from newton_summary.optim.directions.adam import Adam, NAdam
 from newton_summary.optim.directions.base import Direction
 from newton_summary.optim.directions.gradient import Gradient
 from newton_summary.optim.directions.momentum import Momentum
+from newton_summary.optim.directions.soap import SOAP
 from newton_summary.optim.directions.step_of import StepOf
 
 
 def resolve(direction: str | torch.optim.Optimizer | Direction) -> Direction:
-    """A direction by its name, ``"gradient"``, ``"momentum"``, ``"adam"`` or ``"nadam"``, or around an optimizer.
+    """A direction by its name, such as ``"adam"``, or around an optimizer.
 
     Raises:
         ValueError: the name is unknown.
@@ -31,6 +32,7 @@ def resolve(direction: str | torch.optim.Optimizer | Direction) -> Direction:
         "momentum": Momentum,
         "adam": Adam,
         "nadam": NAdam,
+        "soap": SOAP,
     }
     if direction not in named:
         raise ValueError(

@@ -22,6 +22,9 @@ class StepOf:
         ValueError: it needs one.
     """
 
+    usual_rate = 1.0
+    """Its own step, to begin with."""
+
     def __init__(self, optimizer: torch.optim.Optimizer) -> None:
         closure = inspect.signature(type(optimizer).step).parameters.get("closure")
         if closure is not None and closure.default is inspect.Parameter.empty:
