@@ -417,7 +417,7 @@ def test_rates_are_those_that_are_applied(name) -> None:
     run(model, optimizer, batches, 43, scheduler=scheduler)
     if name in ("default", "each tensor", "AdamW's step"):
         assert optimizer._comparison.adaptation.scale != 1.0  # else the test tells less
-    for number in range(4):  # line searches in between change it before the step
+    for number in range(4):  # comparisons in between change it before the step
         optimizer.zero_grad()
         loss_fn(model, batches[number]).backward()
         before, u, made = (
@@ -483,7 +483,7 @@ def test_steps_in_one_kernel_are_those_along_the_direction(partition):
         run(model, optimizer, batches, 10, scheduler=scheduler)
     for p, q in zip(*(m.parameters() for m in models), strict=True):
         torch.testing.assert_close(p, q, rtol=1e-9, atol=1e-11)
-    assert total_loss(models[0]) < 0.5 * total_loss(make_model())
+    assert total_loss(models[0]) < 0.6 * total_loss(make_model())
 
 
 # State ----------------------------------------------------------------------------------------------------------------

@@ -769,7 +769,7 @@ def test_nothing_is_measured_at_averaged_weights() -> None:
     model, batches = network(4, 3, 1), regression()
     optimizer = ns.NewtonSummary(model, squared_error, curvature_data=batches)
     train(optimizer, model, batches)
-    optimizer._search.line_search.multiplier.advantage = 1.0
+    optimizer._comparison.adaptation.advantage = 1.0
     optimizer.eval()
     squared_error(model, batches[0]).backward()
     for call in (optimizer.step, lambda: optimizer.measure(batches[0])):
@@ -929,7 +929,7 @@ def test_the_step_of_an_optimizer_without_a_rate_is_a_direction() -> None:
     """A rate of 1 repeats its step, as far as these rates are from 1."""
     model, batches = network(4, 3, 1), regression()
     optimizer = ns.NewtonSummary(
-        model, squared_error, curvature_data=batches, direction=RelativeSteps(model.parameters()), line_search_every=0
+        model, squared_error, curvature_data=batches, direction=RelativeSteps(model.parameters()), compare_every=0
     )
     before = [p.detach().clone() for p in model.parameters()]
     squared_error(model, batches[0]).backward()
@@ -1049,13 +1049,13 @@ def test_a_state_with_line_searches_is_not_loaded_without() -> None:
     rates = explicit.rates
     with pytest.raises(ValueError, match=r"the state has a 'search', this optimizer has none.*curvature_data"):
         explicit.load_state_dict(searching.state_dict())
-    with pytest.raises(ValueError, match=r"this optimizer has a 'search', the state has none.*curvature_data"):
+    with pytest.raises(ValueError, match=r"this optimizer has a 'comparison', the state has none.*curvature_data"):
         searching.load_state_dict(explicit.state_dict())
     assert explicit.rates == rates
     again = make(curvature_data=batches)
     again.load_state_dict(searching.state_dict())
     assert again.rates == searching.rates
-    measuring, other = make(curvature_data=batches, line_search_every=0), make()
+    measuring, other = make(curvature_data=batches, compare_every=0), make()
     measuring.step()
     other.load_state_dict(measuring.state_dict())
     assert other.rates == measuring.rates != {}
@@ -1103,14 +1103,14 @@ def test_the_first_step_is_held_to_the_loss_at_the_rate_after_a_warm_up(warm_up,
         d = m["w"] - 1
         return (1.8 * d + 0.1 * d**2 + d**4).sum()
 
-    optimizer = ns.NewtonSummary(model, loss_fn, curvature_data=[None], direction="gradient", line_search_every=search)
+    optimizer = ns.NewtonSummary(model, loss_fn, curvature_data=[None], direction="gradient", compare_every=search)
     if warm_up == "a scheduler":
         torch.optim.lr_scheduler.LambdaLR(optimizer, lambda t: t / 100)
     elif warm_up == "by hand":
         optimizer.param_groups[0]["lr"] = 0.0
-    assert optimizer.param_groups[0]["lr"] == (1.5 if warm_up is None else 0.0)
+    assert optimizer.param_groups[0]["lr"] == (1.0 if warm_up is None else 0.0)
     loss_fn(model, None).backward()
-    optimizer._search = None if search == 0 else optimizer._search
+    optimizer._comparison = None if search == 0 else optimizer._comparison
     optimizer.step()
     assert optimizer.counts["halved"] == 4
 

@@ -62,7 +62,7 @@ class RateAdaptation:
         >>> for step in range(10, 100, 10):  # the average is better: rates fall
         ...     adaptation.compare(weights=1.0, average=0.9, steps=step, gap=10)
         >>> round(adaptation.scale, 2)
-        0.34
+        0.13
     """
 
     def __init__(self, constants: Constants | None = None) -> None:

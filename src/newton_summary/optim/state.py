@@ -46,7 +46,7 @@ def check_parts(parts: Mapping[str, Part | None], saved: Mapping[str, Any]) -> N
             has, lacks = ("the state", "this optimizer") if part is None else ("this optimizer", "the state")
             raise ValueError(
                 f"{has} has a {name!r}, {lacks} has none, so rates would be others: make the optimizer as the one that "
-                "was saved, with or without curvature_data and with the same line_search_every"
+                "was saved, with or without curvature_data and with the same compare_every"
             )
 
 
