@@ -1037,9 +1037,9 @@ def test_no_step_is_along_gradients_that_are_gone(how) -> None:
 # 20: a state that was saved with batches to measure on ----------------------------------------------------------------
 
 
-def test_a_state_with_line_searches_is_not_loaded_without() -> None:
+def test_a_state_with_comparisons_is_not_loaded_without() -> None:
     model, batches = network(4, 3, 1), regression()
-    make = lambda **options: ns.NewtonSummary(model, squared_error, **options)  # noqa: E731
+    make = lambda **options: ns.NewtonSummary(model, squared_error, direction="nadam", **options)  # noqa: E731
     searching, explicit = make(curvature_data=batches), make()
     for batch in batches:
         searching.zero_grad()
@@ -1047,7 +1047,7 @@ def test_a_state_with_line_searches_is_not_loaded_without() -> None:
         searching.step()
     explicit.measure(batches[0])
     rates = explicit.rates
-    with pytest.raises(ValueError, match=r"the state has a 'search', this optimizer has none.*curvature_data"):
+    with pytest.raises(ValueError, match=r"the state has a 'comparison', this optimizer has none.*curvature_data"):
         explicit.load_state_dict(searching.state_dict())
     with pytest.raises(ValueError, match=r"this optimizer has a 'comparison', the state has none.*curvature_data"):
         searching.load_state_dict(explicit.state_dict())

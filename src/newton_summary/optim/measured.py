@@ -195,6 +195,7 @@ class MeasuredOptimizer(torch.optim.Optimizer):
         Raises:
             RuntimeError: there are no gradients.
         """
+        self._check_ready()
         if all(p.grad is None for p in self.partition.parameters):
             raise RuntimeError("no gradients to take a direction from: call backward() before measure()")
         self._forget_stale_gradients()

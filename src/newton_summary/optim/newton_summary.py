@@ -293,6 +293,15 @@ class NewtonSummary(MeasuredOptimizer):
             self._comparison.begin(self._current_direction(), self._relative.value)
         self._publish_rates()
 
+    def _descend(self) -> None:
+        """Steps; beyond the last step that was said there would be, once says so."""
+        if self.steps is not None and self._taken == self.steps:
+            message = (
+                f"{self.steps} steps were taken, which is what steps= says: λ_1 is 0 from now on"
+            )
+            warnings.warn(message, UserWarning, stacklevel=4)
+        super()._descend()
+
     def _current_direction(self) -> dict[Tensor, Tensor]:
         """The direction of this step; the sides of its factors are chosen before it is first computed."""
         if self._pending is None:

@@ -13,6 +13,7 @@ from newton_summary.optim.directions.soap import SOAP, Sides, matrix_shape
 from newton_summary.parallel.processes import Processes
 
 SHARE = 0.2  # of a training step without them, for all factors together
+_FEWEST = 0.25  # of the sides: for less, the one kernel that a step without factors takes is worth more
 _CALLS = 7  # that a side takes in a step
 _PRODUCTS = 6.5  # multiply-adds of a side, in n² for each entry of the other one: 2 in its factor, 4 to turn and back
 _BASIS = 6  # the same of a refresh, in n³
@@ -81,6 +82,8 @@ def affordable_sides(
         if price <= budget:
             budget -= price
             chosen[number][axis] = True
+    if sum(map(sum, chosen)) < _FEWEST * len(offers):
+        return [Sides(False, False) for _ in parameters]
     return [Sides(*pair) for pair in chosen]
 
 
