@@ -105,7 +105,8 @@ class Attributes:
         self._trainable = [(p, p.requires_grad) for m in modules for p in m._parameters.values() if p is not None]
         for module in modules:
             own = vars(module)
-            self._tables += [(t, dict(t)) for t in (own, own["_parameters"], own["_buffers"], own["_modules"])]
+            tables = (own, *(own.get(name) for name in ("_parameters", "_buffers", "_modules")))
+            self._tables += [(t, dict(t)) for t in tables if isinstance(t, dict)]  # those of scripts are not
             for name in own.keys() - _INTERNAL:
                 if type(value := own[name]) in _CONTAINERS:
                     self._containers.append((value, value.copy()))
