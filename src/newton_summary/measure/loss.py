@@ -258,7 +258,7 @@ def _plain_scripts(model: nn.Module) -> Iterator[None]:
     if not any(isinstance(module, torch.jit.ScriptModule) for module in model.modules()):
         yield
         return
-    with torch.jit.optimized_execution(False):
+    with torch.jit.optimized_execution(False):  # type: ignore[attr-defined]
         yield
 
 
