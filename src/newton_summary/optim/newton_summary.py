@@ -183,7 +183,14 @@ class NewtonSummary(MeasuredOptimizer):
 
     def _check_ready(self) -> None:
         if self._search is not None and self._search.average.is_in_place:
-            raise RuntimeError("the model has averaged weights: call the optimizer's train() before its step()")
+            raise RuntimeError("the model has averaged weights: call the optimizer's train() before its next step()")
+
+    def _descend(self) -> None:
+        if self._taken == self.steps:
+            warnings.warn(
+                f"{self.steps} steps were taken, which is what steps= says: λ_1 is 0, and nothing moves", stacklevel=5
+            )
+        super()._descend()
 
     @torch.no_grad()
     def eval(self) -> None:
