@@ -26,7 +26,7 @@ from packaging.requirements import Requirement
 ROOT = Path(__file__).parents[1]
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
 EXPERIMENTS = tomllib.loads((ROOT / "experiments" / "pyproject.toml").read_text(encoding="utf-8"))["project"]
-TOOLS = {"dev", "docs"}  # extras that nothing in the package imports
+TOOLS = {"dev", "zoo", "docs"}  # extras that nothing in the package imports
 
 EXTRAS = {
     "plots": "ns.Summary(loss=1.0, gradient=[1.0], hessian=[[1.0]]).plot()",

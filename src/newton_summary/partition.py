@@ -15,6 +15,8 @@ from typing import Any, TypeAlias
 import torch
 from torch import Tensor, nn
 
+from newton_summary import architecture
+
 Label: TypeAlias = int | Tensor
 """The group of a whole tensor, or the group of each of its entries (int64, of the tensor's shape)."""
 
@@ -157,6 +159,81 @@ class Partition:
         if left and rest is not None:
             groups.setdefault(rest, []).extend(left)
         return cls(groups, model)
+
+    # Parts of architectures -------------------------------------------------------------------------------------------
+
+    @classmethod
+    def heads(cls, model: nn.Module, rest: str | None = "rest") -> Partition:
+        """One group for each attention head: its queries, keys, values, and its inputs of the output projection.
+
+        Projections may be separate or fused, as those of torch, transformers, diffusers and timm are.  Where several
+        heads share keys and values (grouped queries), these are groups by themselves.
+
+        Args:
+            model: the module whose parameters are split.
+            rest: the name of a last group for everything else; ``None`` makes a group of each other tensor.
+
+        Raises:
+            ValueError: there is no attention that is known, or its heads do not divide its projections.
+
+        Example:
+            >>> layer = nn.TransformerEncoderLayer(8, nhead=2, dim_feedforward=16)
+            >>> Partition.heads(layer).names
+            ('self_attn.head0', 'self_attn.head1', 'rest')
+        """
+        return cls._of_parts(model, architecture.heads, rest)
+
+    @classmethod
+    def experts(cls, model: nn.Module, rest: str | None = "rest") -> Partition:
+        """One group for each expert of every layer: lists of modules, or stacked weights, named ``experts``.
+
+        Args:
+            model: the module whose parameters are split.
+            rest: as in :meth:`heads`.
+
+        Raises:
+            ValueError: there are none.
+        """
+        return cls._of_parts(model, architecture.experts, rest)
+
+    @classmethod
+    def channels(cls, model: nn.Module, layer: str, rest: str | None = None) -> Partition:
+        """One group for each output channel of a layer, with its entry of the bias.
+
+        Args:
+            model: the module whose parameters are split.
+            layer: the name of a submodule with a weight whose first dimension is that of its outputs.
+            rest: as in :meth:`heads`.
+
+        Raises:
+            ValueError: the layer has no trainable weight.
+        """
+        return cls._of_parts(model, lambda _, trainable: architecture.channels(layer, trainable), rest)
+
+    @classmethod
+    def by_frequency(
+        cls, model: nn.Module, table: str, counts: Tensor, bins: int = 4, rest: str | None = None
+    ) -> Partition:
+        """Groups of the rows of an embedding, of about as many occurrences each, the most frequent rows first.
+
+        Args:
+            model: the module whose parameters are split.
+            table: the name of the embedding's weight.
+            counts: how often each row is looked up, such as ``torch.bincount(tokens, minlength=rows)``.
+            bins: how many groups; fewer where single rows are very frequent, and one more for rows without occurrences.
+            rest: as in :meth:`heads`.
+
+        Raises:
+            ValueError: the table is unknown, or counts do not fit it.
+        """
+        return cls._of_parts(model, lambda _, trainable: architecture.frequencies(table, counts, bins, trainable), rest)
+
+    @classmethod
+    def _of_parts(
+        cls, model: nn.Module, find: Callable[[nn.Module, Mapping[str, Tensor]], architecture.Groups], rest: str | None
+    ) -> Partition:
+        model, trainable = unwrap(model), trainable_parameters(model)
+        return cls(architecture.completed(find(model, trainable), trainable, rest), model)
 
     # Reading ----------------------------------------------------------------------------------------------------------
 
@@ -305,6 +382,8 @@ _BY_NAME: dict[str, Callable[[nn.Module], Partition]] = {
     "discrete": Partition.discrete,
     "by_kind": Partition.by_kind,
     "by_module": Partition.by_module,
+    "heads": Partition.heads,
+    "experts": Partition.experts,
 }
 
 

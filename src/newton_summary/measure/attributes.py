@@ -1,130 +1,227 @@
-"""What a loss may change besides tensors: attributes of modules, and generators of random numbers of its own."""
+"""What a loss may change besides what tensors hold: attributes, containers, variables, generators of random numbers."""
 
 from __future__ import annotations
 
+import dis
 import functools
 import operator
 import random
+import sys
 import types
 from collections import Counter, OrderedDict, defaultdict, deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import torch
-from torch import nn
+from torch import Tensor, nn
 
-_CONTAINERS = (list, dict, OrderedDict, set, deque, Counter, defaultdict)
+_CONTAINERS = (list, dict, set, deque, Counter, defaultdict, OrderedDict)
 _GENERATORS = (torch.Generator, np.random.Generator, np.random.RandomState, random.Random)
-_FOUND = (nn.Module, *_GENERATORS)
-_DEPTH = 3  # how deep closures and objects are looked into
+_ATOMS = {
+    int,
+    float,
+    bool,
+    complex,
+    str,
+    bytes,
+    type(None),
+    torch.dtype,
+    torch.device,
+    torch.Size,
+    Tensor,
+    nn.Parameter,
+}
+_DEPTH = 3  # how deep functions, containers and objects are looked into
+_WIDTH = 64  # how many entries of a container are
+_LARGEST = 10_000  # entries of a container that is restored: what is larger is data
+_STRANGERS = {"torch", "numpy", "newton_summary", "builtins", *sys.stdlib_module_names}
+"""Whose functions and objects are not looked into."""
 
+_INTERNAL = ("_parameters", "_buffers", "_modules")
+"""What is looked at by itself."""
 
-_INTERNAL = {"_parameters", "_buffers", "_modules"}
-"""What is looked at by itself.  Hooks are containers: transformers adds some, and notes in an attribute that it has."""
+_HOOKS = {name for name, value in vars(nn.Module()).items() if type(value) in _CONTAINERS} - {*_INTERNAL}
+"""Containers that every module has: transformers adds hooks, and notes in an attribute that it has."""
 
 
 def owners(model: nn.Module, loss_fn: Any) -> tuple[list[nn.Module], list[Any]]:
-    """The modules and the other objects whose attributes a loss is likely to change, each once.
+    """The modules and the other things that a loss is likely to change, each once.
 
-    They are the modules of the model, what a loss function captured (in its closure, its defaults, the globals that it
-    names, the object that it is a method of), and what those hold as attributes.
+    They are the modules of the model; what a loss function captured (in its closure, its defaults, the globals that it
+    names, the object that it is a method of), its variables themselves, where it may rebind them; and what modules and
+    objects hold as attributes, in containers too.  A container that a function captured is looked into, and left as the
+    function leaves it: it is where one notes what a loss was called with.
     """
-    modules: dict[int, nn.Module] = {id(m): m for m in model.modules()}
-    objects: dict[int, Any] = {}
-    for found in _captured(loss_fn, _DEPTH, set()):
-        if isinstance(found, nn.Module):
-            modules |= {id(m): m for m in found.modules()}
-        else:
-            objects[id(found)] = found
-    for module in modules.values():
-        for name in vars(module).keys() - _INTERNAL:
-            if isinstance(value := vars(module)[name], _GENERATORS):
-                objects[id(value)] = value
-    return list(modules.values()), list(objects.values())
+    found: list[Any] = []
+    seen: set[int] = set()
+    _collect(loss_fn, _DEPTH, seen, found, False)
+    modules = {id(m): m for m in model.modules()}
+    waiting, others = list(modules.values()), []
+    while waiting or found:
+        for thing in found:
+            if isinstance(thing, nn.Module):
+                new = [m for m in thing.modules() if id(m) not in modules]
+                modules |= {id(m): m for m in new}
+                waiting += new
+            else:
+                others.append(thing)
+        found.clear()
+        for module in waiting:
+            for name, value in vars(module).items():
+                if name in _HOOKS:
+                    others.append(value)
+                elif type(value) not in _ATOMS and name not in _INTERNAL:
+                    _collect(value, _DEPTH - 1, seen, found, True)
+        waiting.clear()
+    return list(modules.values()), others
 
 
-def _captured(value: Any, depth: int, seen: set[int]) -> Iterator[Any]:
-    """Modules, generators and objects with attributes that a function or an object leads to."""
-    if depth < 0 or id(value) in seen or isinstance(value, type | types.ModuleType | str | bytes | int | float):
+@dataclass(frozen=True, slots=True)
+class _Global:
+    """A variable of a module of Python that a function rebinds."""
+
+    table: dict[str, Any]
+    name: str
+
+
+def _collect(value: Any, depth: int, seen: set[int], found: list[Any], is_attribute: bool) -> None:
+    """Adds what a value leads to: modules, generators, objects with attributes, variables, containers in attributes."""
+    kind = type(value)
+    if kind in _ATOMS or id(value) in seen:
         return
-    seen.add(id(value))
-    if isinstance(value, _FOUND):
-        yield value
+    if is_attribute or kind not in _CONTAINERS:
+        seen.add(id(value))
+    if isinstance(value, (nn.Module, *_GENERATORS)):
+        found.append(value)
         return
-    for inner in _inside(value):
-        yield from _captured(inner, depth - 1, seen)
-    if _is_plain_object(value):
-        yield value
+    inner: Iterable[Any]
+    if kind in (list, tuple, set, deque):
+        inner = [v for v in value if type(v) not in _ATOMS] if len(value) <= _WIDTH else list(value)[:_WIDTH]
+    elif kind in _CONTAINERS:
+        inner = list(value.values())[:_WIDTH]
+    elif kind is types.FunctionType:
+        if value.__module__ is None or value.__module__.partition(".")[0] in _STRANGERS:
+            return
+        inner, is_attribute = _captured(value, found), False
+    elif kind is types.MethodType:
+        inner = [value.__self__, value.__func__]
+    elif kind is functools.partial:
+        inner = [value.func, *value.args, *value.keywords.values()]
+    elif _is_plain_object(value):
+        found.append(value)
+        inner, is_attribute = list(vars(value).values()), True
+    else:
+        return
+    if is_attribute and kind in _CONTAINERS:
+        found.append(value)
+    if depth > 0:
+        for one in inner:
+            _collect(one, depth - 1, seen, found, is_attribute)
 
 
-def _inside(value: Any) -> list[Any]:
-    """What a function, a method, a partial application, a container or an object holds."""
-    if isinstance(value, types.MethodType):
-        return [value.__self__, value.__func__]
-    if isinstance(value, functools.partial):
-        return [value.func, *value.args, *value.keywords.values()]
-    if isinstance(value, types.FunctionType):
-        cells = [_content(cell) for cell in value.__closure__ or ()]
-        named = [value.__globals__.get(name) for name in value.__code__.co_names]
-        return [*cells, *(value.__defaults__ or ()), *(value.__kwdefaults__ or {}).values(), *named]
-    if type(value) in (list, tuple):
-        return list(value[:64])
-    if type(value) is dict:
-        return list(value.values())[:64]
-    return [held for held in vars(value).values() if isinstance(held, _FOUND)] if _is_plain_object(value) else []
+def _captured(function: types.FunctionType, found: list[Any]) -> list[Any]:
+    """What a function uses from outside; adds the variables that it may rebind."""
+    cells = function.__closure__ or ()
+    found += cells
+    table = function.__globals__
+    found += [_Global(table, name) for name in _rebound(function.__code__) if name in table]
+    named = [table[name] for name in function.__code__.co_names if name in table]
+    values = [_content(cell) for cell in cells]
+    return [*values, *(function.__defaults__ or ()), *(function.__kwdefaults__ or {}).values(), *named]
+
+
+@functools.lru_cache(maxsize=1024)
+def _rebound(code: types.CodeType) -> tuple[str, ...]:
+    """The global variables that a function rebinds."""
+    return tuple({i.argval for i in dis.get_instructions(code) if i.opname == "STORE_GLOBAL"})
 
 
 def _is_plain_object(value: Any) -> bool:
     """Whether it is of a class that a user wrote, with attributes that can be set."""
     kind = type(value)
-    known = kind.__module__.partition(".")[0] in ("torch", "numpy", "builtins", "newton_summary", "functools")
     return (
-        not known and isinstance(getattr(value, "__dict__", None), dict) and not callable(getattr(kind, "__get__", 0))
+        isinstance(getattr(value, "__dict__", None), dict)
+        and kind.__module__.partition(".")[0] not in _STRANGERS
+        and not isinstance(value, type | types.ModuleType | types.FunctionType | torch.optim.Optimizer)
+        and not callable(getattr(kind, "__get__", 0))
     )
+
+
+_NOTHING = object()
 
 
 def _content(cell: Any) -> Any:
     try:
         return cell.cell_contents
     except ValueError:  # not filled yet
-        return None
+        return _NOTHING
 
 
 class Attributes:
-    """What some modules and objects hold in their attributes, to be restored.
+    """What some modules and other things hold, to be restored.
 
-    Rebound attributes get their old values back, plain containers in attributes of modules their old entries, and
-    parameters are frozen as they were.  What tensors hold is not looked at: see
+    Rebound attributes and variables get their old values back, plain containers their old entries; parameters their
+    gradients, the memory that they look at, and whether they take gradients.  What tensors hold is not looked at: see
     :class:`~newton_summary.measure.journal.Journal`.
     """
 
-    def __init__(self, modules: list[nn.Module], objects: list[Any]) -> None:
-        self._tables = []
-        self._containers = []
-        self._trainable = [(p, p.requires_grad) for m in modules for p in m._parameters.values() if p is not None]
+    def __init__(self, modules: list[nn.Module], others: list[Any]) -> None:
+        self._tables: list[tuple[dict[str, Any], dict[str, Any]]] = []
+        self._containers: list[tuple[Any, Any]] = []
+        self._empty: list[Any] = []  # most containers of modules are
+        self._cells: list[tuple[Any, Any]] = []
+        self._globals: list[tuple[_Global, Any]] = []
+        self._parameters: dict[int, tuple[Tensor, bool, Tensor | None, Tensor | None]] = {}
         for module in modules:
             own = vars(module)
-            self._tables += [(t, dict(t)) for t in (own, own["_parameters"], own["_buffers"], own["_modules"])]
-            for name in own.keys() - _INTERNAL:
-                if type(value := own[name]) in _CONTAINERS:
-                    self._containers.append((value, value.copy()))
-        for thing in objects:
-            if not isinstance(thing, _GENERATORS):
+            tables = (own, *(own.get(name) for name in _INTERNAL))
+            self._tables += [(t, dict(t)) for t in tables if isinstance(t, dict)]  # those of scripts are not
+            for p in module._parameters.values():
+                if p is not None and id(p) not in self._parameters:
+                    self._parameters[id(p)] = (p, p.requires_grad, p.grad, p.data if _has_plain_memory(p) else None)
+        for thing in others:
+            if type(thing) in _CONTAINERS:
+                if not thing:
+                    self._empty.append(thing)
+                elif len(thing) <= _LARGEST:
+                    self._containers.append((thing, thing.copy()))
+            elif isinstance(thing, types.CellType):
+                self._cells.append((thing, _content(thing)))
+            elif isinstance(thing, _Global):
+                self._globals.append((thing, thing.table.get(thing.name)))
+            elif not isinstance(thing, _GENERATORS):
                 self._tables.append((vars(thing), dict(vars(thing))))
 
     def restore(self) -> None:
         """Puts everything back that has changed."""
         for table, before in self._tables:
             _put_back(table, before)
+        for value in self._empty:
+            if value:
+                value.clear()
         for value, before in self._containers:
             _refill(value, before)
-        for parameter, trainable in self._trainable:
-            if parameter.requires_grad != trainable:
-                parameter.requires_grad_(trainable)
+        for cell, content in self._cells:
+            if _content(cell) is not content and content is not _NOTHING:
+                cell.cell_contents = content
+        for variable, content in self._globals:
+            variable.table[variable.name] = content
+        for p, requires_grad, gradient, data in self._parameters.values():
+            if p.requires_grad != requires_grad:
+                p.requires_grad_(requires_grad)
+            if p.grad is not gradient:
+                p.grad = gradient
+            if data is not None and p.data_ptr() != data.data_ptr():
+                p.data = data
 
 
-def _put_back(table: dict[str, Any], before: dict[str, Any]) -> None:
+def _has_plain_memory(p: Tensor) -> bool:
+    return type(p) is nn.Parameter and p.layout is torch.strided and p.device.type != "meta"
+
+
+def _put_back(table: dict[Any, Any], before: dict[Any, Any]) -> None:
     if table.keys() == before.keys() and all(map(operator.is_, table.values(), before.values())):
         return
     table.clear()
@@ -135,7 +232,7 @@ def _refill(value: Any, before: Any) -> None:
     if isinstance(value, dict):
         _put_back(value, before)
     elif len(value) != len(before) or (
-        not isinstance(value, set) and any(a is not b for a, b in zip(value, before, strict=True))
+        not all(map(operator.is_, value, before)) if not isinstance(value, set) else value != before
     ):
         value.clear()
         value.update(before) if isinstance(value, set) else value.extend(before)

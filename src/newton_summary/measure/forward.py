@@ -153,7 +153,7 @@ class ForwardEngine:
                 entry.refusal = refusal
                 raise
             if expected.is_finite:
-                known.checked.add((recording.operations(), request.order))
+                known.check((recording.operations(), request.order))
         return summary if request.order > 1 else replace(summary, hessian=None)
 
 
@@ -171,6 +171,15 @@ class _Known:
 
     entries: dict[Any, _Entry] = field(default_factory=dict)
     checked: set[Any] = field(default_factory=set)
+
+    def check(self, what: Any) -> None:
+        """Notes that something was checked; begins anew where that is no longer a few."""
+        if len(self.checked) >= _CHECKED:
+            self.checked.clear()
+        self.checked.add(what)
+
+
+_CHECKED = 256
 
 
 def _recorded(loss: Loss, batch: Any, partition: Partition) -> tuple[Recording, Sequence[Tensor | None] | None]:

@@ -138,6 +138,7 @@ class Loss:
             torch.inference_mode(False),
             torch.enable_grad(),
             _differentiable_recurrence(self.model),
+            _plain_scripts(self.model),
             _uncompiled(),
             _plain_checkpoints(),
             sdpa_kernel(SDPBackend.MATH) if differentiable else contextlib.nullcontext(),
@@ -249,6 +250,16 @@ def _differentiable_recurrence(model: nn.Module) -> Iterator[None]:
     finally:
         for backend, enabled in zip(backends, before, strict=True):
             backend.enabled = enabled
+
+
+@contextlib.contextmanager
+def _plain_scripts(model: nn.Module) -> Iterator[None]:
+    """Runs scripts operation by operation: what their executor makes of several has one derivative of its own."""
+    if not any(isinstance(module, torch.jit.ScriptModule) for module in model.modules()):
+        yield
+        return
+    with torch.jit.optimized_execution(False):  # type: ignore[attr-defined]
+        yield
 
 
 @contextlib.contextmanager

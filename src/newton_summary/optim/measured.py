@@ -193,7 +193,7 @@ class MeasuredOptimizer(torch.optim.Optimizer):
             The measurement, of all processes' samples.
 
         Raises:
-            RuntimeError: there are no gradients.
+            RuntimeError: there are no gradients; or :meth:`eval` was called, and not :meth:`train`.
         """
         self._check_ready()
         if all(p.grad is None for p in self.partition.parameters):
@@ -217,7 +217,7 @@ class MeasuredOptimizer(torch.optim.Optimizer):
         """Puts the weights back that :meth:`eval` has taken out."""
 
     def _check_ready(self) -> None:
-        """Raises where no step can be taken now."""
+        """Raises where no step can be taken now, and nothing measured for one."""
 
     def _is_time_to_measure(self) -> bool:
         """Whether the step to come is one that measures."""

@@ -202,7 +202,14 @@ class NewtonSummary(MeasuredOptimizer):
 
     def _check_ready(self) -> None:
         if self._comparison is not None and self._comparison.average.is_in_place:
-            raise RuntimeError("the model has averaged weights: call the optimizer's train() before its step()")
+            raise RuntimeError("the model has averaged weights: call the optimizer's train() before its next step()")
+
+    def _descend(self) -> None:
+        if self._taken == self.steps:
+            warnings.warn(
+                f"{self.steps} steps were taken, which is what steps= says: λ_1 is 0, and nothing moves", stacklevel=5
+            )
+        super()._descend()
 
     @torch.no_grad()
     def eval(self) -> None:
@@ -292,15 +299,6 @@ class NewtonSummary(MeasuredOptimizer):
         if begins and self._relative.value is not None:
             self._comparison.begin(self._current_direction(), self._relative.value)
         self._publish_rates()
-
-    def _descend(self) -> None:
-        """Steps; beyond the last step that was said there would be, once says so."""
-        if self.steps is not None and self._taken == self.steps:
-            message = (
-                f"{self.steps} steps were taken, which is what steps= says: λ_1 is 0 from now on"
-            )
-            warnings.warn(message, UserWarning, stacklevel=4)
-        super()._descend()
 
     def _current_direction(self) -> dict[Tensor, Tensor]:
         """The direction of this step; the sides of its factors are chosen before it is first computed."""

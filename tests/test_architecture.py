@@ -1,0 +1,140 @@
+"""Attention heads, experts, channels and rows of tables as groups."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+from zoo_models import ZOO, make
+
+import newton_summary as ns
+from newton_summary import Partition
+from newton_summary.measure import Loss
+
+pytestmark = pytest.mark.filterwarnings("ignore")
+
+HEADS = {  # of the first attention module: its name, queries, and heads with keys and values of their own
+    "GPT-2": ("transformer.h.0.attn", 4, 4),
+    "Llama": ("model.layers.0.self_attn", 4, 2),
+    "Phi 3": ("model.layers.0.self_attn", 4, 2),
+    "GPT-NeoX": ("gpt_neox.layers.0.attention", 4, 4),
+    "BERT": ("bert.encoder.layer.0.attention.self", 4, 4),
+    "DistilBERT": ("distilbert.transformer.layer.0.attention", 4, 4),
+    "T5": ("encoder.block.0.layer.0.SelfAttention", 4, 4),
+    "ModernBERT": ("model.layers.0.attn", 4, 4),
+    "Whisper": ("model.encoder.layers.0.self_attn", 4, 4),
+    "ViT": ("vit.layers.0.attention", 4, 4),
+    "U-Net": ("down_blocks.1.attentions.0", 2, 2),
+    "torch's encoder": ("encoder.layers.0.self_attn", 4, 4),
+}
+
+
+@pytest.mark.parametrize("name", HEADS)
+def test_a_head_without_its_weights_changes_nothing_but_what_it_would_add(name):
+    """Whatever the layout: a head whose output columns are zero is one that its other weights do not matter to."""
+    if not ZOO[name].is_here:
+        pytest.skip("needs the extra: pip install 'newton-summary[zoo]'")
+    model, loss_fn, batch = make(name, train=False)
+    partition = Partition.heads(model)
+    path, count, own = HEADS[name]
+    assert [n for n in partition.names if n.startswith(f"{path}.head")] == [f"{path}.head{i}" for i in range(count)]
+    if own == count:
+        assert not any("kv" in n for n in partition.names)
+    else:
+        assert [n for n in partition.names if n.startswith(f"{path}.kv")] == [f"{path}.kv{i}" for i in range(own)]
+    group = partition.names.index(f"{path}.head1")
+    masks = {
+        n: label == group
+        for n, label in zip(partition.parameter_names, partition.labels, strict=True)
+        if not isinstance(label, int) and bool((label == group).any())
+    }
+    named = dict(model.named_parameters())
+    output = next(n for n in masks if any(f".{key}.weight" in n for key in OUTPUTS) and n.endswith("weight"))
+    with torch.no_grad():
+        named[output][masks[output]] = 0.0
+        expected = loss_fn(model, batch)
+        for n, mask in masks.items():
+            if n != output:
+                named[n][mask] += 1.0
+        assert loss_fn(model, batch) == pytest.approx(float(expected), rel=1e-9)
+        named[output][masks[output]] = torch.randn(int(masks[output].sum()), dtype=torch.float64)
+        assert loss_fn(model, batch) != pytest.approx(float(expected), rel=1e-9)
+
+
+OUTPUTS = ("o_proj", "out_proj", "c_proj", "out_lin", "to_out.0", "Wo", "dense", "o")
+
+
+def test_a_summary_by_heads_adds_up_to_that_by_tensors():
+    model, loss_fn, batch = make("torch's encoder")
+    heads, whole = Partition.heads(model), Partition.trivial(model)
+    direction = [torch.randn_like(p) for p in whole.parameters]
+
+    def measured(partition):
+        return ns.summarize(
+            loss_fn, model, [batch], partition=partition, direction=direction, engine="forward", third="full"
+        )
+
+    torch.manual_seed(0)
+    fine = measured(heads)
+    torch.manual_seed(0)
+    coarse = measured(whole)
+    torch.testing.assert_close(fine.hessian.sum(), coarse.hessian.sum())
+    torch.testing.assert_close(fine.third.sum(), coarse.third.sum())
+
+
+def test_models_without_attention_are_named():
+    with pytest.raises(ValueError, match=r"Sequential has no attention whose projections are known"):
+        Partition.heads(nn.Sequential(nn.Linear(2, 2)))
+    with pytest.raises(ValueError, match=r"Sequential has no parameters below a module named 'experts'"):
+        Partition.experts(nn.Sequential(nn.Linear(2, 2)))
+
+
+def test_frozen_projections_are_left_out():
+    layer = nn.MultiheadAttention(4, 2)
+    layer.in_proj_weight.requires_grad_(False)
+    partition = Partition.heads(layer)
+    assert partition.names == ("head0", "head1", "rest")
+    assert partition.sizes == (2 * 3 + 2 * 4, 2 * 3 + 2 * 4, 4)
+
+
+def test_experts_in_lists_and_in_stacks():
+    class Layer(nn.Module):
+        def __init__(self, stacked):
+            super().__init__()
+            self.router = nn.Linear(2, 3)
+            self.experts = nn.ModuleList(nn.Linear(2, 2) for _ in range(3))
+            if stacked:
+                self.experts = nn.Module()
+                self.experts.weight = nn.Parameter(torch.ones(3, 2, 2))
+
+    for stacked, size in ((False, 6), (True, 4)):
+        partition = Partition.experts(Layer(stacked), rest=None)
+        assert partition.names == ("experts.0", "experts.1", "experts.2", "router.weight", "router.bias")
+        assert partition.sizes == (size, size, size, 6, 3)
+
+
+def test_channels_of_a_layer():
+    model = nn.Sequential(nn.Conv2d(1, 3, 2), nn.Conv2d(3, 1, 1))
+    partition = Partition.channels(model, "0")
+    assert partition.names == ("0.channel0", "0.channel1", "0.channel2", "1.weight", "1.bias")
+    assert partition.sizes == (5, 5, 5, 3, 1)
+    with pytest.raises(ValueError, match=r"no trainable weight '2.weight'"):
+        Partition.channels(model, "2")
+
+
+def test_rows_by_frequency():
+    model = nn.Sequential(nn.Embedding(6, 2), nn.Linear(2, 6))
+    counts = torch.tensor([1, 0, 6, 2, 3, 0])
+    partition = Partition.by_frequency(model, "0.weight", counts, bins=2, rest="rest")
+    assert partition.names == ("0.weight.frequency1", "0.weight.frequency2", "0.weight.unseen", "rest")
+    assert partition.labels[0][:, 0].tolist() == [1, 2, 0, 1, 1, 2]
+    with pytest.raises(ValueError, match=r"'0.weight' has 6 rows, but counts have shape \(5,\)"):
+        Partition.by_frequency(model, "0.weight", counts[:5])
+    with pytest.raises(ValueError, match=r"counts must not all be zero"):
+        Partition.by_frequency(model, "0.weight", 0 * counts)
+
+
+def test_partitions_by_name():
+    model, loss_fn, batch = make("torch's encoder", train=False)
+    summary = ns.summarize(loss_fn, model, [batch], partition="heads", order=2)
+    assert summary.names == Partition.heads(Loss(loss_fn, model).model).names
