@@ -14,9 +14,10 @@ import newton_summary_experiments
 CORE = {"_checks", "_frozen", "errors", "partition", "summary"}
 MAY_IMPORT: dict[str, set[str]] = {
     "_checks": set(),
+    "architecture": set(),
     "_frozen": set(),
     "errors": set(),
-    "partition": {"_checks"},
+    "partition": {"_checks", "architecture"},
     "summary": {"_checks"},
     "parallel": CORE,
     "measure": CORE | {"parallel"},  # and no solver
