@@ -7,7 +7,7 @@ SUDO := $(if $(filter 0,$(shell id -u)),,sudo -n)
 .installed: pyproject.toml experiments/pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv
 	$(BIN)/pip install -q -c constraints.txt torch
-	$(BIN)/pip install -q -c constraints.txt -e experiments -e '.[dev]'
+	$(BIN)/pip install -q -c constraints.txt -e '.[dev]' -e experiments
 	touch .installed
 
 # What the demo needs and no more; where the whole set-up is there, that
