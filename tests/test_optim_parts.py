@@ -14,7 +14,7 @@ from torch import nn
 from newton_summary import Summary
 from newton_summary.measure.along import LossAlongStep
 from newton_summary.optim.backtracking import halvings_to_agreement
-from newton_summary.optim.cadence import SearchCadence
+from newton_summary.optim.cadence import ComparisonCadence
 from newton_summary.optim.relative_rates import RelativeRates
 from newton_summary.optim.state import packed, unpack
 from newton_summary.optim.weight_average import WeightAverage
@@ -96,10 +96,10 @@ def test_the_average_of_the_weights_follows_them_and_changes_places() -> None:
     assert torch.equal(values, parameters[0])
     by_hand = values.clone()
     with torch.no_grad():
-        for steps, weights in ((5, [3.0, 0.0]), (20, [-1.0, 1.0]), (50, [7.0, 7.0])):
+        for share, weights in ((0.15, [3.0, 0.0]), (0.6, [-1.0, 1.0]), (1.0, [7.0, 7.0])):
             parameters[0].copy_(torch.tensor(weights))
-            average.update(state, steps)
-            by_hand += min(0.03 * steps, 1.0) * (torch.tensor(weights, dtype=DTYPE) - by_hand)
+            average.update(state, share)
+            by_hand += share * (torch.tensor(weights, dtype=DTYPE) - by_hand)
             assert torch.allclose(average.values(state)[0], by_hand, rtol=1e-14)
         parameters[0].copy_(torch.tensor([9.0, 9.0]))
         average.exchange(state)
@@ -113,24 +113,15 @@ def test_the_average_of_the_weights_follows_them_and_changes_places() -> None:
         assert torch.equal(parameters[0], by_hand)
 
 
-# When to search -------------------------------------------------------------------------------------------------------
+# When to compare ------------------------------------------------------------------------------------------------------
 
 
-def test_asking_when_to_search_changes_nothing() -> None:
-    cadence = SearchCadence(every=8, settles=True)
-    assert not cadence.is_due(3), "nothing has begun"
-    cadence.note(3, alarmed=False)
-    before = cadence.state_dict()
-    for step in range(3, 200):
-        cadence.is_due(step)
-        cadence.interval(step)
-        cadence.gap(step)
-    assert cadence.state_dict() == before
-    cadence.note(4, alarmed=True)
-    assert cadence.state_dict() == before, "searches are frequent already"
-    cadence.note(20, alarmed=True)
-    assert cadence.began == 20
-    twin = SearchCadence(every=None, settles=False)
+def test_a_cadence_goes_on_from_its_state() -> None:
+    cadence = ComparisonCadence(every=8)
+    gaps = [cadence.take(cadence.due) for _ in range(6)]
+    assert gaps[0] == 0
+    assert max(gaps) == 8, "never rarer than asked for"
+    twin = ComparisonCadence(every=None)
     twin.load_state_dict(cadence.state_dict())
     assert twin == cadence
 
