@@ -21,7 +21,6 @@ from newton_summary.measure.loss import (
     check_dependence,
     gradients_of,
     preserved_randomness,
-    without_hooks,
 )
 from newton_summary.measure.nested import NestedEngine, taylor
 from newton_summary.measure.next_step import next_step
@@ -192,7 +191,7 @@ def _mean_gradient(loss: Loss, partition: Partition, pieces: Iterable[tuple[Any,
     total = [torch.zeros_like(p, requires_grad=False) for p in partition.parameters]
     weight = 0
     for batch, size in pieces:
-        with loss.undisturbed(), without_hooks(partition.parameters), loss.evaluated(batch) as value:
+        with loss.undisturbed(), loss.evaluated(batch) as value:
             _check_finite(value)
             gradients = gradients_of(value, partition.parameters)
             check_dependence(gradients)

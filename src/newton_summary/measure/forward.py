@@ -21,7 +21,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from newton_summary.measure.autograd import once_differentiable, own_derivatives
 from newton_summary.measure.batches import batch_size
 from newton_summary.measure.graph import Graph, first_line, lower
-from newton_summary.measure.loss import Loss, check_dependence, gradients_of, without_hooks
+from newton_summary.measure.loss import Loss, check_dependence, gradients_of
 from newton_summary.measure.record import Recorder, Recording, Refusal
 from newton_summary.measure.sweep import Request, Tape, sweep
 from newton_summary.partition import Partition
@@ -73,8 +73,7 @@ class ForwardEngine:
         partition = request.partition
         known = self._known.setdefault(loss.model, _Known())
         with loss.undisturbed(differentiable=partition.device.type != "cpu") as rewind:
-            with without_hooks(partition.parameters):
-                recording, gradient = _recorded(loss, batch, partition)
+            recording, gradient = _recorded(loss, batch, partition)
             entry = self._entry(known, recording)
             recording.values.clear()
             if entry.refusal is not None:
@@ -252,7 +251,6 @@ class _Expected:
         parameters = request.partition.parameters
         with (
             sdpa_kernel(SDPBackend.MATH),
-            without_hooks(parameters),
             loss.evaluated(batch, differentiable=True) as value,
         ):
             self.is_finite = bool(value.isfinite())

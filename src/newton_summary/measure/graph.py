@@ -177,7 +177,7 @@ class _Lowerer(Tracer):
                 return
         args = _mapped(record.args, self.known)
         kwargs = tuple((k, _mapped(v, self.known)) for k, v in record.kwargs)
-        self.known[record.out] = self.put(_PLAIN_FORM.get(record.op, record.op), args, kwargs, values[record.out])
+        self.known[record.out] = self.put(record.op, args, kwargs, values[record.out])
 
     def _run(self, record: Record, values: Mapping[int, Any]) -> Any:
         """Calls what stands for an operation, and records what that calls."""

@@ -15,7 +15,7 @@ from torch import Tensor
 from newton_summary.measure.autograd import once_differentiable
 from newton_summary.measure.batches import batch_size
 from newton_summary.measure.graph import first_line
-from newton_summary.measure.loss import Loss, check_dependence, without_hooks
+from newton_summary.measure.loss import Loss, check_dependence
 from newton_summary.measure.record import Refusal
 from newton_summary.partition import Partition
 from newton_summary.summary import Summary
@@ -47,7 +47,6 @@ class NestedEngine:
         """
         with (
             loss.undisturbed(),
-            without_hooks(partition.parameters),
             loss.evaluated(batch, differentiable=True) as value,
         ):
             tensors = _Nesting(partition, direction, order, third == "diagonal").run(value)
