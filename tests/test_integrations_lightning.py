@@ -115,6 +115,22 @@ def test_it_resumes_from_lightnings_checkpoint(tmp_path):
 
 
 @pytest.mark.parametrize("own_data", [False, True])
+def test_a_measurement_that_fails_ends_no_training(own_data, tmp_path):
+    from newton_summary.integrations.lightning import MonitorCallback
+
+    def failing(module, batch):
+        raise RuntimeError("no loss")
+
+    callback = MonitorCallback(failing, data=make_loader() if own_data else None, every=5, engine="forward")
+    module = make_module(lambda module: torch.optim.Adam(module.parameters()))
+    trainer = make_trainer(tmp_path, [callback])
+    with pytest.warns(UserWarning, match="the Monitor measures no more, training goes on"):
+        trainer.fit(module, make_loader())
+    assert trainer.global_step == len(make_loader())
+    assert callback.monitor.counts["disabled"] == 1
+
+
+@pytest.mark.parametrize("own_data", [False, True])
 def test_a_monitor_changes_nothing_and_says_what_it_says_in_a_plain_loop(own_data, tmp_path):
     from pytorch_lightning.loggers import CSVLogger
 

@@ -126,9 +126,11 @@ def test_a_measurement_that_failed_is_counted_and_draws_nothing(tmp_path):
 
 @pytest.mark.slow
 def test_the_example_runs(tmp_path, monkeypatch, capsys):
-    names = run_example("tensorboard_logging.py", tmp_path, monkeypatch, EPOCHS=2)
+    names = run_example("tensorboard_logging.py", tmp_path, monkeypatch, EPOCHS=12)
     assert "factors on the learning rates" in capsys.readouterr().out
-    assert names["optimizer"].counts["measured"] >= 1
+    every, steps = names["optimizer"].every, 12 * len(names["loader"])
+    assert 20 <= every <= 200 < steps
+    assert names["optimizer"].counts["measured"] == len(range(0, steps, every)) > 1
     assert read(tmp_path / "logs" / "adam").Tags()["images"]
     rates = read(tmp_path / "logs" / "newton-summary").Scalars("newton_summary/rate/0.weight")
-    assert rates[0].step == 0
+    assert [event.step for event in rates] == list(range(0, steps, every))

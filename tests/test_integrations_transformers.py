@@ -129,8 +129,28 @@ def test_a_monitor_changes_nothing_and_says_what_it_says_in_a_plain_loop(tmp_pat
     plain_loop(models[2], optimizers[2], 12)
     assert [record.step for record in callback.monitor.records] == [0, 5, 10]
     for ours, theirs, logged in zip(callback.monitor.records, monitor.records, told, strict=True):
-        assert ours.step == theirs.step
+        assert ours.alone == pytest.approx(theirs.alone, rel=1e-6)
+        assert ours.actual_decrease == pytest.approx(theirs.actual_decrease, rel=1e-6)
         assert logged == ours.scalars()
+
+
+def test_a_measurement_that_fails_ends_no_training(tmp_path):
+    from newton_summary.integrations.transformers import MonitorCallback
+
+    model, batches = make_model(), []
+
+    def failing(model, batch):
+        batches.append(batch)
+        raise RuntimeError("no loss")
+
+    trainer = make_trainer(tmp_path, model, torch.optim.AdamW(model.parameters(), lr=1e-3))
+    callback = MonitorCallback(failing, every=5, engine="forward")
+    trainer.add_callback(callback)
+    with pytest.warns(UserWarning, match="the Monitor measures no more, training goes on"):
+        trainer.train()
+    assert trainer.state.global_step == 12
+    assert callback.monitor.counts["disabled"] == 1
+    assert batches
 
 
 def test_the_trainers_own_log_takes_it(tmp_path):

@@ -107,6 +107,36 @@ def transforming(loader):
     return Transforming(loader.dataset, batch_sampler=loader.batch_sampler)
 
 
+class StandIn:
+    """Says that it is a ``DataLoader``, as the wrappers of some libraries do, and is none."""
+
+    def __init__(self, loader):
+        self.loader = loader
+
+    def __getattr__(self, name):
+        return getattr(self.loader, name)
+
+    @property
+    def __class__(self):
+        return type(self.loader)
+
+    def __len__(self):
+        return len(self.loader)
+
+    def __iter__(self):
+        for batch in self.loader:
+            yield [t + 100 for t in batch] if isinstance(batch, list) else batch + 100
+
+
+def prepared(loader, **options):
+    """What accelerate makes of a loader, for any trainer built on it."""
+    from accelerate import PartialState
+    from accelerate.data_loader import prepare_data_loader
+
+    PartialState(cpu=True)
+    return prepare_data_loader(loader, **options)
+
+
 GENERATORS = {
     "torch": lambda: torch.Generator().manual_seed(5),
     "numpy": lambda: np.random.default_rng(5),
@@ -147,6 +177,15 @@ LOADERS |= {
 LOADERS |= {
     f"{kind} batch sampler": lambda make=make: DataLoader(DATA, batch_sampler=Manual(make(), batches=True))
     for kind, make in GENERATORS.items()
+}
+LOADERS |= {
+    f"accelerate, {kind}": lambda kind=kind: prepared(LOADERS[kind]())
+    for kind in ("in order", "shuffled", "single samples shuffled", "torch batch sampler", "iterable shuffled")
+}
+LOADERS |= {
+    "accelerate, seedable": lambda: prepared(LOADERS["shuffled"](), use_seedable_sampler=True, data_seed=5),
+    "accelerate, a share": lambda: prepared(LOADERS["own generator"](), num_processes=2, process_index=1),
+    "stand-in": lambda: StandIn(DataLoader(DATA, batch_size=4, shuffle=True)),
 }
 FIXED_ORDER = ("list", "iterable", "bare list of indices")
 everywhere = pytest.mark.parametrize("kind", LOADERS)
@@ -300,6 +339,21 @@ def test_a_loader_that_iterates_its_own_way_is_iterated_so(workers):
     assert x.floor().tolist() != sorted(x.floor().tolist()), "an order of its own"
     assert (loader.passes, loader._iterator) == (0, None)
     assert loader.own.random() == np.random.default_rng(0).random()
+
+
+def test_what_stands_for_a_loader_is_iterated_in_its_own_way():
+    x, y = (torch.cat(parts) for parts in zip(*one_pass(StandIn(DataLoader(DATA, 4))), strict=True))
+    assert (x.tolist(), y.tolist()) == ([100 + i for i in range(N)], [100 + 2.0 * i for i in range(N)])
+
+
+@pytest.mark.parametrize("kind", ["in order", "own generator", "torch batch sampler", "augmented", "iterable"])
+def test_what_accelerate_makes_of_a_loader_is_read_as_that_loader_is(kind):
+    """It counts for the training loop that it is in, and gives itself out as a loader without being one."""
+    from accelerate.state import GradientState
+
+    loader = prepared(LOADERS[kind]())
+    assert flat(take(BatchStream(loader, seed=3), 7)) == flat(take(BatchStream(LOADERS[kind](), seed=3), 7))
+    assert (loader.iteration, GradientState().active_dataloader) == (0, None)
 
 
 def test_iterators_of_a_class_are_used():

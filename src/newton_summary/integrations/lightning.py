@@ -35,8 +35,9 @@ class MonitorCallback(Callback):
     """Logs, to the trainer's loggers, how every group's learning rate should change.
 
     It puts a :class:`~newton_summary.Monitor` beside the module's optimizer and measures before the step of every
-    ``every``-th batch, on gradients before they are clipped.  Where the optimizer is a
-    :class:`~newton_summary.NewtonSummary`, which measures by itself, it logs that optimizer's rates instead.
+    ``every``-th batch, on gradients before they are clipped.  Where a measurement fails it warns, and training goes
+    on.  Where the optimizer is a :class:`~newton_summary.NewtonSummary`, which measures by itself, it logs that
+    optimizer's rates instead.
 
     Args:
         loss_fn: ``loss_fn(module, batch)`` gives a scalar.  It must not log: it is called while measuring.  Not needed
@@ -73,7 +74,6 @@ class MonitorCallback(Callback):
         self._stream = None if data is None else BatchStream(data, seed)
         self._news: News | None = None
         self._batch: Any = None
-        self._steps = 0
 
     def on_train_start(self, trainer: Any, pl_module: Any) -> None:
         """Puts the monitor beside the optimizer."""
@@ -87,7 +87,7 @@ class MonitorCallback(Callback):
             source = self.monitor = Monitor(
                 pl_module, self.loss_fn, optimizer=optimizer, every=self.every, **self.options
             )
-        self._news, self._steps = News(source), 0
+        self._news = News(source)
 
     def on_train_batch_start(self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int) -> None:
         """Keeps the batch at hand."""
@@ -96,13 +96,12 @@ class MonitorCallback(Callback):
     def on_before_optimizer_step(self, trainer: Any, pl_module: Any, optimizer: Any) -> None:
         """Measures, where it is time to."""
         monitor = self.monitor
-        if monitor is None or optimizer is not monitor.optimizer:
+        if monitor is None or optimizer is not monitor.optimizer or not monitor._is_due():
             return
-        if self._steps % self.every == 0:
-            device = monitor.partition.device
-            stream = self._stream
-            monitor.measure([self._batch] if stream is None else [stream.next(device) for _ in range(self.repeats)])
-        self._steps += 1
+        device, stream = monitor.partition.device, self._stream
+        monitor._attempt(
+            lambda: [self._batch] if stream is None else [stream.next(device) for _ in range(self.repeats)]
+        )
 
     def on_train_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
         """Logs what is new."""

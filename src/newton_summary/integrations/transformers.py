@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable
 from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
 from newton_summary.integrations.news import News, Source
 from newton_summary.measure import LossFunction
-from newton_summary.measure.stream import BatchStream
 from newton_summary.optim import MeasuredOptimizer
 from newton_summary.watch.monitor import Monitor
 
@@ -23,11 +22,7 @@ else:
 
 
 def own_loss(model: Any, batch: Any) -> Tensor:
-    """The loss that a model of transformers computes by itself, from a batch with labels.
-
-    Models made with ``attn_implementation="eager"``, on batches with an ``attention_mask``, are measured by the forward
-    engine; other attention looks into its masks while it runs and leaves nested differentiation, which is slower.
-    """
+    """The loss that a model of transformers computes by itself, from a batch with labels, masks included."""
     loss: Tensor = model(**batch).loss
     return loss
 
@@ -36,8 +31,9 @@ class MonitorCallback(TrainerCallback):
     """Logs how every group's learning rate should change.
 
     It puts a :class:`~newton_summary.Monitor` beside the trainer's optimizer and measures before every ``every``-th
-    step, on gradients as the optimizer will use them.  Where the optimizer is a
-    :class:`~newton_summary.NewtonSummary`, which measures by itself, it logs that optimizer's rates instead.
+    step, on gradients as the optimizer will use them.  Where a measurement fails it warns, and training goes on.  Where
+    the optimizer is a :class:`~newton_summary.NewtonSummary`, which measures by itself, it logs that optimizer's rates
+    instead.
 
     Args:
         loss_fn: ``loss_fn(model, batch)`` gives a scalar.  Default: :func:`own_loss`.
@@ -69,9 +65,7 @@ class MonitorCallback(TrainerCallback):
         self.loss_fn, self.data, self.every, self.repeats, self.seed = loss_fn, data, every, repeats, seed
         self.log, self.options = log, options
         self.monitor: Monitor | None = None
-        self._stream: BatchStream | None = None
         self._news: News | None = None
-        self._steps = 0
 
     def on_train_begin(
         self, args: Any, state: Any, control: Any, model: Any, optimizer: Any, train_dataloader: Any, **_: Any
@@ -82,18 +76,10 @@ class MonitorCallback(TrainerCallback):
         if isinstance(optimizer, MeasuredOptimizer):
             source = optimizer
         else:
-            self._stream = BatchStream(train_dataloader if self.data is None else self.data, self.seed)
-            source = self.monitor = Monitor(model, self.loss_fn, optimizer=optimizer, every=self.every, **self.options)
-        self._news, self._steps = News(source), 0
-
-    def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        """Measures, where it is time to."""
-        if self.monitor is None or self._stream is None:
-            return
-        if self._steps % self.every == 0:
-            device = self.monitor.partition.device
-            self.monitor.measure([_plain(self._stream.next(device)) for _ in range(self.repeats)])
-        self._steps += 1
+            monitor = Monitor(model, self.loss_fn, optimizer=optimizer, every=self.every, **self.options)
+            data = train_dataloader if self.data is None else self.data
+            source = self.monitor = monitor.attach(data, repeats=self.repeats, seed=self.seed)
+        self._news = News(source)
 
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         """Logs what is new."""
@@ -109,8 +95,3 @@ class MonitorCallback(TrainerCallback):
         """Takes the monitor away; its advice and records stay."""
         if self.monitor is not None:
             self.monitor.close()
-
-
-def _plain(batch: Any) -> Any:
-    """A tokenizer's own kind of mapping as a dictionary, whose tensors can be found."""
-    return dict(batch) if isinstance(batch, Mapping) else batch

@@ -27,7 +27,8 @@ class BatchStream:
     skips what it had read, which is exact where the iterable repeats itself.
 
     A loader of a class that iterates in a way of its own, such as one that transforms its batches, is iterated in that
-    way: a shallow copy of it, without workers, with the samplers described above.
+    way: a shallow copy of it, without workers, with the samplers described above.  Accelerate's loaders count as the
+    loaders that they were made of.
 
     Several processes share the samples of every batch of a map-style dataset: all draw the same batch, and each loads
     its part.  Where the sampler gives every process samples of its own (torch's ``DistributedSampler`` and its kind),
@@ -168,6 +169,8 @@ class BatchStream:
                 collate_fn=loader.collate_fn,
                 generator=generator,
             )
+        if DataLoader not in type(loader).__mro__:  # it only stands for one, and may hold it anywhere
+            return loader
         twin = copy.copy(loader)  # torch's attributes cannot be set one by one
         vars(twin).update({key: _reseeded(value, seed) for key, value in vars(loader).items()})
         vars(twin).update(_ALONE, generator=generator)
@@ -217,8 +220,12 @@ def _reseeded(value: Any, seed: int) -> Any:
 
 
 def _layers(sampler: Any) -> tuple[Any, ...]:
-    """A sampler, and the one inside it if it has one."""
-    return (sampler, sampler.sampler) if hasattr(sampler, "sampler") else (sampler,)
+    """A sampler, and those inside it, as accelerate's share of a batch sampler has two."""
+    layers = [sampler]
+    for name in ("sampler", "batch_sampler"):
+        if isinstance(getattr(sampler, name, None), Iterable):
+            layers += _layers(getattr(sampler, name))
+    return tuple(layers)
 
 
 def _iterates_its_own_way(loader: DataLoader[Any]) -> bool:
@@ -227,12 +234,13 @@ def _iterates_its_own_way(loader: DataLoader[Any]) -> bool:
     Those of accelerate move batches to the device, which is done here, and count for the training loop that they are
     in, which must not happen here.
     """
-    for kind in type(loader).__mro__:
-        if kind is DataLoader:
-            return False
-        if kind.__module__.partition(".")[0] != "accelerate" and {"__iter__", "_get_iterator"} & vars(kind).keys():
-            return True
-    return True
+    kinds = type(loader).__mro__
+    # accelerate's are no subclasses: they give the class of the loader that they hold as theirs
+    above = kinds[: kinds.index(DataLoader)] if DataLoader in kinds else kinds
+    return any(
+        kind.__module__.partition(".")[0] != "accelerate" and {"__iter__", "_get_iterator"} & vars(kind).keys()
+        for kind in above
+    )
 
 
 def _is_sized(data: Any) -> TypeGuard[Sized]:
