@@ -45,6 +45,7 @@ def test_there_are_examples():
     names = [test.name for m in ("partition", "summary", "measure") for test in documented(f"newton_summary.{m}")[1]]
     assert names == [
         "newton_summary.partition.Partition",
+        "newton_summary.partition.Partition.by_optimizer",
         "newton_summary.partition.Partition.heads",
         "newton_summary.summary.Summary",
         "newton_summary.measure.summarize",

@@ -534,7 +534,7 @@ def the_monitor_measures(user: User) -> None:
     optimizer = torch.optim.SGD(user.model.parameters(), lr=0.0)
     monitor = ns.Monitor(user.model, user.loss_fn, optimizer=optimizer, every=1)
     monitor.measure([user.batch])
-    monitor._after_step()
+    monitor._end_of_step()
     monitor.close()
 
 

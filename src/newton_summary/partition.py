@@ -111,6 +111,45 @@ class Partition:
         return cls(_gather((".".join(_owner(name).split(".")[:depth]) or name, name) for name in names), model)
 
     @classmethod
+    def by_optimizer(
+        cls, model: nn.Module, optimizers: Sequence[torch.optim.Optimizer], rest: str = "not trained"
+    ) -> Partition:
+        """One group for each optimizer, named after its class: what one rate each decides.
+
+        Args:
+            model: the module whose parameters are split.
+            optimizers: over different parameters.  Classes that are there twice are numbered.
+            rest: the name of a last group for what none of them holds; it is left out when nothing remains.
+
+        Raises:
+            ValueError: an optimizer holds no trainable parameter of the model.
+
+        Example:
+            >>> model = nn.Linear(3, 2)
+            >>> optimizers = [torch.optim.SGD([model.weight], lr=0.1), torch.optim.Adam([model.bias])]
+            >>> Partition.by_optimizer(model, optimizers).names
+            ('SGD', 'Adam')
+        """
+        kinds = [type(optimizer).__name__ for optimizer in optimizers]
+        names = [
+            kind if kinds.count(kind) == 1 else f"{kind} {kinds[: place + 1].count(kind)}"
+            for place, kind in enumerate(kinds)
+        ]
+        holder = {
+            id(p): name
+            for name, optimizer in zip(names, optimizers, strict=True)
+            for group in optimizer.param_groups
+            for p in group["params"]
+        }
+        groups: dict[str, list[str]] = {name: [] for name in [*names, rest]}
+        for name, parameter in trainable_parameters(model).items():
+            groups[holder.get(id(parameter), rest)].append(name)
+        for name in names:
+            if not groups[name]:
+                raise ValueError(f"{name} holds no trainable parameter of this model: make it from model.parameters()")
+        return cls({name: members for name, members in groups.items() if members}, model)
+
+    @classmethod
     def chunks(cls, model: nn.Module, count: int) -> Partition:
         """``count`` chunks of consecutive layers, each split into its weights (all but biases) and its biases.
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import importlib
 import sys
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, Any
 
 from newton_summary.integrations.news import Measured, News, Source
@@ -48,7 +48,8 @@ class MonitorCallback(Callback):
         repeats: how many batches of ``data`` a measurement takes.
         seed: fixes the sampler.
         images: whether loggers with TensorBoard's ``add_image`` get H̄ as an image.
-        optimizer: the number of the optimizer, where the module has several.
+        optimizer: the number of the optimizer, where the module has several; or the numbers of those that are watched
+            together, such as ``(0, 1)`` for Muon and AdamW.
         options: for the :class:`~newton_summary.Monitor`.
 
     Attributes:
@@ -64,12 +65,12 @@ class MonitorCallback(Callback):
         repeats: int = 1,
         seed: int = 0,
         images: bool = True,
-        optimizer: int = 0,
+        optimizer: int | Sequence[int] = 0,
         **options: Any,
     ) -> None:
         super().__init__()
         self.loss_fn, self.every, self.repeats, self.images = loss_fn, every, repeats, images
-        self.options, self.number = options, optimizer
+        self.options, self.numbers = options, [optimizer] if isinstance(optimizer, int) else list(optimizer)
         self.monitor: Monitor | None = None
         self._stream = None if data is None else BatchStream(data, seed)
         self._news: News | None = None
@@ -77,15 +78,15 @@ class MonitorCallback(Callback):
 
     def on_train_start(self, trainer: Any, pl_module: Any) -> None:
         """Puts the monitor beside the optimizer."""
-        optimizer = trainer.optimizers[self.number]
+        optimizers = [trainer.optimizers[number] for number in self.numbers]
         source: Source
-        if isinstance(optimizer, MeasuredOptimizer):
-            source = optimizer
+        if isinstance(optimizers[0], MeasuredOptimizer):
+            source = optimizers[0]
         elif self.loss_fn is None:
             raise ValueError("to watch an optimizer, MonitorCallback needs loss_fn(module, batch)")
         else:
             source = self.monitor = Monitor(
-                pl_module, self.loss_fn, optimizer=optimizer, every=self.every, **self.options
+                pl_module, self.loss_fn, optimizer=optimizers, every=self.every, **self.options
             )
         self._news = News(source)
 
@@ -96,7 +97,7 @@ class MonitorCallback(Callback):
     def on_before_optimizer_step(self, trainer: Any, pl_module: Any, optimizer: Any) -> None:
         """Measures, where it is time to."""
         monitor = self.monitor
-        if monitor is None or optimizer is not monitor.optimizer or not monitor._is_due():
+        if monitor is None or optimizer is not monitor.optimizers[0] or not monitor._is_due():
             return
         device, stream = monitor.partition.device, self._stream
         monitor._attempt(

@@ -44,9 +44,9 @@ class News:
         self._told = source.counts["measured"]
 
     @property
-    def optimizer(self) -> torch.optim.Optimizer:
-        """The optimizer whose steps are told of."""
-        return self.source.optimizer if isinstance(self.source, Monitor) else self.source
+    def optimizers(self) -> tuple[torch.optim.Optimizer, ...]:
+        """The optimizers whose steps are told of."""
+        return self.source.optimizers if isinstance(self.source, Monitor) else (self.source,)
 
     def latest(self) -> Measured | None:
         """The last measurement, to be asked for after the optimizer's step; ``None`` where there is none that is new.
@@ -54,6 +54,8 @@ class News:
         A monitor's measurement that was not finite is no news; an optimizer's is, for its count of failures.
         """
         if self.source.counts["measured"] == self._told or self.source.summary is None:
+            return None
+        if isinstance(self.source, Monitor) and self.source.is_waiting:  # for the other ones of several optimizers
             return None
         self._told = self.source.counts["measured"]
         if isinstance(self.source, Monitor):

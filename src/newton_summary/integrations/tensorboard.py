@@ -57,7 +57,7 @@ class TensorBoard:
             if measured is not None:
                 self.log(measured)
 
-        self._hooks.append(news.optimizer.register_step_post_hook(after_step))
+        self._hooks += [optimizer.register_step_post_hook(after_step) for optimizer in news.optimizers]
         return self
 
     def log(self, measured: Measured) -> None:

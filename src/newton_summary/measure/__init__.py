@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
-from typing import Any, Literal, Protocol, TypeAlias
+from typing import Any, Literal, Protocol, TypeAlias, cast
 
 import torch
 from torch import Tensor, nn
@@ -26,6 +26,7 @@ from newton_summary.measure.nested import NestedEngine, taylor
 from newton_summary.measure.next_step import next_step
 from newton_summary.measure.record import Refusal
 from newton_summary.measure.rules import register_rule
+from newton_summary.measure.together import OneOrSeveral, are_optimizers
 from newton_summary.partition import Partition, resolve_partition
 from newton_summary.summary import Summary
 
@@ -44,7 +45,7 @@ __all__ = [
     "taylor",
 ]
 
-DirectionLike: TypeAlias = Sequence[Tensor] | Mapping[str, Tensor] | torch.optim.Optimizer | None
+DirectionLike: TypeAlias = Sequence[Tensor] | Mapping[str, Tensor] | OneOrSeveral | None
 """What :func:`summarize` takes for a direction."""
 
 
@@ -97,8 +98,8 @@ def summarize(
         batches: an iterable of batches, such as a ``DataLoader`` or ``[batch]``.
         partition: S groups, or the name of a constructor: ``"by_module"``.  Default: one for each tensor.
         direction: u, in the parameters' own units: tensors in the partition's order, a dictionary by name, or a
-            ``torch.optim.Optimizer`` whose next step it is (after ``backward()``).  Default: the gradient over the same
-            batches, which are then gone through twice, in the same random state.
+            ``torch.optim.Optimizer``, or a list of several, whose next step it is (after ``backward()``).  Default: the
+            gradient over the same batches, which are then gone through twice, in the same random state.
         order: the highest order of derivatives, from 1.  Above 3 every order is measured in full, by nested passes.
         third: the diagonal of the third order, or all S³ entries.
         engine: ``"auto"``, ``"forward"`` (which raises where it does not work) or ``"nested"``, or an :class:`Engine`.
@@ -155,7 +156,7 @@ def resolve_direction(direction: DirectionLike, partition: Partition) -> list[Te
     """
     if isinstance(direction, str):
         raise ValueError(f"direction must be tensors or an optimizer, got {direction!r}: names are for NewtonSummary")
-    if isinstance(direction, torch.optim.Optimizer):
+    if are_optimizers(direction):
         direction = next_step(direction, partition.parameters)
     if isinstance(direction, Mapping):
         kinds = [type(key).__name__ for key in direction if not isinstance(key, str)]
@@ -168,7 +169,7 @@ def resolve_direction(direction: DirectionLike, partition: Partition) -> list[Te
             what = f"has no parameter {unknown[0]!r}" if unknown else f"needs a direction for {missing[0]!r}"
             raise ValueError(f"direction: the partition {what}")
         direction = [direction[name] for name in partition.parameter_names]
-    tensors = [direction] if isinstance(direction, Tensor) else list(direction or ())
+    tensors = [direction] if isinstance(direction, Tensor) else list(cast(Sequence[Tensor], direction or ()))
     if len(tensors) != len(partition.parameters):
         raise ValueError(f"direction has {len(tensors)} tensors, the partition {len(partition.parameters)} parameters")
     for name, parameter, tensor in zip(partition.parameter_names, partition.parameters, tensors, strict=True):

@@ -10,18 +10,21 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from newton_summary.measure.together import OneOrSeveral, members_of, take_step, together
 
-def next_step(optimizer: torch.optim.Optimizer, parameters: Sequence[nn.Parameter]) -> list[Tensor]:
+
+def next_step(optimizer: OneOrSeveral, parameters: Sequence[nn.Parameter]) -> list[Tensor]:
     """The step that an optimizer would take now, u = θ − θ', without taking it.
 
     Args:
-        optimizer: any optimizer whose ``step()`` needs no closure, after ``backward()``.  It is left as it is: a copy
-            takes the step, without hooks.
+        optimizer: any optimizer whose ``step()`` needs no closure, after ``backward()``; or several.  They are left as
+            they are: copies take the step, without hooks.
         parameters: the tensors to give the step for.  Those that the optimizer does not hold get zeros.
 
     Raises:
         ValueError: no parameter has a gradient, or the step needs a closure.
     """
+    optimizer = together(optimizer)
     check_needs_no_closure(optimizer)
     held = [p for group in optimizer.param_groups for p in group["params"]]
     if all(p.grad is None for p in held):
@@ -33,12 +36,13 @@ def next_step(optimizer: torch.optim.Optimizer, parameters: Sequence[nn.Paramete
 
 def check_needs_no_closure(optimizer: torch.optim.Optimizer) -> None:
     """Raises where an optimizer evaluates the loss in its step: nobody knows where it goes before it has gone."""
-    closure = inspect.signature(type(optimizer).step).parameters.get("closure")
-    if closure is not None and closure.default is inspect.Parameter.empty:
-        raise ValueError(
-            f"{type(optimizer).__name__} evaluates the loss in its step(closure), so its next step cannot be told: "
-            "use an optimizer whose step() needs no closure"
-        )
+    for member in members_of(optimizer):
+        closure = inspect.signature(type(member).step).parameters.get("closure")
+        if closure is not None and closure.default is inspect.Parameter.empty:
+            raise ValueError(
+                f"{type(member).__name__} evaluates the loss in its step(closure), so its next step cannot be told: "
+                "use an optimizer whose step() needs no closure"
+            )
 
 
 def rate_of(group: dict[str, Any]) -> float:
@@ -81,14 +85,6 @@ def _shadow(optimizer: torch.optim.Optimizer, memo: dict[int, Any]) -> torch.opt
         elif key != "step":  # schedulers patch it
             vars(shadow)[key] = copy.deepcopy(value, memo)
     return shadow
-
-
-def take_step(optimizer: torch.optim.Optimizer) -> None:
-    """Calls ``step()`` without torch's wrapper, which calls the hooks, those of all optimizers too."""
-    step = type(optimizer).step
-    if getattr(step, "hooked", False):
-        step = step.__wrapped__  # type: ignore[attr-defined]
-    step(optimizer)
 
 
 def _twin_of(parameter: nn.Parameter) -> nn.Parameter:

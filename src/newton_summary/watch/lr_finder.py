@@ -14,6 +14,7 @@ from newton_summary._checks import check_positive
 from newton_summary.measure import Engine, Loss, LossFunction, resolve_engine
 from newton_summary.measure.next_step import check_needs_no_closure, next_step, rate_of
 from newton_summary.measure.stream import BatchStream
+from newton_summary.measure.together import OneOrSeveral, members_of, together
 from newton_summary.optim import MeasuredOptimizer
 from newton_summary.partition import Partition, default_partition, resolve_partition, unwrap
 from newton_summary.summary import Summary
@@ -33,9 +34,11 @@ class SuggestedRates:
         rates: the suggested learning rate of each group.
         before: what the optimizer had.
         param_groups: ready for ``type(optimizer)(param_groups)``: the groups with their names, the suggested rates and
-            the optimizer's other hyperparameters.
+            the optimizer's other hyperparameters.  Of several optimizers, the groups of all of them.
         trials: the loss that short trainings came to with multiples of the measured rates, infinite where one diverged.
         multiple: the one that was chosen, which is part of the rates.
+        by_optimizer: ``param_groups`` by the optimizer that they are for, in the order in which these were given:
+            ``Muon(suggested.by_optimizer[0])``, ``AdamW(suggested.by_optimizer[1])``.
     """
 
     rates: dict[str, float]
@@ -43,6 +46,7 @@ class SuggestedRates:
     param_groups: list[dict[str, Any]]
     trials: dict[float, float]
     multiple: float
+    by_optimizer: list[list[dict[str, Any]]]
 
     def __repr__(self) -> str:
         rows = [("group", "learning rate", "before", "factor")]
@@ -59,7 +63,7 @@ def suggest_rates(
     loss_fn: LossFunction,
     model: nn.Module,
     batches: Iterable[Any],
-    optimizer: torch.optim.Optimizer,
+    optimizer: OneOrSeveral,
     *,
     partition: Partition | str | None = None,
     steps: int = 120,
@@ -83,9 +87,10 @@ def suggest_rates(
         loss_fn: ``loss_fn(model, batch)`` gives a scalar, the mean over the batch.
         model: the module that is to be trained, in the mode that it is trained in.
         batches: training batches: a ``DataLoader`` or a list.  They are read over and over where they are few.
-        optimizer: any ``torch.optim.Optimizer`` over the model's parameters whose ``step()`` needs no closure.
+        optimizer: any ``torch.optim.Optimizer`` over the model's parameters whose ``step()`` needs no closure; or
+            several over different parameters, such as Muon for matrices and AdamW for the rest.
         partition: the groups, of whole tensors, or the name of a constructor.  Default: one for each tensor, coarser
-            above 100 tensors.
+            above 100 tensors; with several optimizers, one for each of them, which gives the ratio of their rates.
         steps: the length of each trial.
         engine: what measures: a name, or an :class:`~newton_summary.measure.Engine`.
         seed: fixes the order of the batches.
@@ -106,18 +111,23 @@ def suggest_rates(
         True
     """
     check_positive("steps", steps)
-    if isinstance(optimizer, MeasuredOptimizer):
+    optimizer = together(optimizer)
+    members = members_of(optimizer)
+    if any(isinstance(member, MeasuredOptimizer) for member in members):
         raise TypeError("NewtonSummary sets its rates by itself: it needs no suggestion")
     check_needs_no_closure(optimizer)
     model = unwrap(model)
-    partition = resolve_partition(partition, model, default_partition)
+    several = len(members) > 1
+    by_default = (lambda model: Partition.by_optimizer(model, members)) if several else default_partition
+    partition = resolve_partition(partition, model, by_default)
     before = _rates_of(optimizer, partition)
     batches = list(batches) if isinstance(batches, Iterator) else batches
     trials_of = _Trials(Loss(loss_fn, model), optimizer, partition, batches, seed)
     measured = profile(trials_of.measure(resolve_engine(engine)))
     multiple, trials = search(lambda multiple: trials_of.run((multiple * measured).tolist(), steps))
     rates = dict(zip(partition.names, (multiple * measured).tolist(), strict=True))
-    return SuggestedRates(rates, before, _param_groups(optimizer, partition, rates), trials, multiple)
+    groups = [_param_groups(member, partition, rates) for member in members]
+    return SuggestedRates(rates, before, [group for own in groups for group in own], trials, multiple, groups)
 
 
 def profile(summary: Summary) -> Tensor:

@@ -21,6 +21,7 @@ from newton_summary._frozen import Frozen
 from newton_summary.measure import Engine, Loss, LossFunction, preserved_randomness, resolve_engine
 from newton_summary.measure.next_step import check_needs_no_closure, next_step, rate_of
 from newton_summary.measure.stream import BatchStream
+from newton_summary.measure.together import OneOrSeveral, members_of, together
 from newton_summary.optim import MeasuredOptimizer
 from newton_summary.parallel.processes import Processes
 from newton_summary.parallel.sharding import measurable
@@ -102,8 +103,10 @@ class Monitor:
     Args:
         model: the module that is trained, or what ``DistributedDataParallel`` or ``torch.compile`` made of it.
         loss_fn: ``loss_fn(model, batch)`` gives a scalar, the mean over the batch.
-        optimizer: any ``torch.optim.Optimizer`` whose ``step()`` needs no closure.
-        partition: the groups, or the name of a constructor.  Default: one for each tensor, coarser above 100 tensors.
+        optimizer: any ``torch.optim.Optimizer`` whose ``step()`` needs no closure; or several, such as Muon for
+            matrices and AdamW for the rest, over different parameters.  A step is then one of each.
+        partition: the groups, or the name of a constructor.  Default: one for each tensor, coarser above 100 tensors;
+            with several optimizers, one for each of them.
         every: the number of steps between measurements.
         writer: takes scalars by ``add_scalar(tag, value, step)``.
         path: a file to which every record is appended, one JSON object a line.
@@ -116,6 +119,8 @@ class Monitor:
             ``DistributedDataParallel`` module, or else of the default group, where one was initialised.
 
     Attributes:
+        optimizer: what is watched; of several, one that stands for all of them.
+        optimizers: the optimizers.
         advice: the last advice, or ``None``.
         summary: the last measurement, the mean over its batches, or ``None``.
         records: the history, oldest first.
@@ -149,7 +154,7 @@ class Monitor:
         model: nn.Module,
         loss_fn: LossFunction,
         *,
-        optimizer: torch.optim.Optimizer,
+        optimizer: OneOrSeveral,
         partition: Partition | str | None = None,
         every: int = 100,
         writer: Writer | None = None,
@@ -163,12 +168,14 @@ class Monitor:
     ) -> None:
         for what, value in (("every", every), ("window", window), ("history", history)):
             check_count(what, value)
-        if isinstance(optimizer, MeasuredOptimizer):
-            raise TypeError("NewtonSummary measures by itself: read optimizer.summary and optimizer.rates")
-        check_needs_no_closure(optimizer)
-        _check_runs_hooks(optimizer)
-        self.partition = resolve_partition(partition, model, default_partition)
-        self.optimizer = optimizer
+        self.optimizer = together(optimizer)
+        self.optimizers = members_of(self.optimizer)
+        for member in self.optimizers:
+            if isinstance(member, MeasuredOptimizer):
+                raise TypeError("NewtonSummary measures by itself: read optimizer.summary and optimizer.rates")
+            _check_runs_hooks(member)
+        check_needs_no_closure(self.optimizer)
+        self.partition = resolve_partition(partition, model, self._default_partition)
         self.every, self.level, self.regularization = every, level, regularization
         self.writer, self.path = writer, None if path is None else Path(path)
         self.engine = resolve_engine(engine)
@@ -181,8 +188,10 @@ class Monitor:
         self._processes = Processes(model, process_group)
         self._window: deque[tuple[Summary, Tensor]] = deque(maxlen=window)
         self._taken = 0
+        self._stepped: set[int] = set()  # which of several optimizers have stepped in this round
         self._awaiting: _Measured | None = None
-        self._hooks = [optimizer.register_step_post_hook(self._after_step)]
+        self._hooks = [member.register_step_pre_hook(self._before_step) for member in self.optimizers]
+        self._hooks += [member.register_step_post_hook(self._after_step) for member in self.optimizers]
         if all(math.isnan(rate) for rate in self._learning_rates().tolist()):
             raise ValueError("the optimizer holds no parameter of this model: make it from model.parameters()")
 
@@ -202,6 +211,8 @@ class Monitor:
         Raises:
             ValueError: there are no gradients.
         """
+        if self._stepped:  # and the others of several optimizers did not step
+            self._end_of_step()
         if not self._is_due():
             return None
         if not self._has_gradients():
@@ -229,10 +240,10 @@ class Monitor:
         stream = BatchStream(batches, seed, self._processes.rank, self._processes.count)
 
         def before_step(*_: Any) -> None:
-            if self._is_due() and self._has_gradients():
+            if not self._stepped and self._is_due() and self._has_gradients():
                 self._attempt(lambda: [stream.next(self.partition.device) for _ in range(repeats)])
 
-        self._hooks.append(self.optimizer.register_step_pre_hook(before_step))
+        self._hooks += [member.register_step_pre_hook(before_step) for member in self.optimizers]
         return self
 
     def close(self) -> None:
@@ -334,10 +345,30 @@ class Monitor:
         ]
         return torch.tensor(rates, dtype=torch.float64)
 
+    @property
+    def is_waiting(self) -> bool:
+        """Whether the last record's step is still to be taken, by some of the optimizers at least."""
+        return self._awaiting is not None
+
+    def _default_partition(self, model: nn.Module) -> Partition:
+        several = len(self.optimizers) > 1
+        return Partition.by_optimizer(model, self.optimizers) if several else default_partition(model)
+
+    def _before_step(self, optimizer: torch.optim.Optimizer, *_: Any) -> None:
+        """Where one of several optimizers steps again before the others have stepped, they do not step this time."""
+        if id(optimizer) in self._stepped:
+            self._end_of_step()
+
+    def _after_step(self, optimizer: torch.optim.Optimizer, *_: Any) -> None:
+        self._stepped.add(id(optimizer))
+        if len(self._stepped) == len(self.optimizers):
+            self._end_of_step()
+
     @torch.no_grad()
-    def _after_step(self, *_: Any) -> None:
+    def _end_of_step(self) -> None:
         """Counts the step; what the loss did on the batches that the last measurement was made on."""
         self._taken += 1
+        self._stepped.clear()
         if self._awaiting is None:
             return
         waiting, self._awaiting = self._awaiting, None
@@ -361,7 +392,8 @@ class Monitor:
     # Telling ----------------------------------------------------------------------------------------------------------
 
     def __repr__(self) -> str:
-        watched = f"Monitor of {type(self.optimizer).__name__}: {len(self.partition)} groups, every {self.every} steps"
+        names = " and ".join(type(member).__name__ for member in self.optimizers)
+        watched = f"Monitor of {names}: {len(self.partition)} groups, every {self.every} steps"
         counted = f"measured {self.counts['measured']}×, of which {self.counts['failed']}× not finite"
         advice = "no advice yet" if self.advice is None else repr(self.advice)
         silent = ", silent since an error" if self.counts["disabled"] else ""

@@ -15,7 +15,8 @@ from newton_summary.measure.attributes import Attributes, owners
 from newton_summary.measure.batches import map_tensors
 from newton_summary.measure.journal import Journal
 from newton_summary.measure.loss import gradients_of, scalar, without_hooks
-from newton_summary.measure.next_step import shadow_of, take_step
+from newton_summary.measure.next_step import shadow_of
+from newton_summary.measure.together import members_of, take_step
 
 
 class Rehearsal:
@@ -33,8 +34,10 @@ class Rehearsal:
         self.loss, self.optimizer = loss, optimizer
         self._parameters, self._journal = parameters, journal
         options = {id(p): group for group in optimizer.param_groups for p in group["params"]}
-        # in place: an optimizer within the optimizer may share the list
-        optimizer.param_groups[:] = [{**options[id(p)], "params": [p], "lr": 1.0} for p in parameters]
+        for member in members_of(optimizer):
+            held = {id(p) for group in member.param_groups for p in group["params"]}
+            own = [{**options[id(p)], "params": [p], "lr": 1.0} for p in parameters if id(p) in held]
+            member.param_groups[:] = own  # in place: an optimizer within the optimizer may share the list
 
     def set_rates(self, rates: Mapping[Tensor, float]) -> None:
         """The learning rate of every tensor."""
