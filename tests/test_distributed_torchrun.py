@@ -97,5 +97,5 @@ def test_the_example_runs_alone_and_goes_on_with_what_two_began(tmp_path) -> Non
     assert alone.returncode == 0, alone.stderr
     losses = [float(loss) for loss in re.findall(r"epoch \d+: the loss is (\S+)", alone.stdout)]
     assert len(losses) == EPOCHS - 2
-    assert losses[-1] < losses[0] < 0.85, "rates begin small: a run this short has only begun"
+    assert losses[-1] < 0.3
     assert len(parameters(checkpoint)) == 6

@@ -112,14 +112,14 @@ def test_the_loss_after_a_step_is_computed_in_full_precision_too() -> None:
 def test_training_under_autocast_goes_down() -> None:
     data, model = batches(torch.float32), make_model().float()
     before = loss_fn(model, data[0]).item()
-    optimizer = ns.NewtonSummary(model, loss_fn, curvature_data=data, lr=10.0)
+    optimizer = ns.NewtonSummary(model, loss_fn, curvature_data=data)
     for t in range(40):
         optimizer.zero_grad()
         with mixed():
             loss = loss_fn(model, data[t % 5])
         loss.backward()
         optimizer.step()
-    assert loss_fn(model, data[0]).item() < 0.5 * before
+    assert loss_fn(model, data[0]).item() < 0.3 * before
     assert optimizer.counts["failed"] == 0
 
 
@@ -295,5 +295,5 @@ def test_half_precision_with_a_scaler_on_cuda() -> None:
         scaler.scale(loss).backward()
         scaler.step(optimizer)
         scaler.update()
-    assert loss_fn(model, data[0]).item() < 0.5 * before
+    assert loss_fn(model, data[0]).item() < 0.3 * before
     assert optimizer.counts["failed"] == 0

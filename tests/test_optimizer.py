@@ -483,7 +483,7 @@ def test_steps_in_one_kernel_are_those_along_the_direction(partition):
         run(model, optimizer, batches, 10, scheduler=scheduler)
     for p, q in zip(*(m.parameters() for m in models), strict=True):
         torch.testing.assert_close(p, q, rtol=1e-9, atol=1e-11)
-    assert total_loss(models[0]) < 0.6 * total_loss(make_model())
+    assert total_loss(models[0]) < 0.5 * total_loss(make_model())
 
 
 # State ----------------------------------------------------------------------------------------------------------------
@@ -726,8 +726,8 @@ def test_frozen_and_unused_parameters_stay_and_the_others_learn() -> None:
 
     model = Odd().double()
     before = copy.deepcopy(model)
-    optimizer = ns.NewtonSummary(model, loss_fn, curvature_data=make_batches(), every=2, lr=10.0)
-    run(model, optimizer, make_batches(), 30)
+    optimizer = ns.NewtonSummary(model, loss_fn, curvature_data=make_batches(), every=2)
+    run(model, optimizer, make_batches(), 60)
     assert same(model.unused, before.unused)
     assert same(model.frozen, before.frozen)
     assert total_loss(model) < 0.5 * total_loss(before)
@@ -897,7 +897,7 @@ def test_groups_cannot_be_added() -> None:
 def test_param_groups_show_names_and_rates() -> None:
     model, batches = make_model(), make_batches()
     optimizer = MAKERS["each tensor"](model, batches)
-    assert set(optimizer.measured_rates.values()) == {1e-3}
+    assert set(optimizer.measured_rates.values()) == {3e-3}
     run(model, optimizer, batches, 1)
     shown = {group["name"]: group["rate"] for group in optimizer.param_groups}
     assert shown == optimizer.measured_rates

@@ -41,7 +41,7 @@ class NewtonSummary(MeasuredOptimizer):
 
     1. The *direction* u is Adam's with Nesterov's momentum, in the eigenbases of Kronecker factors for those sides of
        weight matrices where a count of operations finds that cheap (:class:`~newton_summary.optim.directions.SOAP`).
-    2. There is one rate for everything.  It begins half way from 0.001 to a tenth of the best first step.
+    2. There is one rate for everything.  It begins half way from 0.003 to a third of the best first step.
     3. Every few steps the loss of a fresh batch is evaluated at the weights and at their average over the last quarter
        of the run: while the weights are better, steps become longer, else shorter.
     4. In a given share of the run's steps so far the rate changes by a given factor at most: quickly at first.

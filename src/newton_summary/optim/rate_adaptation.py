@@ -17,19 +17,19 @@ class Constants:
         gain: how fast rates change: while all comparisons agree, by the power ``gain`` of the factor by which the
             number of steps has grown.
         settling: steps that are added to that number, so that a run does not begin with leaps.
-        lean: towards longer steps, in units of the evidence, which is between −1 and 1: averages take away the noise
-            that longer steps make, and what they gain is still there afterwards.
         window: the part of the run, as 1/window of its steps, that the average of the weights is over.
+        most: the share of the weights in their average, at most: with all of it, the two would be the same, and tell
+            nothing, while comparisons are further apart than a fourth of the run.
         recent: of a comparison, in the evidence.
         outlier: how many times the usual difference between weights and average makes a divergence, where the loss is
             above that at the beginning, too.
         cut: what rates are divided by after a divergence.
     """
 
-    gain: float = 3.0
+    gain: float = 2.0
     settling: int = 50
-    lean: float = 0.3
     window: float = 4.0
+    most: float = 0.5
     recent: float = 0.3
     outlier: float = 10.0
     cut: float = 2.0
@@ -62,7 +62,7 @@ class RateAdaptation:
         >>> for step in range(10, 100, 10):  # the average is better: rates fall
         ...     adaptation.compare(weights=1.0, average=0.9, steps=step, gap=10)
         >>> round(adaptation.scale, 2)
-        0.13
+        0.14
     """
 
     def __init__(self, constants: Constants | None = None) -> None:
@@ -81,7 +81,7 @@ class RateAdaptation:
     def share(self, steps: int, gap: int) -> float:
         """The share of the weights in their average, after so many steps, ``gap`` of them since the last time."""
         window = self.constants.window
-        return min(window * gap / (steps + window), 1.0)
+        return min(window * gap / (steps + window), self.constants.most)
 
     def may_have_diverged(self, weights: float, average: float) -> bool:
         """Whether the weights should go back to their average, if that is better, where the losses are these.
@@ -123,7 +123,7 @@ class RateAdaptation:
         if self._square > 0 and not holds:  # else nothing was seen but rounding
             evidence = -self.advantage / math.sqrt(self._square)
             change = self.constants.gain * gap / (steps + self.constants.settling)
-            self.scale *= math.exp(change * (evidence + self.constants.lean))
+            self.scale *= math.exp(change * evidence)
 
     def state_dict(self) -> dict[str, Any]:
         """Plain numbers."""

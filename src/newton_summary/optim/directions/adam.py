@@ -25,7 +25,7 @@ class Adam(Stateless):
     """
 
     looks_ahead = False
-    usual_rate = 1e-3
+    usual_rate = 3e-3
     """What a training begins with: entries of its step are at most about 1, whatever the units of the loss."""
 
     def __init__(self, betas: tuple[float, float] = (0.9, 0.999), eps: float = 1e-8) -> None:
