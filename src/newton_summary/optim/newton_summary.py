@@ -44,7 +44,7 @@ class NewtonSummary(MeasuredOptimizer):
     2. There is one rate for everything.  It begins half way from 0.003 to a third of the best first step.
     3. Every few steps the loss of a fresh batch is evaluated at the weights and at their average over the last quarter
        of the run: while the weights are better, steps become longer, else shorter.
-    4. In a given share of the run's steps so far the rate changes by a given factor at most: quickly at first.
+    4. In a given share of the run's steps so far the rate changes by a given factor: quickly at first.
     5. A gradient three times as long as usual is shortened; weights that diverge go back to their average.
 
     Training is the same when a constant is added to the loss, or when it is multiplied by one, ε aside.  It is used in

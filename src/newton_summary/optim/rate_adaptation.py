@@ -15,12 +15,12 @@ class Constants:
 
     Args:
         gain: how fast rates change: while all comparisons agree, by the power ``gain`` of the factor by which the
-            number of steps has grown.
+            number of steps has grown, or by its inverse.
         settling: steps that are added to that number, so that a run does not begin with leaps.
         window: the part of the run, as 1/window of its steps, that the average of the weights is over.
         most: the share of the weights in their average, at most: with all of it, the two would be the same, and tell
             nothing, while comparisons are further apart than a fourth of the run.
-        recent: of a comparison, in the evidence.
+        recent: the share of a comparison in what differences are as a rule.
         outlier: how many times the usual difference between weights and average makes a divergence, where the loss is
             above that at the beginning, too.
         cut: what rates are divided by after a divergence.
@@ -44,7 +44,8 @@ class RateAdaptation:
 
     At each *comparison* the loss of a fresh batch is evaluated at the weights and at their average.  Both see the same
     samples, so that a constant in the loss, and most of what differs between batches, cancels; and what is used of the
-    difference is its ratio to how large it is as a rule, so that a factor on the loss does, too.
+    difference is its sign, so that a factor on the loss does, too, and large differences of long ago do not outweigh
+    those of today.
 
     Args:
         constants: of the rule.
@@ -120,10 +121,9 @@ class RateAdaptation:
         share = max(self.constants.recent, 1 / self._count)
         self._square += share * (behind**2 - self._square)
         self.advantage += share * (-behind - self.advantage)
-        if self._square > 0 and not holds:  # else nothing was seen but rounding
-            evidence = -self.advantage / math.sqrt(self._square)
+        if behind != 0 and not holds:
             change = self.constants.gain * gap / (steps + self.constants.settling)
-            self.scale *= math.exp(change * evidence)
+            self.scale *= math.exp(math.copysign(change, behind))
 
     def state_dict(self) -> dict[str, Any]:
         """Plain numbers."""
