@@ -38,3 +38,10 @@ def check_batches(what: str, batches: Any) -> None:
     is_pair = isinstance(batches, tuple) and batches and all(isinstance(item, Tensor) for item in batches)
     if is_pair or isinstance(batches, Tensor | Mapping):
         raise ValueError(f"{what} must be an iterable of batches, got one {type(batches).__name__}: pass [batch]")
+
+
+def check_memory(memory: float | None) -> float | None:
+    """A number of bytes, if one is given; raises unless it is positive and finite."""
+    if memory is not None:
+        check_positive("memory", memory)
+    return memory

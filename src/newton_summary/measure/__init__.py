@@ -59,18 +59,27 @@ class Engine(Protocol):
         ...
 
 
-def resolve_engine(engine: str | Engine) -> Engine:
+def resolve_engine(engine: str | Engine, memory: float | None = None) -> Engine:
     """An engine by its name: ``"forward"``, ``"nested"``, or ``"auto"``, the first of them that works.
 
+    Args:
+        engine: a name, or an engine.
+        memory: the bytes that the forward engine may take.  Default: as the engine has it.
+
     Raises:
-        ValueError: the name is unknown.
+        ValueError: the name is unknown; or the engine has no budget of memory.
     """
-    if not isinstance(engine, str):
+    if isinstance(engine, str):
+        engines: dict[str, Engine] = {"auto": AUTO, "forward": FORWARD, "nested": NestedEngine()}
+        if engine not in engines:
+            raise ValueError(f"unknown engine {engine!r}: choose one of {', '.join(engines)}")
+        engine = engines[engine]
+    if memory is None:
         return engine
-    engines: dict[str, Engine] = {"auto": AUTO, "forward": FORWARD, "nested": NestedEngine()}
-    if engine not in engines:
-        raise ValueError(f"unknown engine {engine!r}: choose one of {', '.join(engines)}")
-    return engines[engine]
+    if not isinstance(engine, ForwardEngine | AutoEngine):
+        name = type(engine).__name__
+        raise ValueError(f"memory={memory:.0f} is for the engines 'auto' and 'forward', not for {name}")
+    return engine.within(memory)
 
 
 def summarize(
@@ -83,6 +92,7 @@ def summarize(
     order: int = 3,
     third: Literal["diagonal", "full"] = "diagonal",
     engine: str | Engine = "auto",
+    memory: float | None = None,
     slices: int = 1,
     batch_size: SizeOf = None,
     progress: bool = False,
@@ -103,6 +113,8 @@ def summarize(
         order: the highest order of derivatives, from 1.  Above 3 every order is measured in full, by nested passes.
         third: the diagonal of the third order, or all S³ entries.
         engine: ``"auto"``, ``"forward"`` (which raises where it does not work) or ``"nested"``, or an :class:`Engine`.
+        memory: the bytes that values, adjoints and tangents may take.  Where the tangents of all groups are more, some
+            groups are swept at a time, with the same result.  Default: three quarters of what is free, for tangents.
         slices: into how many parts along the first dimension of its tensors each batch is cut, to bound memory.  The
             result is the same where the loss is a mean over samples, which batch normalisation in training mode breaks.
         batch_size: the number of samples in every batch, or a function that tells it.  Default: the first dimension of
@@ -117,6 +129,7 @@ def summarize(
             scalar, not finite or does not depend on the parameters; the direction does not fit or is not finite; the
             partition is of another model; the order is below 1; how many samples batches have is not clear; the mean
             over slices of a batch is not its loss.
+        MemoryError: not even the two groups of one entry (three, for all of the third order) fit into the memory.
         Refusal: no engine can measure the loss; the reason is named.
 
     Example:
@@ -127,7 +140,7 @@ def summarize(
         torch.Size([4, 4])
     """
     _check_request(order, third, batches, direction, slices)
-    chosen = resolve_engine(engine) if order <= 3 else NestedEngine()
+    chosen = resolve_engine(engine, memory) if order <= 3 else NestedEngine()
     partition = resolve_partition(partition, model)
     partition.check_is_of(model)
     loss = Loss(loss_fn, model)
@@ -179,12 +192,17 @@ def resolve_direction(direction: DirectionLike, partition: Partition) -> list[Te
             )
         if tensor.device != parameter.device:
             raise ValueError(f"direction for {name!r} is on {tensor.device}, the parameter on {parameter.device}")
-        if not bool(tensor.isfinite().all()):
+        if not _is_finite(tensor):
             raise ValueError(f"direction for {name!r}, of shape {tuple(tensor.shape)}, has entries that are not finite")
     return [
         _ordinary(tensor.detach().to(parameter.dtype))
         for tensor, parameter in zip(tensors, partition.parameters, strict=True)
     ]
+
+
+def _is_finite(tensor: Tensor) -> bool:
+    """Whether all entries are: their sum, which is quick, tells unless it overflows."""
+    return bool(tensor.sum().isfinite()) or bool(tensor.isfinite().all())
 
 
 def _mean_gradient(loss: Loss, partition: Partition, pieces: Iterable[tuple[Any, int]]) -> list[Tensor]:

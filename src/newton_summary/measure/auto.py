@@ -29,6 +29,12 @@ class AutoEngine:
         self.nested = NestedEngine()
         self._warned: weakref.WeakKeyDictionary[nn.Module, set[str]] = weakref.WeakKeyDictionary()
 
+    def within(self, memory: float | None) -> AutoEngine:
+        """The same engine, with the same graphs, and a budget of memory for the forward engine."""
+        other = AutoEngine(self.forward.within(memory))
+        other._warned = self._warned
+        return other
+
     def __reduce__(self) -> tuple[Any, ...]:
         """A copy, or what is unpickled, warns anew."""
         return AutoEngine, (self.forward,)

@@ -9,6 +9,7 @@ of group i.  One backward pass gives all adjoints, one sweep over the graph all 
 
 from __future__ import annotations
 
+import math
 import weakref
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
@@ -18,6 +19,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from newton_summary._checks import check_memory
 from newton_summary.measure.autograd import once_differentiable, own_derivatives
 from newton_summary.measure.batches import batch_size
 from newton_summary.measure.graph import Graph, first_line, lower
@@ -47,10 +49,14 @@ class ForwardEngine:
 
     Args:
         graphs: how many graphs are kept for each model.
+        memory: the bytes that a measurement's values, adjoints and tangents may take, beside the model, the batch and
+            the direction.  Where the tangents of all groups are more, some groups are swept at a time, which takes
+            longer and changes nothing else (docs/engine.md).  Default: three quarters of what is free, for tangents.
     """
 
-    def __init__(self, graphs: int = 8) -> None:
+    def __init__(self, graphs: int = 8, memory: float | None = None) -> None:
         self.graphs = graphs
+        self.memory = check_memory(memory)
         self._known: weakref.WeakKeyDictionary[nn.Module, _Known] = weakref.WeakKeyDictionary()
 
     def measure(
@@ -61,6 +67,7 @@ class ForwardEngine:
         Raises:
             Refusal: the loss cannot be measured in this way: an operation, and the reason.
             ValueError: the loss does not depend on the parameters.
+            MemoryError: the budget is too small for the groups that are needed at the same time.
         """
         if order > 3:
             raise Refusal(f"order {order} is above 3")
@@ -86,9 +93,15 @@ class ForwardEngine:
                 expected = _Expected(loss, batch, request)
             return self._swept(known, entry, recording, request, float(batch_size(batch)), gradient, expected)
 
+    def within(self, memory: float | None) -> ForwardEngine:
+        """The same engine, with the same graphs, and another budget."""
+        other = ForwardEngine(self.graphs, memory)
+        other._known = self._known
+        return other
+
     def __reduce__(self) -> tuple[Any, ...]:
         """A copy, or what is unpickled, lowers anew."""
-        return ForwardEngine, (self.graphs,)
+        return ForwardEngine, (self.graphs, self.memory)
 
     def __len__(self) -> int:
         """How many graphs are kept."""
@@ -139,7 +152,7 @@ class ForwardEngine:
                     if wanted is not None:
                         _check_gradient(tape, names, wanted)
                 asked = replace(request, order=max(request.order, 2)) if is_new else request
-                summary = sweep(tape, asked, weight)
+                summary = sweep(tape, asked, weight, self.memory)
         except Refusal as refusal:
             if gradient is None:
                 entry.refusal = refusal  # else it may be the data that decide
@@ -210,11 +223,16 @@ def _derivative_tolerance(tape: Tape) -> float:
 
 def _close(value: Tensor, expected: Tensor, tolerance: float, scale: float = 0.0) -> bool:
     """Whether they agree up to rounding; numbers that are not finite agree with each other."""
-    x, y = _real(value.detach()).double(), _real(expected.detach()).double()
-    if not bool(y.isfinite().all()):
-        return not bool(x.isfinite().all())
-    size = max(float(torch.linalg.vector_norm(y)), scale)
-    return float(torch.linalg.vector_norm(x - y)) <= tolerance * size + 1e-30
+    x, y = _real(value.detach()), _real(expected.detach())
+    norm = _norm(y)
+    if not math.isfinite(norm):
+        return not math.isfinite(_norm(x))
+    return _norm(x - y) <= tolerance * max(norm, scale) + 1e-30
+
+
+def _norm(x: Tensor) -> float:
+    """The Euclidean norm, computed in double precision; not finite where an entry is not."""
+    return float(torch.linalg.vector_norm(x, dtype=torch.float64))
 
 
 def _real(x: Tensor) -> Tensor:

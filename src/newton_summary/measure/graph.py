@@ -57,6 +57,8 @@ class Graph:
         kinked: whether some operation has a slope that jumps.
         widest: the bytes of its largest value.
         layouts: where tangents lie in memory, for each kind of request.
+        sections: what is pushed a few positions at a time, once that is known.
+        tangents: the bytes of one direction's tangents, without and with all of the third order, once they are known.
     """
 
     instructions: list[Instruction]
@@ -69,6 +71,8 @@ class Graph:
     kinked: bool = False
     widest: int = 0
     layouts: dict[Any, Layout] = field(default_factory=dict)
+    sections: list[Any] = field(default_factory=list)
+    tangents: dict[bool, int] = field(default_factory=dict)
 
     def run(self, tensors: Sequence[Tensor], instead: Mapping[Any, Callable[..., Any]] | None = None) -> list[Any]:
         """Every value, by slot.  Differentiable with respect to the inputs.

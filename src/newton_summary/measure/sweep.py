@@ -12,9 +12,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from newton_summary.measure import positions
 from newton_summary.measure.arena import arena, is_large
+from newton_summary.measure.budget import held, tangent_bytes, together
 from newton_summary.measure.graph import Graph, Instruction, first_line
 from newton_summary.measure.lowering import CONSTANT
+from newton_summary.measure.positions import find_sections, is_wide, push_section
 from newton_summary.measure.record import Leaf, Ref, Refusal
 from newton_summary.measure.rules import KINKED, Call, Groups, Jet, Place, Rule, Sums, rule_for
 from newton_summary.measure.rules.jets import rows_of
@@ -41,17 +44,38 @@ class Request:
         """Whether all of the third order is wanted."""
         return self.order == 3 and self.third == "full"
 
-    def jets(self) -> list[Jet]:
-        """The parameters' tangents: u, split by groups."""
-        result = []
+    @property
+    def at_once(self) -> int:
+        """How many groups' tangents an entry needs at the same time."""
+        return 3 if self.full else min(self.order, 2)
+
+    @property
+    def kind(self) -> tuple[int, str]:
+        """What is asked for, whatever the direction."""
+        return self.order, self.third
+
+    def jets(self, wanted: Groups) -> list[Jet | None]:
+        """The parameters' tangents by some groups: u, split by groups."""
+        result: list[Jet | None] = []
+        some = set(wanted)
         for label, groups, u in zip(self.partition.labels, self.partition.groups_of, self.direction, strict=True):
+            here = tuple(g for g in groups if g in some)
+            if not here:
+                result.append(None)
+                continue
             rows = (
                 u.unsqueeze(0)
                 if isinstance(label, int)
-                else torch.stack([torch.where(label.to(u.device) == g, u, 0.0) for g in groups])
+                else torch.stack([torch.where(label.to(u.device) == g, u, 0.0) for g in here])
             )
-            result.append(Jet((), groups, rows.detach()))
+            result.append(Jet((), here, rows.detach()))
         return result
+
+    def part_bytes(self) -> int:
+        """The bytes of a group's tangents of parameters that are split between groups, on average, rounded up."""
+        pairs = zip(self.partition.labels, self.partition.groups_of, self.direction, strict=True)
+        total = sum(len(groups) * u.nbytes for label, groups, u in pairs if not isinstance(label, int))
+        return -(-total // len(self.partition))
 
 
 @dataclass(slots=True)
@@ -110,6 +134,14 @@ class Tape:
                 adjoints[slot] = several[0] if isinstance(value, Tensor) else several
         return adjoints, list(rest)
 
+    def held(self) -> int:
+        """The bytes of values and adjoints that operations made."""
+        given = {slot for slot, _, _ in self.graph.inputs} | {slot for slot, _ in self.graph.constants}
+        made = [value for slot, value in enumerate(self.values) if slot not in given]
+        inputs = {v.untyped_storage().data_ptr() for v in (self.values[slot] for slot in given)}
+        own = [v for v in made if not (isinstance(v, Tensor) and v.untyped_storage().data_ptr() in inputs)]
+        return held([*own, *self.adjoints.values()])
+
 
 def _moves(value: Any) -> bool:
     return isinstance(value, Tensor) and value.requires_grad
@@ -134,6 +166,7 @@ def _plan(graph: Graph, values: Sequence[Any]) -> list[_Step | None]:
                 bent.add(instruction.out)
             plan.append(step)
         graph.plan = plan
+        graph.sections = find_sections(graph.instructions, plan, values)
     return graph.plan
 
 
@@ -166,49 +199,132 @@ def _places(instruction: Instruction) -> list[tuple[Place, int]]:
     return places
 
 
-def sweep(tape: Tape, request: Request, weight: float) -> Summary:
-    """Pushes all tangents over a graph with its values and adjoints known; a tape serves once."""
+def sweep(tape: Tape, request: Request, weight: float, memory: float | None = None) -> Summary:
+    """Pushes all tangents over a graph with its values and adjoints known; a tape serves once.
+
+    Args:
+        tape: values and adjoints.
+        request: what is asked for.
+        weight: the number of samples.
+        memory: bytes that values, adjoints and tangents may take.  Default: what is free, less a reserve.
+
+    Raises:
+        MemoryError: that is too little for the groups that are needed at the same time.
+    """
     size, device = len(request.partition), request.partition.device
-    sums = Sums(size, device, request.diagonal, request.full)
-    calls: list[_Curved] | None = [] if request.full else None
-    with torch.no_grad(), arena(tape.graph.layouts, (request.order, request.third)):
-        tape.final = final = _push(tape, request, sums, calls)
-    if calls:
-        _pull(calls, tuple(range(size)), sums)
-    gradient = torch.zeros(size, dtype=torch.float64, device=device)
-    if final is not None:
-        gradient[list(final.first)] = final.dot.double()
+    parts = _parts(tape, request, memory)
+    total = _Total(request, size, device)
+    for groups in parts:
+        is_last = groups is parts[-1]
+        sums = Sums(size, device, request.diagonal, request.full)
+        calls: list[_Curved] | None = [] if request.full else None
+        with torch.no_grad(), arena(tape.graph.layouts, (*request.kind, groups)):
+            final = _push(tape, request, sums, calls, groups, is_last)
+        if calls:
+            _pull(calls, groups, sums)
+        total.take(groups, sums, final, alone=len(parts) == 1)
+    tape.final = total.final
     return Summary(
         loss=tape.loss.detach(),
-        gradient=gradient,
-        hessian=sums.hessian if request.order > 1 else None,
-        third=sums.diagonal if request.diagonal else sums.third if request.full else None,
+        gradient=total.gradient,
+        hessian=total.hessian,
+        third=total.third,
         names=request.partition.names,
         weight=weight,
     )
 
 
-def _push(tape: Tape, request: Request, sums: Sums, calls: list[_Curved] | None) -> Jet | None:
-    """Pushes all tangents to the loss, frees what is no longer used, and gives the loss's own.
+def _parts(tape: Tape, request: Request, memory: float | None) -> list[Groups]:
+    """The groups of each sweep."""
+    graph = tape.graph
+    if request.full not in graph.tangents:
+        graph.tangents[request.full] = tangent_bytes(graph, tape.steps, tape.values, request.full)
+    one = (2 if request.diagonal else 1) * graph.tangents[request.full] + request.part_bytes()
+    known = 0 if memory is None else tape.held()
+    partition = request.partition
+    return together(len(partition), max(one, 1), known, memory, partition.device, request.at_once)
+
+
+class _Total:
+    """What all sweeps give, together."""
+
+    def __init__(self, request: Request, size: int, device: torch.device) -> None:
+        def zeros(dims: int) -> Tensor:
+            return torch.zeros((size,) * dims, dtype=torch.float64, device=device)
+
+        self.gradient = zeros(1)
+        self.hessian = zeros(2) if request.order > 1 else None
+        self.third = zeros(3 if request.full else 1) if request.order > 2 else None
+        self.final: Jet | None = None
+        self._seconds: dict[int, Tensor] = {}
+
+    def take(self, groups: Groups, sums: Sums, final: Jet | None, alone: bool) -> None:
+        """Takes the entries of the groups of one sweep, which are the same in every sweep that has them."""
+        third = sums.diagonal if sums.diagonal is not None else None
+        if self.third is not None and self.third.dim() == 3:
+            third = sums.third
+        if alone:
+            self.hessian = None if self.hessian is None else sums.hessian
+            self.third, self.final = third, final
+        else:
+            place = torch.tensor(groups, device=self.gradient.device)
+            for own, new in ((self.hessian, sums.hessian), (self.third, third)):
+                if own is not None and new is not None:
+                    grid = torch.meshgrid(*[place] * own.dim(), indexing="ij")
+                    own[grid] = new[grid]
+            if final is not None:
+                self._seconds |= dict(zip(final.second, final.ddot, strict=True))
+                rows = list(self._seconds.values())
+                if rows:
+                    self.final = Jet(tuple(self._seconds), (), torch.stack(rows))
+        if final is not None:
+            self.gradient[list(final.first)] = final.dot.double()
+
+
+def _push(
+    tape: Tape, request: Request, sums: Sums, calls: list[_Curved] | None, groups: Groups, is_last: bool
+) -> Jet | None:
+    """Pushes the tangents of some groups to the loss, and gives the loss's own.
 
     Args:
         tape: values and adjoints.
         request: what is asked for.
         sums: where the curvature goes.
         calls: gathers all curved operations, with their tangents, where they are needed later.
+        groups: the groups.
+        is_last: whether values and adjoints may be freed as soon as no operation uses them any more.
     """
-    graph, values, adjoints = tape.graph, tape.values, tape.adjoints
+    graph = tape.graph
+    values = tape.values if is_last else list(tape.values)
+    adjoints = tape.adjoints if is_last else dict(tape.adjoints)
     jets: list[Any] = [None] * graph.slots
-    size = graph.widest * 2 * len(request.partition)
+    size = graph.widest * 2 * len(groups)
     holders = _Holders() if calls is None and is_large(size) else None
-    directions = request.jets()
+    directions = request.jets(groups)
+    sections = {section.head.number: section for section in graph.sections} if calls is None else {}
+    done: frozenset[int] = frozenset()
     for slot, _, parameter in graph.inputs:
         if parameter is not None:
             jets[slot] = directions[parameter]
             if holders is not None:
                 holders.add(directions[parameter], 2)
-    for instruction, step in zip(graph.instructions, tape.steps, strict=True):
-        if step is not None:
+    for number, (instruction, step) in enumerate(zip(graph.instructions, tape.steps, strict=True)):
+        section = sections.get(number)
+        if section is not None and is_wide(section, instruction, jets, values, request.diagonal, positions.ENTRIES):
+            assert step is not None
+            weights = adjoints if request.order > 1 else None
+            try:
+                narrow = push_section(
+                    section, instruction, step.places, values, jets, weights, request.diagonal, sums, positions.ENTRIES
+                )
+            except (RuntimeError, NotImplementedError) as error:
+                raise Refusal(f"{instruction.op} and what follows it: {first_line(error)}") from error
+            for slot, jet in narrow.items():
+                jets[slot] = jet
+                if holders is not None:
+                    holders.add(jet, 1)
+            done |= section.numbers
+        if step is not None and number not in done:
             found = {place: jets[slot] for place, slot in step.places if jets[slot] is not None}
             if found:
                 args = instruction.arguments(values)
@@ -223,7 +339,7 @@ def _push(tape: Tape, request: Request, sums: Sums, calls: list[_Curved] | None)
                     raise _refusal(call, step.rule, error) from error
                 if holders is not None:
                     holders.add(jets[instruction.out], 2 if step.rule.kind == "general" else 1)
-                if calls is not None and step.curved:
+                if calls is not None and step.curved and step.rule.is_curved(call):
                     calls.append(_Curved(call, step.rule, adjoint))
         for slot in instruction.last_use:
             if holders is not None:

@@ -115,6 +115,7 @@ class Monitor:
         level: the confidence of the advice's intervals.
         regularization: λ_int, the weight of the cubic term.
         engine: what measures: a name, or an :class:`~newton_summary.measure.Engine`.
+        memory: the bytes that a measurement may take, as in :func:`~newton_summary.summarize`.
         process_group: the processes whose measurements are averaged.  Default: those of the
             ``DistributedDataParallel`` module, or else of the default group, where one was initialised.
 
@@ -164,6 +165,7 @@ class Monitor:
         level: float = 0.9,
         regularization: float = 1.0,
         engine: str | Engine = "auto",
+        memory: float | None = None,
         process_group: Any = None,
     ) -> None:
         for what, value in (("every", every), ("window", window), ("history", history)):
@@ -178,7 +180,7 @@ class Monitor:
         self.partition = resolve_partition(partition, model, self._default_partition)
         self.every, self.level, self.regularization = every, level, regularization
         self.writer, self.path = writer, None if path is None else Path(path)
-        self.engine = resolve_engine(engine)
+        self.engine = resolve_engine(engine, memory)
         self.advice: Advice | None = None
         self.summary: Summary | None = None
         self.records: deque[Record] = deque(maxlen=history)
