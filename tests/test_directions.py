@@ -414,7 +414,7 @@ def test_directions_by_name():
     assert type(resolve("adam")) is Adam
     assert type(resolve("nadam")) is NAdam
     optimizer = torch.optim.SGD(parameters(), lr=0.1)
-    assert resolve(optimizer).optimizer is optimizer
+    assert resolve(optimizer).optimizers == (optimizer,)
     own = Momentum(0.3)
     assert resolve(own) is own
     with pytest.raises(

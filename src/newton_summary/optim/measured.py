@@ -13,6 +13,7 @@ from torch import Tensor
 
 from newton_summary._checks import check_count, check_not_negative
 from newton_summary._frozen import Frozen
+from newton_summary.measure.together import OneOrSeveral
 from newton_summary.optim import directions
 from newton_summary.optim.directions import Direction
 from newton_summary.optim.held_gradients import HeldGradients
@@ -37,7 +38,8 @@ class MeasuredOptimizer(torch.optim.Optimizer):
     Args:
         samples: what is measured on.
         rule: what turns measurements into rates.
-        direction: a name, a ``torch.optim.Optimizer`` or a :class:`~newton_summary.optim.directions.Direction`.
+        direction: a name, a ``torch.optim.Optimizer``, several, or a
+            :class:`~newton_summary.optim.directions.Direction`.
         lr: λ_1.
         every: the number of steps between measurements; ``None`` where a subclass decides.
 
@@ -53,7 +55,7 @@ class MeasuredOptimizer(torch.optim.Optimizer):
         self,
         samples: Samples,
         rule: RateRule,
-        direction: str | torch.optim.Optimizer | Direction,
+        direction: str | OneOrSeveral | Direction,
         *,
         lr: float,
         every: int | None,
@@ -326,7 +328,7 @@ class MeasuredOptimizer(torch.optim.Optimizer):
 
     def _kinds(self) -> list[str]:
         """What the parts of the state belong to."""
-        inner = [self.direction.optimizer] if isinstance(self.direction, directions.StepOf) else []
+        inner = self.direction.optimizers if isinstance(self.direction, directions.StepOf) else ()
         return [type(part).__name__ for part in (self.rule, self.direction, *inner)]
 
 
@@ -334,7 +336,7 @@ def _check_same_parameters(direction: Direction, partition: Partition) -> None:
     """Raises where another optimizer's step is the direction, but not of the same parameters."""
     if not isinstance(direction, directions.StepOf):
         return
-    held = {id(p) for group in direction.optimizer.param_groups for p in group["params"]}
+    held = {id(p) for group in direction.param_groups for p in group["params"]}
     for name, parameter in zip(partition.parameter_names, partition.parameters, strict=True):
         if id(parameter) not in held:
             raise ValueError(

@@ -6,6 +6,7 @@ import contextlib
 import logging
 import warnings
 from collections.abc import Iterable, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -13,6 +14,7 @@ from torch import Tensor, nn
 
 from newton_summary._checks import check_count
 from newton_summary.measure import Engine, LossFunction
+from newton_summary.measure.together import OneOrSeveral, are_optimizers, members_of, together
 from newton_summary.optim.backtracking import halvings_to_agreement
 from newton_summary.optim.cadence import MEASUREMENTS, Price, affordable_interval
 from newton_summary.optim.clipping import GradientClipping
@@ -65,11 +67,13 @@ class NewtonSummary(MeasuredOptimizer):
         curvature_data: batches to measure on, iterated for ever by an independent sampler (see
             :class:`~newton_summary.measure.stream.BatchStream`): a ``DataLoader`` over the training set, or a list of
             batches. Without it, call :meth:`measure`, whose rates hold until the next one.
-        partition: the groups, or the name of a constructor, such as ``"canonical"``.  Default: all parameters in one.
-            docs/research.md has what rates of their own are worth to groups.
+        partition: the groups, or the name of a constructor, such as ``"canonical"``.  Default: all parameters in one,
+            or, where the direction is that of several optimizers, one for each of these.  docs/research.md has what
+            rates of their own are worth to groups.
         direction: ``"soap"``, ``"nadam"``, ``"adam"``, ``"momentum"``, ``"gradient"``, a ``torch.optim.Optimizer``
-            over the same parameters whose own step it is, or a :class:`~newton_summary.optim.directions.Direction`.
-            Default: SOAP's, as far as it is cheap; without ``curvature_data`` NAdam's.
+            over the same parameters whose own step it is, a list of several, such as Muon for matrices and AdamW for
+            the rest, or a :class:`~newton_summary.optim.directions.Direction`.  Default: SOAP's, as far as it is cheap;
+            without ``curvature_data`` NAdam's.
         lr: λ_1, dimensionless: a scale on all rates, for every ``lr_scheduler`` to work on.
         steps: the length of the training, if known: over its last quarter, λ_1 goes to 0.
         every: the number of steps between measurements.  Default: from 20 to 200, as many as keep the time that they
@@ -126,7 +130,7 @@ class NewtonSummary(MeasuredOptimizer):
         *,
         curvature_data: Iterable[Any] | None = None,
         partition: Partition | str | None = None,
-        direction: str | torch.optim.Optimizer | Direction | None = None,
+        direction: str | OneOrSeveral | Direction | None = None,
         lr: float = 1.0,
         steps: int | None = None,
         every: int | None = None,
@@ -147,14 +151,16 @@ class NewtonSummary(MeasuredOptimizer):
             check_count("compare_every", compare_every)
         if steps is not None:
             check_count("steps", steps)
-        groups = resolve_partition(partition, model, Partition.trivial)
+        groups = resolve_partition(partition, model, partial(_default_partition, direction))
         groups.check_is_of(model)
         options = {"engine": engine, "seed": seed, "process_group": process_group}
         samples = Samples(model, loss_fn, groups, curvature_data, **options)
         rule = AveragedRates(regularization, shrinkage, target, averaging, groups.precision)
         compares = samples.stream is not None and compare_every != 0
         by_count = direction is None and compares
-        super().__init__(samples, rule, direction or ("soap" if by_count else "nadam"), lr=lr, every=every)
+        if direction is None:
+            direction = "soap" if by_count else "nadam"
+        super().__init__(samples, rule, direction, lr=lr, every=every)
         self.steps = steps
         self.counts.update({"compared": 0, "halved": 0})
         self._clipping = GradientClipping()
@@ -317,6 +323,13 @@ class NewtonSummary(MeasuredOptimizer):
             "sides": self._sides,
         }
         return {**super()._parts(), **own}
+
+
+def _default_partition(direction: Any, model: nn.Module) -> Partition:
+    """One group; of several optimizers each has one."""
+    if are_optimizers(direction) and len(members := members_of(together(direction))) > 1:
+        return Partition.by_optimizer(model, members)
+    return Partition.trivial(model)
 
 
 def _has_statistics(model: nn.Module) -> bool:

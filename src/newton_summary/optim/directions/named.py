@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-import torch
+from typing import cast
 
+from newton_summary.measure.together import OneOrSeveral, are_optimizers
 from newton_summary.optim.directions.adam import Adam, NAdam
 from newton_summary.optim.directions.base import Direction
 from newton_summary.optim.directions.gradient import Gradient
@@ -12,21 +13,22 @@ from newton_summary.optim.directions.soap import SOAP
 from newton_summary.optim.directions.step_of import StepOf
 
 
-def resolve(direction: str | torch.optim.Optimizer | Direction) -> Direction:
-    """A direction by its name, such as ``"adam"``, or around an optimizer.
+def resolve(direction: str | OneOrSeveral | Direction) -> Direction:
+    """A direction by its name, such as ``"adam"``, or around an optimizer or several.
 
     Raises:
         ValueError: the name is unknown.
         TypeError: it is something else.
     """
-    if isinstance(direction, torch.optim.Optimizer):
+    if are_optimizers(direction):
         return StepOf(direction)
     if not isinstance(direction, str):
         if not hasattr(direction, "update") or not hasattr(direction, "defaults"):
             raise TypeError(
-                f"direction must be a name, a torch.optim.Optimizer or a Direction, got {type(direction).__name__}"
+                "direction must be a name, a torch.optim.Optimizer, a list of them, or a Direction, "
+                f"got {type(direction).__name__}"
             )
-        return direction
+        return cast(Direction, direction)
     named: dict[str, type[Direction]] = {
         "gradient": Gradient,
         "momentum": Momentum,
@@ -36,6 +38,7 @@ def resolve(direction: str | torch.optim.Optimizer | Direction) -> Direction:
     }
     if direction not in named:
         raise ValueError(
-            f"unknown direction {direction!r}: choose one of {', '.join(named)}, or pass a torch.optim.Optimizer"
+            f"unknown direction {direction!r}: choose one of {', '.join(named)}, or pass a torch.optim.Optimizer, "
+            "or a list of them"
         )
     return named[direction]()
