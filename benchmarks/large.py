@@ -1,25 +1,25 @@
 """What a measurement of GPT-2 at its real size costs: time in gradients, and memory of the whole process.
 
-Run ``python benchmarks/large.py [--groups blocks tensors] [--mask] [--threads N]``.  The model is transformers' with
-random weights: 12 layers of width 768, a vocabulary of 50,257, 124 million parameters; the batch is one sequence of 128
-tokens, the direction the gradient.  Each configuration has a process of its own.  Times are of the processor, so that
-other work on the machine changes little, and memory is the largest that the process ever held.  Figures are added to
-results/large.json, and results/large.md is written anew.
+Run ``python benchmarks/large.py [--groups blocks tensors] [--mask] [--threads N] [--device cuda]``.  The model is
+transformers' with random weights: 12 layers of width 768, a vocabulary of 50,257, 124 million parameters; the batch is
+one sequence of 128 tokens, the direction the gradient.  Each configuration has a process of its own.  Times are of the
+processor, so that other work on the machine changes little (on an accelerator, between events), and memory is the
+largest that the process (on an accelerator, its allocator) ever held.  Figures are added to results/large.json, and
+results/large.md is written anew.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-import resource
 import subprocess
 import sys
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
+from clock import Clock
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -35,10 +35,11 @@ Written by `python benchmarks/large.py`: transformers' GPT-2, random weights, 12
 precision, one sequence of 128 tokens. "blocks" are 14 groups (12 blocks, embeddings, final norm), "tensors" 148.
 Times are those of the processor, in gradients (one forward and backward pass); "counted" are multiply-adds of
 matrix products that ran, in the same unit; "first" is the first measurement, which lowers and checks what it
-recorded. Memory is the most that the process held, with model, gradient and direction (0.5 GB each).
+recorded; "of peak" is the rate of these multiply-adds, against that of one large product. Memory is the most that
+the process held, with model, gradient and direction (0.5 GB each).
 
-| groups | S | mask | order | threads | gradients | counted | first | gradient, s | memory, GB |
-|---|---|---|---|---|---|---|---|---|---|
+| groups | S | mask | order | device | threads | gradients | counted | first | gradient, s | of peak | memory, GB |
+|---|---|---|---|---|---|---|---|---|---|---|---|
 """
 
 
@@ -62,30 +63,25 @@ def partition_of(model: nn.Module, groups: str) -> ns.Partition:
     return ns.Partition.from_patterns(model, {f"block {i}": f"transformer.h.{i}.*" for i in range(12)} | PATTERNS)
 
 
-def timed(function: Callable[[], object]) -> float:
-    start = time.process_time()
-    function()
-    return time.process_time() - start
-
-
 def counted(function: Callable[[], object]) -> float:
     with FlopCounterMode(display=False) as counter:
         function()
     return float(counter.get_total_flops())
 
 
-def run(groups: str, mask: bool, order: int, threads: int) -> dict[str, Any]:
+def run(groups: str, mask: bool, order: int, threads: int, device: str) -> dict[str, Any]:
     """One configuration, in this process."""
     torch.set_num_threads(threads)
+    clock = Clock(device, processor=True)
     model, batch = build(mask)
+    model, batch = model.to(device), {name: value.to(device) for name, value in batch.items()}
     partition, engine = partition_of(model, groups), ForwardEngine()
 
     def gradient() -> None:
         model.zero_grad()
         loss_fn(model, batch).backward()
 
-    gradient()
-    unit = min(timed(gradient) for _ in range(3))
+    unit = clock.least(gradient)
     products = counted(gradient)
     direction = [p.grad.clone() for p in partition.parameters if p.grad is not None]
     model.zero_grad()
@@ -95,17 +91,20 @@ def run(groups: str, mask: bool, order: int, threads: int) -> dict[str, Any]:
             loss_fn, model, [batch], partition=partition, direction=direction, order=order, engine=engine
         )
 
-    first = timed(measure)
-    later = min(timed(measure) for _ in range(2 if groups == "blocks" else 1))
-    memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6
+    first = clock.once(measure)
+    later = clock.least(measure, repeats=2 if groups == "blocks" else 1, warm_up=0)
+    memory = clock.memory() / 1e9
+    products_of_measure = counted(measure)
     return {
         "groups": groups,
         "S": len(partition),
         "mask": mask,
         "order": order,
+        "device": device if device == "cpu" else torch.cuda.get_device_name(),
         "threads": threads,
         "gradients": later / unit,
-        "counted": counted(measure) / products,
+        "counted": products_of_measure / products,
+        "peak": products_of_measure / 2 / later / clock.peak(),
         "first": first / unit,
         "seconds": unit,
         "memory": memory,
@@ -116,8 +115,9 @@ def write(records: list[dict[str, Any]]) -> None:
     """The figures as a file and as a table."""
     RESULTS.joinpath("large.json").write_text(json.dumps(records, indent=1) + "\n")
     lines = [
-        f"| {r['groups']} | {r['S']} | {'yes' if r['mask'] else 'no'} | {r['order']} | {r['threads']} "
-        f"| {r['gradients']:.1f} | {r['counted']:.1f} | {r['first']:.1f} | {r['seconds']:.2f} | {r['memory']:.1f} |"
+        f"| {r['groups']} | {r['S']} | {'yes' if r['mask'] else 'no'} | {r['order']} | {r['device']} | {r['threads']} "
+        f"| {r['gradients']:.1f} | {r['counted']:.1f} | {r['first']:.1f} | {r['seconds']:.2f} | {r['peak']:.2f} "
+        f"| {r['memory']:.1f} |"
         for r in records
     ]
     RESULTS.joinpath("large.md").write_text(HEAD + "\n".join(lines) + "\n")
@@ -129,21 +129,23 @@ def main() -> None:
     parser.add_argument("--orders", nargs="+", type=int, default=[2, 3], choices=[2, 3])
     parser.add_argument("--mask", action="store_true", help="with an attention_mask")
     parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--device", default="cpu", help="cpu or cuda")
     parser.add_argument("--here", action="store_true", help=argparse.SUPPRESS)
     given = parser.parse_args()
     if given.here:
-        print(json.dumps(run(given.groups[0], given.mask, given.orders[0], given.threads)))
+        print(json.dumps(run(given.groups[0], given.mask, given.orders[0], given.threads, given.device)))
         return
     path = RESULTS / "large.json"
     records = json.loads(path.read_text()) if path.exists() else []
     for groups in given.groups:
         for order in given.orders:
             asked = ["--groups", groups, "--orders", str(order), "--threads", str(given.threads)]
+            asked += ["--device", given.device]
             command = [sys.executable, __file__, "--here", *asked, *(["--mask"] if given.mask else [])]
             done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
             new = json.loads(done.stdout.splitlines()[-1])
             print(new, flush=True)
-            key = ("groups", "mask", "order", "threads")
+            key = ("groups", "mask", "order", "device", "threads")
             records = [r for r in records if any(r[k] != new[k] for k in key)] + [new]
             write(records)
 

@@ -69,8 +69,15 @@ def layers(cells, names) -> None:
     assert "too small" in printed(cells)
 
 
+def heads(cells, names) -> None:
+    assert names["summary"].loss < 2.9
+    assert len(names["partition"]) == 17
+    assert names["within"] > names["across"] > 0
+
+
 EXAMPLES = {
     "layers": (layers, 1),
+    "heads": (heads, 1),
     "look": (look, 3),
     "adamw_rates": (adamw_rates, 1),
     "train": (train, 1),

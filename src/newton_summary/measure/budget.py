@@ -167,7 +167,8 @@ def _message(order: int, one: int, known: int, memory: float | None, free: float
     need = f"the tangents of {what} take {_readable(order * one)}"
     if memory is None:
         return (
-            f"{need}, and {_readable(max(free, 0))} are free: measure on a smaller batch, or in slices of it (slices=)"
+            f"{need}, and {_readable(max(free, 0))} are free: measure on a smaller batch, or in slices of it "
+            "(slices=), or say with memory= how many bytes to take"
         )
     return (
         f"{need}, the loss's own values and adjoints {_readable(known)}, and memory={memory:.0f} is "

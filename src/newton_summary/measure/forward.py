@@ -282,10 +282,10 @@ class _Expected:
     def _hessian_rows(self, gradient: Sequence[Tensor | None], request: Request) -> Tensor | None:
         """H̄ times a vector of ones, or nothing where the loss is not twice differentiable by autograd."""
         partition = request.partition
-        slope = torch.stack(partition.dot(gradient, request.direction)).sum()
-        if not slope.requires_grad:
+        pairs = [(g, u) for g, u in zip(gradient, request.direction, strict=True) if g is not None and g.requires_grad]
+        if not pairs:
             return torch.zeros(len(partition), dtype=torch.float64, device=partition.device)
-        product = gradients_of(slope, partition.parameters)
+        product = gradients_of([g for g, _ in pairs], partition.parameters, along=[u for _, u in pairs])
         return torch.stack(partition.dot(product, request.direction))
 
     def check_hessian(self, summary: Summary, tape: Tape) -> None:

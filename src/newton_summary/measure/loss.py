@@ -304,12 +304,24 @@ def _no_checkpoint(*args: Any, **kwargs: Any) -> Iterator[None]:
     yield
 
 
-def gradients_of(value: Tensor, parameters: Sequence[Tensor], create_graph: bool = False) -> list[Tensor | None]:
-    """The gradients of a loss by parameters; nothing for those that it does not depend on, or that are frozen."""
+def gradients_of(
+    value: Tensor | Sequence[Tensor],
+    parameters: Sequence[Tensor],
+    create_graph: bool = False,
+    along: Sequence[Tensor] | None = None,
+) -> list[Tensor | None]:
+    """The gradients of a loss by parameters; nothing for those that it does not depend on, or that are frozen.
+
+    Args:
+        value: the loss; or several tensors, whose inner product with ``along`` is differentiated.
+        parameters: by which.
+        create_graph: whether the gradients can be differentiated again.
+        along: constants.
+    """
     moving = [p for p in parameters if p.requires_grad]
-    if not (value.requires_grad and moving):
+    if not moving or (isinstance(value, Tensor) and not value.requires_grad):
         return [None] * len(parameters)
-    found = iter(torch.autograd.grad(value, moving, allow_unused=True, create_graph=create_graph))
+    found = iter(torch.autograd.grad(value, moving, along, allow_unused=True, create_graph=create_graph))
     return [next(found) if p.requires_grad else None for p in parameters]
 
 
