@@ -68,7 +68,7 @@ print(f"loss {summary.loss:.2f}")
 # between two heads may be above 1.
 heads = {f"{b + 1}.{h + 1}": [f"transformer.h.{b}.attn.head{h}"] for b in range(BLOCKS) for h in range(HEADS)}
 figure = Figure(figsize=(7.6, 6.4), layout="constrained")
-named = summary.merge({**heads, "everything else": ["rest"]})
+named = summary.merge({**heads, "rest": ["rest"]})
 plots.correlations(named, figure.subplots(), "Attention heads (block.head) of a small GPT-2")
 figure.savefig("heads.png", dpi=110)
 

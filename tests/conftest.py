@@ -39,3 +39,13 @@ def two():
     ranks = Ranks(2)
     yield ranks
     ranks.close()
+
+
+@pytest.fixture(scope="session")
+def four():
+    """Four processes in one group."""
+    from ranks import Ranks
+
+    ranks = Ranks(4)
+    yield ranks
+    ranks.close()

@@ -53,6 +53,17 @@ def test_sharded_training_is_that_of_one_process(two, kind) -> None:
         assert own_counts == counts
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", MAKERS)
+def test_sharded_training_in_four_processes_is_that_of_one(four, kind) -> None:
+    parameters, rates, counts = train(kind, 20)
+    for own, own_rates, own_counts in four.run(train, kind, 20):
+        for p, q in zip(own, parameters, strict=True):
+            torch.testing.assert_close(p, q, rtol=1e-10, atol=1e-10)
+        assert own_rates == pytest.approx(rates, rel=1e-8)
+        assert own_counts == counts
+
+
 def odd():
     """Frozen, tied and buffered: what else a model has."""
     torch.manual_seed(2)

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from studies import benchmark
 from torch import Tensor, nn
 
 import newton_summary as ns
@@ -17,6 +18,7 @@ from newton_summary.measure import ForwardEngine, budget, positions, sweep
 from newton_summary.measure import arena as arena_module
 
 VOCABULARY, TOKENS = 40, 7
+DEVICES = ["cpu", *["cuda"] * torch.cuda.is_available()]
 
 
 class Language(nn.Module):
@@ -320,3 +322,28 @@ def test_what_is_free_bounds_tangents_where_no_budget_is_given(
 
 def test_what_is_free_is_known() -> None:
     assert 1e6 < budget.free_memory(torch.device("cpu")) < 1e15
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_blocks_and_budgets_on_a_device(device: str, pushed: list[int], sweeps: list[Any]) -> None:
+    model, ids = case()
+    expected = nested(shifted, model, ids)
+    model, ids = model.to(device), ids.to(device)
+    assert 1e6 < budget.free_memory(torch.device(device)) < 1e15
+    for memory in (None, least_memory(shifted, model, ids)):
+        assert_same(measure(shifted, model, ids, memory=memory).cpu(), expected, 1e-9)
+    assert pushed
+    assert len(sweeps[-1]) > 1
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_the_clock_of_benchmarks_on_a_device(device: str) -> None:
+    calls = []
+    with benchmark("clock") as clock:
+        timer = clock.Clock(device, processor=True)
+        assert timer.median(lambda: calls.append(torch.ones(9, device=device).sum()), repeats=4, warm_up=3) >= 0
+        assert len(calls) == 7
+        assert timer.least(lambda: calls.append(None), repeats=2) >= 0
+        assert len(calls) == 10
+        assert timer.memory() > 0
+        assert timer.peak(size=64) > 0
