@@ -25,9 +25,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from clock import multiply_adds
 from networks import MODELS, cross_entropy
 from torch import Tensor, nn
-from torch.utils.flop_counter import FlopCounterMode
 
 import newton_summary as ns
 from newton_summary.measure import ForwardEngine, Loss, NestedEngine
@@ -48,12 +48,6 @@ def median(function: Callable[[], object], repeats: int = 5) -> float:
         function()
         times.append(CLOCK() - start)
     return statistics.median(times)
-
-
-def count(function: Callable[[], object]) -> float:
-    with FlopCounterMode(display=False) as counter:
-        function()
-    return float(counter.get_total_flops())
 
 
 class Peak:
@@ -116,7 +110,10 @@ def forward(problem: Problem) -> dict[str, float]:
     third = median(lambda: problem.measure(engine))
     unit = (problem.unit + median(problem.gradient)) / 2
     hessian = median(lambda: problem.measure(engine, 2))
-    counts = [count(f) for f in (problem.gradient, lambda: problem.measure(engine), lambda: problem.measure(engine, 2))]
+    counts = [
+        multiply_adds(f)
+        for f in (problem.gradient, lambda: problem.measure(engine), lambda: problem.measure(engine, 2))
+    ]
     return {
         "groups": len(problem.partition),
         "gradient ms": unit * 1e3,
@@ -124,7 +121,7 @@ def forward(problem: Problem) -> dict[str, float]:
         "hessian": hessian / unit,
         "counted third": counts[1] / counts[0],
         "counted hessian": counts[2] / counts[0],
-        "gradient multiply-adds": counts[0] / 2,
+        "gradient multiply-adds": counts[0],
         "memory": peak.largest,
     }
 

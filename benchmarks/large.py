@@ -14,14 +14,12 @@ import argparse
 import json
 import subprocess
 import sys
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
-from clock import Clock
+from clock import Clock, multiply_adds
 from torch import Tensor, nn
-from torch.utils.flop_counter import FlopCounterMode
 
 import newton_summary as ns
 from newton_summary.measure import ForwardEngine
@@ -63,12 +61,6 @@ def partition_of(model: nn.Module, groups: str) -> ns.Partition:
     return ns.Partition.from_patterns(model, {f"block {i}": f"transformer.h.{i}.*" for i in range(12)} | PATTERNS)
 
 
-def counted(function: Callable[[], object]) -> float:
-    with FlopCounterMode(display=False) as counter:
-        function()
-    return float(counter.get_total_flops())
-
-
 def run(groups: str, mask: bool, order: int, threads: int, device: str) -> dict[str, Any]:
     """One configuration, in this process."""
     torch.set_num_threads(threads)
@@ -82,7 +74,7 @@ def run(groups: str, mask: bool, order: int, threads: int, device: str) -> dict[
         loss_fn(model, batch).backward()
 
     unit = clock.least(gradient)
-    products = counted(gradient)
+    products = multiply_adds(gradient)
     direction = [p.grad.clone() for p in partition.parameters if p.grad is not None]
     model.zero_grad()
 
@@ -94,7 +86,7 @@ def run(groups: str, mask: bool, order: int, threads: int, device: str) -> dict[
     first = clock.once(measure)
     later = clock.least(measure, repeats=2 if groups == "blocks" else 1, warm_up=0)
     memory = clock.memory() / 1e9
-    products_of_measure = counted(measure)
+    products_of_measure = multiply_adds(measure)
     return {
         "groups": groups,
         "S": len(partition),
@@ -104,7 +96,7 @@ def run(groups: str, mask: bool, order: int, threads: int, device: str) -> dict[
         "threads": threads,
         "gradients": later / unit,
         "counted": products_of_measure / products,
-        "peak": products_of_measure / 2 / later / clock.peak(),
+        "peak": products_of_measure / later / clock.peak(),
         "first": first / unit,
         "seconds": unit,
         "memory": memory,

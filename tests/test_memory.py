@@ -347,3 +347,17 @@ def test_the_clock_of_benchmarks_on_a_device(device: str) -> None:
         assert len(calls) == 10
         assert timer.memory() > 0
         assert timer.peak(size=64) > 0
+
+
+def test_products_of_a_measurement_are_counted() -> None:
+    model, batch = mlp_case()
+    engine = ForwardEngine()
+    options = {"direction": [torch.ones_like(p) for p in model.parameters()], "engine": engine, "order": 2}
+    ns.summarize(squares, model, [batch], **options)
+    with benchmark("clock") as clock:
+        count = clock.multiply_adds(lambda: ns.summarize(squares, model, [batch], **options))
+        gradient = clock.multiply_adds(lambda: squares(model, batch).backward())
+    one = 256 * 64 * 64
+    assert gradient == 17 * one  # 6 forward, 6 by weights, 5 by values
+    tangents = sum(1 + 2 * layer for layer in range(6)) * one  # a weight's own, and two for each layer before
+    assert 0 <= count - tangents - (6 + 6 + 5 + 5) * one <= 0.1 * tangents  # values twice, adjoints, and their pulls
