@@ -361,3 +361,22 @@ def test_products_of_a_measurement_are_counted() -> None:
     assert gradient == 17 * one  # 6 forward, 6 by weights, 5 by values
     tangents = sum(1 + 2 * layer for layer in range(6)) * one  # a weight's own, and two for each layer before
     assert 0 <= count - tangents - (6 + 6 + 5 + 5) * one <= 0.1 * tangents  # values twice, adjoints, and their pulls
+
+
+class Tied(nn.Module):
+    """A table much larger than all values, used through its transpose and a copy."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.table = nn.Embedding(1000, 32)
+
+    def forward(self, ids: Tensor) -> Tensor:
+        return torch.tanh(self.table(ids)) @ (2.0 * self.table.weight).T[:, :10]
+
+
+def test_what_is_made_of_one_parameter_counts_for_its_own_groups_only(monkeypatch: pytest.MonkeyPatch) -> None:
+    ones: list[int] = []
+    monkeypatch.setattr(sweep, "together", lambda *args: ones.append(args[1]) or budget.together(*args))
+    model, ids = Tied().double(), torch.arange(6).view(2, 3)
+    ns.summarize(lambda model, ids: model(ids).square().mean(), model, [ids], engine="forward")
+    assert 0 < ones[0] < model.table.weight.nbytes / 4

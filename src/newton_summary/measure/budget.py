@@ -76,11 +76,13 @@ def held(tensors: Sequence[Any]) -> int:
 def tangent_bytes(graph: Graph, steps: Sequence[Any], values: Sequence[Any], full: bool) -> int:
     """The most bytes that one direction's tangents take at a time in a sweep.
 
-    Views take none, and what :mod:`positions` pushes a few positions at a time is left out.  With all of the third
-    order, every curved operation keeps its tangents, and those of its adjoint.
+    Views take none.  What :mod:`positions` pushes a few positions at a time is left out, and so is what is made of one
+    parameter alone, such as a weight in another type, which moves with that parameter's groups and no others.  With
+    all of the third order, every curved operation keeps its tangents, and those of its adjoint.
     """
     sections = frozenset() if full else frozenset(n for section in graph.sections for n in section.numbers)
     exits = {m.out for section in graph.sections for m in section.members if m.exits}
+    alone = {slot: slot for slot, _, parameter in graph.inputs if parameter is not None}
     root: dict[int, int] = {}
     size: dict[int, int] = {}
     users: dict[int, int] = {}
@@ -89,11 +91,14 @@ def tangent_bytes(graph: Graph, steps: Sequence[Any], values: Sequence[Any], ful
         if step is not None:
             out = instruction.out
             source = step.places[0][1] if step.places else out
+            origins = {alone.get(slot, -1) for _, slot in step.places}
+            if len(origins) == 1 and -1 not in origins:
+                alone[out] = origins.pop()
             if len(step.places) == 1 and source in root and _is_view(instruction, step):
                 root[out] = root[source]
             else:
                 root[out] = out
-                hidden = number in sections and out not in exits
+                hidden = (number in sections and out not in exits) or out in alone
                 size[out] = 0 if hidden else _bytes(values[out])
                 live += size[out]
                 total += size[out]
