@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 
 import numpy as np
@@ -235,6 +236,19 @@ def test_the_table_is_readable() -> None:
     assert lines[0] == "Advice from 4 batches: factors on the learning rates"
     assert lines[1].split() == ["group", "alone", "90%", "interval", "jointly"]
     assert [line.split()[0] for line in lines[2:5]] == ["g0", "g1", "g2"]
+
+
+def test_a_flat_dictionary_for_loggers() -> None:
+    parts = [Summary(1.0, [6.0 + e, 1.0], np.diag([1.0, -1.0]), [0.0, 0.0], ["a", "b"]) for e in (-0.1, 0.0, 0.1)]
+    advice = advise(parts)
+    flat = json.loads(json.dumps(advice.to_dict(), allow_nan=False))
+    assert (flat["alone/a"], flat["alone/b"], flat["batches"]) == (pytest.approx(6.0), None, 3)
+    assert (flat["low/a"], flat["high/a"]) == pytest.approx((advice["a"].low, advice["a"].high))
+    assert flat["low/a"] < 6.0 < flat["high/a"]
+    assert flat["words"] == "; ".join(advice.sentences())
+    assert flat["status"] == advice.status.name
+    assert all(value is None or isinstance(value, str | float | int) for value in flat.values())
+    assert len(flat) == 4 * 2 + 6
 
 
 def test_correlations() -> None:

@@ -121,6 +121,20 @@ class Advice:
         told.sort(key=lambda group: -abs(np.nan_to_num(_clear_decades(group))))
         return [group.words for group in told] + [pair.words for pair in self.pairs]
 
+    def to_dict(self) -> dict[str, float | str | None]:
+        """Flat, with plain values, as what logs dictionaries takes it: ``None`` stands for infinite or unknown.
+
+        Keys are ``alone/NAME``, ``low/NAME``, ``high/NAME`` and ``joint/NAME`` for every group, the two predicted
+        decreases, ``batches``, ``level``, ``status``, and ``words``, all sentences in one.
+        """
+        flat: dict[str, float | str | None] = {
+            f"{key}/{group.name}": _finite(getattr(group, key))
+            for key in ("alone", "low", "high", "joint")
+            for group in self.groups
+        }
+        flat |= {key: _finite(getattr(self, key)) for key in ("predicted_decrease", "joint_decrease", "level")}
+        return flat | {"batches": self.batches, "status": self.status.name, "words": "; ".join(self.sentences())}
+
     def __repr__(self) -> str:
         interval = f"{self.level:.0%} interval"
         rows = [("group", "alone", interval, "jointly")]
@@ -378,6 +392,10 @@ def _clear_decades(group: GroupAdvice) -> float:
     elif math.isinf(factor):
         factor = 1 / _NO_DESCENT if math.isinf(low) or math.isnan(low) else low
     return math.log10(factor) if math.isfinite(factor) else math.nan
+
+
+def _finite(value: float) -> float | None:
+    return float(value) if math.isfinite(value) else None
 
 
 def _inverse(factor: float) -> float:
