@@ -163,7 +163,7 @@ def test_no_interval_from_one_batch_and_none_of_length_from_equal_ones() -> None
     single = advise([one(3.0, 1.0)])["g"]
     assert math.isnan(single.low)
     assert math.isnan(single.high)
-    assert single.words == "`g`: rate 3× too small"
+    assert single.words == "", "a group by itself differs from no other"
     equal = advise([one(3.0, 1.0, 0.5)] * 3)["g"]
     assert equal.low == pytest.approx(equal.alone, rel=1e-12)
     assert equal.high == pytest.approx(equal.alone, rel=1e-12)
@@ -188,19 +188,62 @@ def test_the_interval_reaches_zero_and_infinity() -> None:
 
 
 def words(*parts: Summary) -> str:
-    return advise(parts)["g"].words
+    """What is said of a group beside two others whose factors are 1."""
+
+    def beside(part: Summary) -> Summary:
+        gradient, hessian = torch.ones(3).double(), torch.eye(3).double()
+        third = torch.zeros(3).double() if part.third_diagonal is None else torch.full((3,), 0.0).double()
+        gradient[0], hessian[0, 0] = part.gradient[0], part.tensor(2)[0, 0]
+        return Summary(1.0, gradient, hessian, third, ["g", "h", "i"])
+
+    return advise([beside(part) for part in parts])["g"].words
+
+
+def overall(*factors: float, noise: float = 0.01) -> str:
+    """What is said of all rates, from three batches, where the groups have these factors."""
+    count = len(factors)
+    hessian = torch.diag(1 / torch.tensor(factors, dtype=torch.float64))
+    slopes = [[1.0 + e * (-1) ** s for s in range(count)] for e in (-noise, 0.0, noise)]
+    return advise([Summary(1.0, g, hessian, [0.0] * count, [f"g{s}" for s in range(count)]) for g in slopes]).overall
 
 
 def test_words_for_one_group() -> None:
-    assert words(one(5.8, 1), one(6, 1), one(6.2, 1)) == "`g`: rate 6× too small (5.7–6.3×)"
-    assert words(one(0.1, 1), one(0.11, 1), one(0.09, 1)) == "`g`: rate 10× too large (8.6–12×)"
+    less, more = "less than suits it, next to the other groups", "more than suits it, next to the other groups"
+    assert words(one(5.8, 1), one(6, 1), one(6.2, 1)) == f"`g`: moves 6× (5.7–6.3×) {less}"
+    assert words(one(0.1, 1), one(0.11, 1), one(0.09, 1)) == f"`g`: moves 10× (8.6–12×) {more}"
     assert words(one(1.0, 1), one(1.1, 1), one(0.9, 1)) == ""
+    assert words(one(4.0, 1), one(4.01, 1)) == "", "noise that is shared may explain a factor of 4"
+    assert words(one(0.25, 1), one(0.251, 1)) == ""
     assert words(one(6.0, 1), one(-5.0, 1), one(8.0, 1)) == ""
     assert words(one(-1, 1), one(-1.1, 1), one(-0.9, 1)) == "`g`: no descent along this step"
     assert words(one(-1, 1), one(0.9, 1), one(-0.9, 1)) == "`g`: no descent along this step that can be told from noise"
     assert words(one(0, 0), one(0, 0)) == "`g`: this step does not move it"
-    assert "nothing in the model limits it" in words(one(1, -1), one(1.1, -1))
-    assert words(one(6.0, 0.1), one(7.0, -0.05), one(6.5, 0.11)).endswith("×)")
+    assert words(one(1, -1), one(1.1, -1)) == "`g`: nothing in the model limits its step"
+    assert words(one(6.0, 0.1), one(7.0, -0.05), one(6.5, 0.11)).endswith(f") {less}")
+
+
+def test_all_rates_are_spoken_of_where_noise_cannot_be_the_reason() -> None:
+    leave = "leave the rates as they are: none is off by more than one step can tell"
+    assert overall(1.0, 1.2, 0.9) == leave
+    assert overall(15.0, 12.0, 18.0) == leave, "greedy by up to 19 along an averaged direction"
+    assert overall(190.0, 100.0, 300.0) == "all rates are too small, at least 10× (190× for one step)"
+    assert overall(190.0, 100.0, 300.0, noise=50.0) == leave, "nothing is sure"
+    assert overall(0.1, 0.1, 0.1).startswith("all rates are too large for the next step, 10× (")
+    assert overall(1.0, 1.1, 30.0) == "", "one that stands out is enough to say"
+    single = advise([one(3.0, 1.0)])
+    assert single.overall == leave
+    assert advise([one(-1.0, 1.0)]).overall == ""
+
+
+def test_what_all_rates_share_singles_out_no_group() -> None:
+    """Words about single groups are the same whatever the learning rate is."""
+    parts = sampled(4, seed=2)
+    for factor in (1e-3, 1.0, 1e3):
+        scaled = [Summary(p.loss, factor * p.gradient, factor**2 * p.tensor(2), None, p.names) for p in parts]
+        told = [group.words for group in advise(scaled).groups]
+        assert told == [
+            g.words for g in advise([Summary(p.loss, p.gradient, p.tensor(2), None, p.names) for p in parts]).groups
+        ]
 
 
 def test_pairs_are_named_where_their_interaction_is_strong_and_sure() -> None:
@@ -248,7 +291,7 @@ def test_a_flat_dictionary_for_loggers() -> None:
     assert flat["words"] == "; ".join(advice.sentences())
     assert flat["status"] == advice.status.name
     assert all(value is None or isinstance(value, str | float | int) for value in flat.values())
-    assert len(flat) == 4 * 2 + 6
+    assert len(flat) == 4 * 2 + 7
 
 
 def test_correlations() -> None:

@@ -66,7 +66,7 @@ def layers(cells, names) -> None:
     between = names["plots"].matrices.correlations_of(names["monitor"].summary)
     where = names["partition"].names.index
     assert all(between[where(f"{b} mlp in"), where(f"{b} mlp out")] > 0.4 for b in range(1, 5))
-    assert "too small" in printed(cells)
+    assert "next to the other groups" in printed(cells)
 
 
 def heads(cells, names) -> None:

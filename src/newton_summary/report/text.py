@@ -22,8 +22,8 @@ def sentence(words: str) -> str:
     """Words in which names stand between backticks.
 
     Example:
-        >>> sentence("`a<b`: rate 6× too small")
-        '<code>a&lt;b</code>: rate 6× too small'
+        >>> sentence("`a<b`: moves 6× less")
+        '<code>a&lt;b</code>: moves 6× less'
     """
     return re.sub(r"`([^`]*)`", r"<code>\1</code>", escape(words))
 

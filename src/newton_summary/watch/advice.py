@@ -24,7 +24,20 @@ from newton_summary.summary import Summary
 Array: TypeAlias = NDArray[Any]
 
 NOTABLE = 1.5
-"""A factor this far from 1, either way, is put into words; so is an interval that leaves 1 out."""
+"""A factor on all rates this far from what is certain is put into words."""
+
+SHARED_NOISE = 19.0
+"""How much shorter steps may have to be over tens of steps than for one alone.
+
+A direction that averages gradients with β = 0.9 divides the variance of their noise by (1 + β)/(1 − β); the next step
+is best for the little noise that is left, but consecutive directions share it.  Where a direction is all noise, the
+best rate in the long run is that many times smaller; where it is all signal, it is the same."""
+
+DISTINCT = math.sqrt(SHARED_NOISE)
+"""A group whose factor is this far from the others', either way, is put into words.
+
+If one may be all noise and another all signal, their factors may differ by 19 over tens of steps though both have the
+right rate: what is within √19 of the middle of them tells nothing."""
 
 STRONG = 0.5
 """A correlation of this size between two groups is put into words."""
@@ -47,7 +60,7 @@ class GroupAdvice:
         low: the lower end of the interval of ``alone``; NaN where a single batch was measured.
         high: the upper end.
         joint: its factor where all groups change together, their interactions counted.  NaN where that has no solution.
-        words: what to do, in words; empty where there is nothing to say.
+        words: how it compares with the other groups, in words; empty where there is nothing to say.
     """
 
     name: str
@@ -86,6 +99,9 @@ class Advice:
         status: how the joint solve ended.
         batches: how many batches were measured.
         level: the confidence of the intervals.
+        middle: the median factor of the groups along which the loss falls: what all rates share.  NaN where there is
+            none.
+        overall: what to do about all rates, in words; empty where only single groups stand out.
     """
 
     groups: tuple[GroupAdvice, ...]
@@ -95,6 +111,8 @@ class Advice:
     status: Status
     batches: int
     level: float
+    middle: float
+    overall: str
 
     def __len__(self) -> int:
         return len(self.groups)
@@ -110,29 +128,30 @@ class Advice:
 
         What all groups share, such as a learning rate that is too small everywhere, singles out none of them.
         """
-        decades = np.array([_clear_decades(group) for group in self.groups])
+        decades = np.array([_clear_decades(group.alone, group.low, group.high) for group in self.groups])
         distances = np.abs(decades - np.nanmedian(decades)) if not np.isnan(decades).all() else decades
         order = sorted(range(len(self)), key=lambda i: -np.nan_to_num(distances[i], nan=-1.0))
         return [self.groups[i] for i in order]
 
     def sentences(self) -> list[str]:
-        """Everything that is worth saying: the rates that are furthest off first, then the pairs."""
-        told = [group for group in self.groups if group.words]
-        told.sort(key=lambda group: -abs(np.nan_to_num(_clear_decades(group))))
-        return [group.words for group in told] + [pair.words for pair in self.pairs]
+        """Everything that is worth saying: about all rates, the groups that differ most from the rest, the pairs."""
+        told = [group.words for group in self.ranked() if group.words]
+        return [self.overall] * bool(self.overall) + told + [pair.words for pair in self.pairs]
 
     def to_dict(self) -> dict[str, float | str | None]:
         """Flat, with plain values, as what logs dictionaries takes it: ``None`` stands for infinite or unknown.
 
         Keys are ``alone/NAME``, ``low/NAME``, ``high/NAME`` and ``joint/NAME`` for every group, the two predicted
-        decreases, ``batches``, ``level``, ``status``, and ``words``, all sentences in one.
+        decreases, ``middle``, ``batches``, ``level``, ``status``, and ``words``, all sentences in one.
         """
         flat: dict[str, float | str | None] = {
             f"{key}/{group.name}": _finite(getattr(group, key))
             for key in ("alone", "low", "high", "joint")
             for group in self.groups
         }
-        flat |= {key: _finite(getattr(self, key)) for key in ("predicted_decrease", "joint_decrease", "level")}
+        flat |= {
+            key: _finite(getattr(self, key)) for key in ("predicted_decrease", "joint_decrease", "middle", "level")
+        }
         return flat | {"batches": self.batches, "status": self.status.name, "words": "; ".join(self.sentences())}
 
     def __repr__(self) -> str:
@@ -158,6 +177,10 @@ def advise(summaries: Sequence[Summary], *, regularization: float = 1.0, level: 
     right for few batches as far as the derivatives of a batch are normal.  The batches must be independent of the
     direction and of each other.
 
+    Factors are those of one step.  Words are about what holds for tens of them: they compare a group with the middle
+    of all, and speak of all rates where even a direction that is nothing but noise leaves something to gain
+    (:data:`SHARED_NOISE`, :data:`DISTINCT`).
+
     Args:
         summaries: of batches, with H̄, over the same groups; each counts by its weight.
         regularization: λ_int, the weight of the cubic term.
@@ -167,9 +190,10 @@ def advise(summaries: Sequence[Summary], *, regularization: float = 1.0, level: 
         ValueError: there are no summaries, H̄ was not measured, an entry is not finite, or the level is out of range.
 
     Example:
-        >>> batches = [Summary(1.0, [0.6 + e], [[0.1]], [0.0], ["head"]) for e in (-0.02, 0.0, 0.02)]
-        >>> advise(batches)["head"].words
-        '`head`: rate 6× too small (5.7–6.3×)'
+        >>> curvature = 0.1 * torch.eye(3)
+        >>> slopes = [[0.6 + e, 0.1 + e, 0.1 - e] for e in (-0.01, 0.0, 0.01)]
+        >>> advise([Summary(1.0, g, curvature, [0.0] * 3, ["head", "body", "stem"]) for g in slopes]).sentences()
+        ['`head`: moves 6× (5.8–6.2×) less than suits it, next to the other groups']
     """
     check_not_negative("regularization", regularization)
     if not 0 < level < 1:
@@ -183,15 +207,19 @@ def advise(summaries: Sequence[Summary], *, regularization: float = 1.0, level: 
     alone = _best(mean, regularization)
     low, high = _intervals(slopes, np.array([part.weight for part in parts]), alone, level)
     step = solve.cubic(mean, regularization if mean.third is not None else 0.0, nonnegative=True)
+    moved = ((mean.gradient != 0) | (hessian.diagonal() != 0)).numpy()
+    falls = moved & (alone > 0)
+    middle = _middle(alone[falls], low[falls], high[falls])
     groups = tuple(
-        GroupAdvice(name, *numbers, words=_words(name, *numbers[:3], moves=moves))
+        GroupAdvice(name, *numbers, words=_words(name, *numbers[:3], middle, moves=moves))
         for name, numbers, moves in zip(
             mean.names,
             zip(alone.tolist(), low.tolist(), high.tolist(), step.sizes.tolist(), strict=True),
-            ((mean.gradient != 0) | (hessian.diagonal() != 0)).tolist(),
+            moved.tolist(),
             strict=True,
         )
     )
+    stands_out = any(group.words for group, moves in zip(groups, moved, strict=True) if moves)
     return Advice(
         groups=groups,
         pairs=_strong_pairs(parts, mean, level),
@@ -200,6 +228,8 @@ def advise(summaries: Sequence[Summary], *, regularization: float = 1.0, level: 
         status=step.status,
         batches=len(parts),
         level=level,
+        middle=middle,
+        overall=_overall(middle, _middle(low[falls]), _middle(high[falls]), stands_out),
     )
 
 
@@ -342,8 +372,8 @@ def _scale(mean: Array, spread: Array) -> Array:
 # Words ----------------------------------------------------------------------------------------------------------------
 
 
-def _words(name: str, factor: float, low: float, high: float, *, moves: bool) -> str:
-    """What to do about a group's rate, where its interval warrants it."""
+def _words(name: str, factor: float, low: float, high: float, middle: float, *, moves: bool) -> str:
+    """How a group's factor compares with the middle of all, where its interval warrants it."""
     single = math.isnan(low)
     if not moves:
         return f"`{name}`: this step does not move it"
@@ -351,14 +381,37 @@ def _words(name: str, factor: float, low: float, high: float, *, moves: bool) ->
         return f"`{name}`: no descent along this step"
     if factor == 0:
         return f"`{name}`: no descent along this step that can be told from noise"
-    if factor >= NOTABLE and (single or low > 1):
-        if math.isinf(factor):
-            least = "" if single or math.isinf(low) else f" (at least {_short(low)}×)"
-            return f"`{name}`: rate too small: nothing in the model limits it{least}"
-        return f"`{name}`: rate {_short(factor)}× too small{_range(low, high)}"
-    if factor <= 1 / NOTABLE and (single or high < 1):
-        return f"`{name}`: rate {_short(1 / factor)}× too large{_range(_inverse(high), _inverse(low))}"
+    if math.isinf(factor) and (single or math.isinf(low)):
+        return f"`{name}`: nothing in the model limits its step"
+    factor, low, high = factor / middle, low / middle, high / middle
+    if factor >= DISTINCT and (single or low > 1):
+        amount = f"at least {_short(low)}×" if math.isinf(factor) else f"{_short(factor)}×{_range(low, high)}"
+        return f"`{name}`: moves {amount} less than suits it, next to the other groups"
+    if factor <= 1 / DISTINCT and (single or high < 1):
+        amount = f"{_short(1 / factor)}×{_range(_inverse(high), _inverse(low))}"
+        return f"`{name}`: moves {amount} more than suits it, next to the other groups"
     return ""
+
+
+def _overall(middle: float, low: float, high: float, stands_out: bool) -> str:
+    """What to do about all rates.
+
+    Args:
+        middle: the median factor.
+        low: the median of the lower ends of the intervals; NaN where a single batch was measured.
+        high: that of the upper ends.
+        stands_out: whether there is something to say of single groups.
+    """
+    single = math.isnan(low)
+    if math.isnan(middle):
+        return ""
+    if middle > NOTABLE * SHARED_NOISE and (single or low > SHARED_NOISE):
+        return f"all rates are too small, at least {_short(middle / SHARED_NOISE)}× ({_short(middle)}× for one step)"
+    if middle < 1 / NOTABLE and (single or high < 1):
+        return (
+            f"all rates are too large for the next step, {_short(1 / middle)}×{_range(_inverse(high), _inverse(low))}"
+        )
+    return "" if stands_out else "leave the rates as they are: none is off by more than one step can tell"
 
 
 def _range(low: float, high: float) -> str:
@@ -381,12 +434,19 @@ def _strong_pairs(parts: Sequence[Summary], mean: Summary, level: float) -> tupl
     return tuple(sorted(found, key=lambda pair: -abs(pair.correlation))[:_MOST_PAIRS])
 
 
-def _clear_decades(group: GroupAdvice) -> float:
+def _middle(factors: Array, low: Array | None = None, high: Array | None = None) -> float:
+    """The median of factors, in decades; of their intervals' ends where they are 0 or infinite; NaN if none is left."""
+    unknown = np.full_like(factors, np.nan)
+    rows = zip(factors, unknown if low is None else low, unknown if high is None else high, strict=True)
+    decades = [decade for row in rows if not math.isnan(decade := _clear_decades(*row))]
+    return float(10 ** np.median(decades)) if decades else math.nan
+
+
+def _clear_decades(factor: float, low: float, high: float) -> float:
     """log10 of a group's factor; where that is 0 or infinite, of the end of its interval; NaN where that is, too.
 
     So a group without descent that could be told from noise has no rank.
     """
-    factor, low, high = group.alone, group.low, group.high
     if factor == 0:
         factor = _NO_DESCENT if high == 0 or math.isnan(high) else high if high < 1 else math.inf
     elif math.isinf(factor):
