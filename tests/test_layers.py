@@ -11,14 +11,15 @@ import pytest
 import newton_summary
 import newton_summary_experiments
 
-CORE = {"_checks", "_frozen", "errors", "partition", "summary"}
+CORE = {"_checks", "_frozen", "_html", "errors", "partition", "summary"}
 MAY_IMPORT: dict[str, set[str]] = {
     "_checks": set(),
     "architecture": set(),
     "_frozen": set(),
+    "_html": set(),
     "errors": set(),
     "partition": {"_checks", "architecture"},
-    "summary": {"_checks"},
+    "summary": {"_checks", "_html"},
     "parallel": CORE,
     "measure": CORE | {"parallel"},  # and no solver
     "solve": CORE,  # and no model

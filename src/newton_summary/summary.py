@@ -10,10 +10,15 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import torch
 from torch import Tensor
 
+from newton_summary._html import Cell, table
+
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
 _FORMAT = 1
+
+
+_MOST_SHOWN = 40  # groups whose interactions a notebook shows one by one
 
 
 @dataclass(frozen=True, eq=False)
@@ -175,6 +180,21 @@ class Summary:
         return self._with({"third": None, **merged}, names=tuple(groups))
 
     # Moving and keeping -----------------------------------------------------------------------------------------------
+
+    def _repr_html_(self) -> str:
+        """A table for notebooks: H̄ as correlations, red where two groups do the same work, blue where they help."""
+        small = len(self) <= _MOST_SHOWN and self.hessian is not None
+        rows = [[Cell(name), Cell(f"{g:.3g}")] for name, g in zip(self.names, self.gradient.tolist(), strict=True)]
+        header = ["group", "slope ḡ"]
+        if self.hessian is not None:
+            scale = self.hessian.diagonal().abs().sqrt()
+            product = scale * scale[:, None]
+            shades = torch.where(product > 0, self.hessian / product, 0.0).tolist()
+            for i, (row, values) in enumerate(zip(rows, self.hessian.tolist(), strict=True)):
+                shown = range(len(self)) if small else [i]
+                row += [Cell(f"{values[j]:.3g}", shade=shades[i][j] if small else 0.0) for j in shown]
+            header += [f"H̄ {name}" for name in self.names] if small else ["H̄ of it alone"]
+        return table(f"Summary of {len(self)} groups, loss {float(self.loss):.4g}", header, rows)
 
     def cpu(self) -> Summary:
         """The same on the host, moved there in one transfer."""

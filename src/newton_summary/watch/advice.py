@@ -18,6 +18,7 @@ from torch import Tensor
 
 from newton_summary import solve
 from newton_summary._checks import check_not_negative
+from newton_summary._html import Cell, table
 from newton_summary.solve import Status
 from newton_summary.summary import Summary
 
@@ -153,6 +154,17 @@ class Advice:
             key: _finite(getattr(self, key)) for key in ("predicted_decrease", "joint_decrease", "middle", "level")
         }
         return flat | {"batches": self.batches, "status": self.status.name, "words": "; ".join(self.sentences())}
+
+    def _repr_html_(self) -> str:
+        """A table for notebooks, with all sentences; factors that may as well be 1 are grey."""
+        rows = [
+            [Cell(text, grey=not (g.low > 1 or g.high < 1)) for text in (g.name, _times(g.alone), interval, joint)]
+            for g in self.groups
+            for interval, joint in [(_interval(g.low, g.high), _times(g.joint))]
+        ]
+        caption = f"Factors on the learning rates, for one step; from {self.batches} batches"
+        header = ("group", "alone", f"{self.level:.0%} interval", "jointly")
+        return table(caption, header, rows, self.sentences())
 
     def __repr__(self) -> str:
         interval = f"{self.level:.0%} interval"

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from newton_summary._checks import check_positive
+from newton_summary._html import Cell, table
 from newton_summary.measure import Engine, Loss, LossFunction, resolve_engine
 from newton_summary.measure.next_step import check_needs_no_closure, next_step, rate_of
 from newton_summary.measure.stream import BatchStream
@@ -21,6 +22,7 @@ from newton_summary.summary import Summary
 from newton_summary.watch.advice import alone
 from newton_summary.watch.rehearsal import rehearsal
 
+_HEADER = ("group", "learning rate", "before", "factor")
 _MEASURED = 8  # batches that the rates are measured on
 _WIDEST = 100.0  # no group's own rate counts as further than this from the shared one
 _MOST_DOUBLINGS = 6  # of all rates, up or down, in the trials
@@ -49,14 +51,20 @@ class SuggestedRates:
     by_optimizer: list[list[dict[str, Any]]]
 
     def __repr__(self) -> str:
-        rows = [("group", "learning rate", "before", "factor")]
-        rows += [
-            (name, f"{rate:.2g}", f"{self.before[name]:.2g}", f"{rate / self.before[name]:.2g}×")
-            for name, rate in self.rates.items()
-        ]
+        rows = [_HEADER, *self._rows()]
         widths = [max(len(row[i]) for row in rows) for i in range(4)]
         lines = [f"  {a:<{widths[0]}}  {b:>{widths[1]}}  {c:>{widths[2]}}  {d:>{widths[3]}}" for a, b, c, d in rows]
         return "\n".join(["Suggested learning rates", *lines])
+
+    def _repr_html_(self) -> str:
+        """A table for notebooks."""
+        return table("Suggested learning rates", _HEADER, [[Cell(text) for text in row] for row in self._rows()])
+
+    def _rows(self) -> list[tuple[str, str, str, str]]:
+        return [
+            (name, f"{rate:.2g}", f"{self.before[name]:.2g}", f"{rate / self.before[name]:.2g}×")
+            for name, rate in self.rates.items()
+        ]
 
 
 def suggest_rates(
