@@ -34,7 +34,7 @@ def table(caption: str, header: Sequence[str], rows: Sequence[Sequence[Cell]], s
     """
     head = "".join(f"<th>{html.escape(title)}</th>" for title in header)
     body = "".join(f"<tr>{''.join(_cell(cell, n == 0) for n, cell in enumerate(row))}</tr>" for row in rows)
-    said = "".join(f"<li>{_sentence(words)}</li>" for words in sentences)
+    said = "".join(f"<li>{sentence(words)}</li>" for words in sentences)
     listed = f"<ul>{said}</ul>" if said else ""
     return f"<table><caption>{html.escape(caption)}</caption><tr>{head}</tr>{body}</table>{listed}"
 
@@ -49,5 +49,11 @@ def _cell(cell: Cell, is_name: bool) -> str:
     return f'<td style="{style}">{html.escape(cell.text)}</td>'
 
 
-def _sentence(words: str) -> str:
+def sentence(words: str) -> str:
+    """Words in which names stand between backticks, for a page.
+
+    Example:
+        >>> sentence("`a<b`: moves 6× less")
+        '<code>a&lt;b</code>: moves 6× less'
+    """
     return re.sub(r"`([^`]*)`", r"<code>\1</code>", html.escape(words))

@@ -466,6 +466,13 @@ def default_partition(model: nn.Module) -> Partition:
     return partition if len(partition) <= _MOST_GROUPS else Partition.chunks(model, _MOST_GROUPS // 2)
 
 
+def one_for_each(
+    optimizers: Sequence[torch.optim.Optimizer], otherwise: Callable[[nn.Module], Partition] = default_partition
+) -> Callable[[nn.Module], Partition]:
+    """What makes the default partition beside optimizers: of several each has a group; beside one, as otherwise."""
+    return (lambda model: Partition.by_optimizer(model, optimizers)) if len(optimizers) > 1 else otherwise
+
+
 def trainable_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
     """The parameters of a model that require gradients, by name; tied ones once, under their first name.
 

@@ -181,15 +181,23 @@ class Summary:
 
     # Moving and keeping -----------------------------------------------------------------------------------------------
 
+    def correlations(self) -> Tensor:
+        """H̄_ij / √|H̄_ii H̄_jj|, shape (S, S): the interactions of groups, free of the lengths of their directions.
+
+        Beyond ±1 only where H̄ is not positive semidefinite; 0 where a diagonal entry is 0.
+        """
+        hessian = self.tensor(2)
+        scale = hessian.diagonal().abs().sqrt()
+        product = scale * scale[:, None]
+        return torch.where(product > 0, hessian / product, 0.0)
+
     def _repr_html_(self) -> str:
         """A table for notebooks: H̄ as correlations, red where two groups do the same work, blue where they help."""
-        small = len(self) <= _MOST_SHOWN and self.hessian is not None
+        small = len(self) <= _MOST_SHOWN
         rows = [[Cell(name), Cell(f"{g:.3g}")] for name, g in zip(self.names, self.gradient.tolist(), strict=True)]
         header = ["group", "slope ḡ"]
         if self.hessian is not None:
-            scale = self.hessian.diagonal().abs().sqrt()
-            product = scale * scale[:, None]
-            shades = torch.where(product > 0, self.hessian / product, 0.0).tolist()
+            shades = self.correlations().tolist()
             for i, (row, values) in enumerate(zip(rows, self.hessian.tolist(), strict=True)):
                 shown = range(len(self)) if small else [i]
                 row += [Cell(f"{values[j]:.3g}", shade=shades[i][j] if small else 0.0) for j in shown]

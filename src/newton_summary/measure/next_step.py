@@ -34,11 +34,16 @@ def next_step(optimizer: OneOrSeveral, parameters: Sequence[nn.Parameter]) -> li
     return [p.detach() - twin[p].detach() if p in twin else torch.zeros_like(p.detach()) for p in parameters]
 
 
+def needs_closure(optimizer: torch.optim.Optimizer) -> bool:
+    """Whether an optimizer cannot step without evaluating the loss."""
+    closure = inspect.signature(type(optimizer).step).parameters.get("closure")
+    return closure is not None and closure.default is inspect.Parameter.empty
+
+
 def check_needs_no_closure(optimizer: torch.optim.Optimizer) -> None:
     """Raises where an optimizer evaluates the loss in its step: nobody knows where it goes before it has gone."""
     for member in members_of(optimizer):
-        closure = inspect.signature(type(member).step).parameters.get("closure")
-        if closure is not None and closure.default is inspect.Parameter.empty:
+        if needs_closure(member):
             raise ValueError(
                 f"{type(member).__name__} evaluates the loss in its step(closure), so its next step cannot be told: "
                 "use an optimizer whose step() needs no closure"

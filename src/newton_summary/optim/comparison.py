@@ -92,10 +92,7 @@ class AverageComparison:
                 Price() if counting else contextlib.nullcontext() as price,
             ):
                 if share is None:
-                    chosen = (
-                        self._sides.choose(partition.parameters, loss, samples.processes) if self._sides else loss()
-                    )
-                    here = samples.mean(chosen, size)
+                    here = samples.mean(self._first_loss(partition, loss), size)
                     return here, here, False
                 with Price() if counting else contextlib.nullcontext() as evaluation:
                     here = samples.mean(loss(), size)

@@ -6,7 +6,6 @@ import contextlib
 import logging
 import warnings
 from collections.abc import Iterable, Sequence
-from functools import partial
 from typing import Any
 
 import torch
@@ -27,7 +26,7 @@ from newton_summary.optim.rates import AveragedRates
 from newton_summary.optim.relative_rates import RelativeRates
 from newton_summary.optim.samples import Samples
 from newton_summary.optim.state import Part
-from newton_summary.partition import Partition, resolve_partition
+from newton_summary.partition import Partition, one_for_each, resolve_partition
 from newton_summary.solve import Status
 from newton_summary.summary import Summary
 
@@ -151,7 +150,8 @@ class NewtonSummary(MeasuredOptimizer):
             check_count("compare_every", compare_every)
         if steps is not None:
             check_count("steps", steps)
-        groups = resolve_partition(partition, model, partial(_default_partition, direction))
+        members = members_of(together(direction)) if are_optimizers(direction) else ()
+        groups = resolve_partition(partition, model, one_for_each(members, Partition.trivial))
         groups.check_is_of(model)
         options = {"engine": engine, "seed": seed, "process_group": process_group}
         samples = Samples(model, loss_fn, groups, curvature_data, **options)
@@ -323,13 +323,6 @@ class NewtonSummary(MeasuredOptimizer):
             "sides": self._sides,
         }
         return {**super()._parts(), **own}
-
-
-def _default_partition(direction: Any, model: nn.Module) -> Partition:
-    """One group; of several optimizers each has one."""
-    if are_optimizers(direction) and len(members := members_of(together(direction))) > 1:
-        return Partition.by_optimizer(model, members)
-    return Partition.trivial(model)
 
 
 def _has_statistics(model: nn.Module) -> bool:

@@ -6,9 +6,10 @@ from collections.abc import Sequence
 
 import torch
 
+from newton_summary._html import sentence
 from newton_summary.report.reading import Record
 from newton_summary.report.records import Snapshot
-from newton_summary.report.text import code, escape, interval, number, percent, sentence, signed, table, times
+from newton_summary.report.text import code, escape, interval, number, percent, signed, table, times
 from newton_summary.summary import Summary
 from newton_summary.watch.advice import Advice, advise, correlations
 

@@ -18,16 +18,6 @@ def code(name: object) -> str:
     return f"<code>{escape(name)}</code>"
 
 
-def sentence(words: str) -> str:
-    """Words in which names stand between backticks.
-
-    Example:
-        >>> sentence("`a<b`: moves 6× less")
-        '<code>a&lt;b</code>: moves 6× less'
-    """
-    return re.sub(r"`([^`]*)`", r"<code>\1</code>", escape(words))
-
-
 def number(value: float | None, digits: int = 3) -> str:
     """A number with so many digits and a true minus; a dash for what is unknown.
 

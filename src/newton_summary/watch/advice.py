@@ -254,14 +254,8 @@ def alone(summary: Summary, regularization: float = 1.0) -> Tensor:
 
 
 def correlations(summary: Summary) -> Tensor:
-    """H̄_ij / √|H̄_ii H̄_jj|, shape (S, S): the interactions of groups, free of the lengths of their directions.
-
-    Beyond ±1 only where H̄ is not positive semidefinite; 0 where a diagonal entry is 0.
-    """
-    hessian = summary.tensor(2)
-    scale = hessian.diagonal().abs().sqrt()
-    product = scale * scale[:, None]
-    return torch.where(product > 0, hessian / product, 0.0)
+    """Those of :meth:`~newton_summary.Summary.correlations`, shape (S, S)."""
+    return summary.correlations()
 
 
 # The factor of one group ----------------------------------------------------------------------------------------------

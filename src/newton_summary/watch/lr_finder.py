@@ -17,7 +17,7 @@ from newton_summary.measure.next_step import check_needs_no_closure, next_step, 
 from newton_summary.measure.stream import BatchStream
 from newton_summary.measure.together import OneOrSeveral, members_of, together
 from newton_summary.optim import MeasuredOptimizer
-from newton_summary.partition import Partition, default_partition, resolve_partition, unwrap
+from newton_summary.partition import Partition, one_for_each, resolve_partition, unwrap
 from newton_summary.summary import Summary
 from newton_summary.watch.advice import alone
 from newton_summary.watch.rehearsal import rehearsal
@@ -125,9 +125,7 @@ def suggest_rates(
         raise TypeError("NewtonSummary sets its rates by itself: it needs no suggestion")
     check_needs_no_closure(optimizer)
     model = unwrap(model)
-    several = len(members) > 1
-    by_default = (lambda model: Partition.by_optimizer(model, members)) if several else default_partition
-    partition = resolve_partition(partition, model, by_default)
+    partition = resolve_partition(partition, model, one_for_each(members))
     before = _rates_of(optimizer, partition)
     batches = list(batches) if isinstance(batches, Iterator) else batches
     trials_of = _Trials(Loss(loss_fn, model), optimizer, partition, batches, seed)

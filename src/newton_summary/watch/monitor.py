@@ -25,7 +25,7 @@ from newton_summary.measure.together import OneOrSeveral, members_of, together
 from newton_summary.optim import MeasuredOptimizer
 from newton_summary.parallel.processes import Processes
 from newton_summary.parallel.sharding import measurable
-from newton_summary.partition import Partition, default_partition, resolve_partition
+from newton_summary.partition import Partition, one_for_each, resolve_partition
 from newton_summary.summary import Summary
 from newton_summary.watch.advice import Advice, advise
 
@@ -177,7 +177,7 @@ class Monitor:
                 raise TypeError("NewtonSummary measures by itself: read optimizer.summary and optimizer.rates")
             _check_runs_hooks(member)
         check_needs_no_closure(self.optimizer)
-        self.partition = resolve_partition(partition, model, self._default_partition)
+        self.partition = resolve_partition(partition, model, one_for_each(self.optimizers))
         self.every, self.level, self.regularization = every, level, regularization
         self.writer, self.path = writer, None if path is None else Path(path)
         self.engine = resolve_engine(engine, memory)
@@ -351,10 +351,6 @@ class Monitor:
     def is_waiting(self) -> bool:
         """Whether the last record's step is still to be taken, by some of the optimizers at least."""
         return self._awaiting is not None
-
-    def _default_partition(self, model: nn.Module) -> Partition:
-        several = len(self.optimizers) > 1
-        return Partition.by_optimizer(model, self.optimizers) if several else default_partition(model)
 
     def _before_step(self, optimizer: torch.optim.Optimizer, *_: Any) -> None:
         """Where one of several optimizers steps again before the others have stepped, they do not step this time."""

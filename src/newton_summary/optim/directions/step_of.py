@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import inspect
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from newton_summary.measure.next_step import needs_closure
 from newton_summary.measure.together import OneOrSeveral, members_of, together
 from newton_summary.optim.directions.base import Groups, State
 from newton_summary.parallel.sharding import local
@@ -34,8 +34,7 @@ class StepOf:
     def __init__(self, optimizer: OneOrSeveral) -> None:
         self.optimizers = members_of(together(optimizer))
         for member in self.optimizers:
-            closure = inspect.signature(type(member).step).parameters.get("closure")
-            if closure is not None and closure.default is inspect.Parameter.empty:
+            if needs_closure(member):
                 raise ValueError(f"{type(member).__name__} evaluates the loss in its step, so it gives no direction")
         self.defaults: dict[str, Any] = {}
 
