@@ -545,6 +545,16 @@ def rates_are_suggested(user: User) -> None:
         ns.suggest_rates(user.loss_fn, user.model, [user.batch], optimizer, steps=2, partition="trivial")
 
 
+def advice_is_rehearsed(user: User) -> None:
+    """Likewise, by the monitor."""
+    optimizer = torch.optim.SGD(user.model.parameters(), lr=1e-3, momentum=0.9)
+    monitor = ns.Monitor(user.model, user.loss_fn, optimizer=optimizer, partition="trivial")
+    monitor.rehearse([user.batch], steps=8)
+    monitor.close()
+
+
+TRAININGS = [rates_are_suggested, advice_is_rehearsed]
+
 WAYS = [summarize_forward, summarize_nested, line, the_optimizer_measures, the_monitor_measures]
 
 
@@ -564,10 +574,11 @@ def test_nothing_changes(name: str, way) -> None:
     assert broken(user, measured(user, way)) == []  # where the graph is known
 
 
+@pytest.mark.parametrize("way", TRAININGS, ids=lambda way: way.__name__)
 @pytest.mark.parametrize("name", [build.__name__ for build in OWN])
-def test_nothing_changes_where_rates_are_suggested(name: str) -> None:
+def test_nothing_changes_where_trainings_are_rehearsed(name: str, way) -> None:
     user = make(name)
-    assert broken(user, measured(user, rates_are_suggested)) == []
+    assert broken(user, measured(user, way)) == []
 
 
 @pytest.mark.parametrize("name", [build.__name__ for build in OWN])
@@ -586,7 +597,7 @@ def test_a_step_of_no_length_changes_nothing(name: str) -> None:
     assert optimizer.counts["measured"] > 0
 
 
-@pytest.mark.parametrize("way", [*WAYS, rates_are_suggested], ids=lambda way: way.__name__)
+@pytest.mark.parametrize("way", [*WAYS, *TRAININGS], ids=lambda way: way.__name__)
 @pytest.mark.parametrize("name", [build.__name__ for build in OWN])
 def test_a_graph_from_before_is_as_good_as_ever(name: str, way) -> None:
     found = []
@@ -629,7 +640,7 @@ def test_settings_hold_and_stay(way, context) -> None:
             torch.set_default_dtype(torch.float32)
 
 
-@pytest.mark.parametrize("way", [*WAYS, rates_are_suggested], ids=lambda way: way.__name__)
+@pytest.mark.parametrize("way", [*WAYS, *TRAININGS], ids=lambda way: way.__name__)
 def test_nothing_changes_where_the_loss_raises(way) -> None:
     user, inner = make("batch_statistics"), squared_error
     user.model.calls = 0
@@ -655,7 +666,7 @@ def test_hooks_on_parameters_do_not_fire(name: str) -> None:
     for p in user.model.parameters():
         p.register_hook(lambda g: fired.append(1))
         p.register_post_accumulate_grad_hook(lambda p: fired.append(1))
-    for way in [*WAYS, rates_are_suggested]:
+    for way in [*WAYS, *TRAININGS]:
         measured(user, way)()
     assert not fired
 

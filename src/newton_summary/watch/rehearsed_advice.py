@@ -1,0 +1,584 @@
+"""Advice that was tried out before it is given: factors on learning rates that hold when they are acted on.
+
+What one step tells of many is little (:mod:`newton_summary.watch.advice`).  Here changes of the rates are rehearsed:
+each trains the model for a while, from the same start and on the same batches, and is advised only if it is better in
+two ways that pull in opposite directions.  A smaller rate lowers the training loss by itself, because noise dies down;
+a larger one lowers the loss at the average of the weights, because it goes further.  Only where a rate is off does a
+change of it lower both.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any, TypeAlias
+
+import torch
+from torch import Tensor
+
+from newton_summary._checks import check_count
+from newton_summary._html import Cell, table
+from newton_summary.measure import Loss
+from newton_summary.measure.next_step import rate_of
+from newton_summary.measure.stream import BatchStream
+from newton_summary.measure.together import OneOrSeveral, together
+from newton_summary.partition import Partition
+from newton_summary.watch.rehearsal import rehearsal
+
+FACTOR = 3
+"""What a rate is multiplied or divided by at a time: half a decade, as rates are swept."""
+
+SURE = 1.8
+"""Standard errors by which a change must be better than none: one-sided, one in thirty by chance."""
+
+SHORTEST = 8
+"""Steps of a trial below which nothing could be so sure: the second half has four losses."""
+
+HELD_OUT = 20
+"""Batches, beyond those of the training, that the average of the weights is judged on."""
+
+MOST_CHANGES = 6
+"""How many changes may follow one another."""
+
+_HEADER = ("group", "learning rate", "factor", "advised")
+
+Levels: TypeAlias = tuple[int, ...]
+"""For each group the power of :data:`FACTOR` that its rate is multiplied by."""
+
+
+# What is told ---------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class RehearsedGroup:
+    """What one group is told.
+
+    Args:
+        name: of the group.
+        learning_rate: what it had, that of its first tensor; NaN where the optimizer does not hold it.
+        factor: the advised factor on it; 1: leave it.
+        progress: ḡ · (the mean weights of the first half of a training at the present rates − those of the second), ḡ
+            being the mean gradient of the second half: how far the loss falls along the group's way.  NaN where the
+            training diverged.
+        noise: the mean of g · (weights − their mean) over the second half: what the group's swaying costs.
+    """
+
+    name: str
+    learning_rate: float
+    factor: float
+    progress: float
+    noise: float
+
+
+@dataclass(frozen=True)
+class Trial:
+    """A training with changed rates, compared with the best that was found before it.
+
+    Args:
+        words: the change, as ``"all rates × 3"``.
+        factors: of all groups, on the rates that the optimizer has.
+        training: the mean loss of the second half of the training; infinite where it diverged.
+        averaged: the loss at the average of the weights over that half, on batches beyond those of the training.
+        verdict: ``"better"``; ``"not better"``; or ``"no room"``, where a change as large again is worse than none.
+    """
+
+    words: str
+    factors: tuple[float, ...]
+    training: float
+    averaged: float
+    verdict: str
+
+
+@dataclass(frozen=True)
+class RehearsedAdvice:
+    """Factors on learning rates that were tried out.  Its ``repr`` is a readable table.
+
+    Args:
+        groups: one entry for each group.
+        steps: the length of each trial.
+        left: the loss at averaged weights after so many steps at the present rates; infinite where they diverge.
+        acted: the same, with the factors.
+        trials: what was tried, in this order.
+        words: what to do, in a sentence.
+    """
+
+    groups: tuple[RehearsedGroup, ...]
+    steps: int
+    left: float
+    acted: float
+    trials: tuple[Trial, ...]
+    words: str
+    _parameters: tuple[tuple[Tensor, ...], ...] = field(default=(), repr=False, compare=False)
+
+    @property
+    def factors(self) -> dict[str, float]:
+        """The factor of every group."""
+        return {group.name: group.factor for group in self.groups}
+
+    @property
+    def leaves(self) -> bool:
+        """Whether the advice is to leave all rates as they are."""
+        return all(group.factor == 1 for group in self.groups)
+
+    def apply(self, optimizer: OneOrSeveral) -> None:
+        """Multiplies the learning rates of an optimizer's parameter groups, and their ``initial_lr``.
+
+        A scheduler that is already running keeps base rates of its own: make it anew, with ``last_epoch``.
+
+        Args:
+            optimizer: that which was rehearsed, or another one over the same parameters; or several.
+
+        Raises:
+            ValueError: a parameter group holds groups whose factors differ; no rate was changed then.
+        """
+        param_groups = together(optimizer).param_groups
+        factors = [self._factor_of(number, group) for number, group in enumerate(param_groups)]
+        for group, factor in zip(param_groups, factors, strict=True):
+            for key in {"lr", "initial_lr"} & group.keys() if factor != 1 else ():
+                if isinstance(group[key], Tensor):
+                    group[key].mul_(factor)  # a captured graph reads it where it is
+                else:
+                    group[key] = group[key] * factor
+
+    def _factor_of(self, number: int, param_group: dict[str, Any]) -> float:
+        """The factor that all of an optimizer's parameter group share; 1 for what was not rehearsed."""
+        holder = {id(p): group for group, own in zip(self.groups, self._parameters, strict=True) for p in own}
+        inside = list(dict.fromkeys(holder[id(p)] for p in param_group["params"] if id(p) in holder))
+        if len({group.factor for group in inside}) > 1:
+            told = ", ".join(f"{group.name!r} × {_short(group.factor)}" for group in inside[:4])
+            raise ValueError(
+                f"the optimizer's parameter group {param_group.get('name', number)!r} has one learning rate, and holds "
+                f"groups that are advised different factors ({told}{', …' if len(inside) > 4 else ''}): make the "
+                "optimizer with a parameter group for each of the monitor's groups, or the monitor with "
+                "partition='trivial', which advises on all rates at once"
+            )
+        return inside[0].factor if inside else 1.0
+
+    def to_dict(self) -> dict[str, float | str | None]:
+        """Flat, with plain values, as what logs dictionaries takes it: ``None`` stands for infinite or unknown.
+
+        Keys are ``factor/NAME`` and ``learning_rate/NAME`` for every group, ``steps``, ``left``, ``acted``, ``words``.
+        """
+        flat: dict[str, float | str | None] = {f"factor/{group.name}": group.factor for group in self.groups}
+        flat |= {f"learning_rate/{group.name}": _finite(group.learning_rate) for group in self.groups}
+        return (
+            flat
+            | {"steps": self.steps, "left": _finite(self.left), "acted": _finite(self.acted)}
+            | {"words": self.words}
+        )
+
+    def _repr_html_(self) -> str:
+        """A table for notebooks, with what to do; groups to be left as they are, are grey."""
+        rows = [
+            [Cell(text, grey=group.factor == 1) for text in row]
+            for group, row in zip(self.groups, self._rows(), strict=True)
+        ]
+        return table(f"Learning rates, rehearsed over {self.steps} steps", _HEADER, rows, [self.words])
+
+    def __repr__(self) -> str:
+        rows = [_HEADER, *self._rows()]
+        widths = [max(len(row[i]) for row in rows) for i in range(4)]
+        lines = [f"  {a:<{widths[0]}}  {b:>{widths[1]}}  {c:>{widths[2]}}  {d:>{widths[3]}}" for a, b, c, d in rows]
+        return "\n".join([f"Rehearsed over {self.steps} steps: {self.words}", *lines])
+
+    def _rows(self) -> list[tuple[str, str, str, str]]:
+        return [
+            (
+                group.name,
+                "–" if math.isnan(group.learning_rate) else f"{group.learning_rate:.2g}",
+                f"{_short(group.factor)}×",
+                "–" if math.isnan(group.learning_rate) else f"{group.learning_rate * group.factor:.2g}",
+            )
+            for group in self.groups
+        ]
+
+
+def rehearse(
+    loss: Loss,
+    optimizer: torch.optim.Optimizer,
+    partition: Partition,
+    batches: Iterable[Any],
+    *,
+    steps: int,
+    seed: int = 0,
+    before_step: Callable[[], Any] | None = None,
+) -> RehearsedAdvice:
+    """What :meth:`~newton_summary.Monitor.rehearse` does; nothing of the user's changes.
+
+    Raises:
+        ValueError: a tensor is split between groups, no group has a learning rate above 0, there are no batches, or
+            trials are shorter than :data:`SHORTEST`.
+    """
+    check_count("steps", steps)
+    if steps < SHORTEST:
+        raise ValueError(f"steps must be at least {SHORTEST}, got {steps}: from shorter trials nothing is sure")
+    rates = _rates_of(optimizer, partition)
+    batches = list(batches) if isinstance(batches, Iterator) else batches
+    stage = _Stage(loss, optimizer, partition, batches, rates, before_step)
+    groups = _groups_of(partition, rates)
+    found = follow(lambda levels: stage.run(levels, steps, seed), partition.names, [rate > 0 for _, rate in groups])
+    chosen = confirmed(lambda levels: stage.run(levels, 2 * steps, seed + 1), found.path)
+    left, acted = found.outcomes[found.path[0]], found.outcomes[chosen]
+    told = tuple(
+        RehearsedGroup(name, rate, float(FACTOR) ** level, progress, noise)
+        for (name, rate), level, progress, noise in zip(
+            groups, chosen, left.progress.tolist(), left.noise.tolist(), strict=True
+        )
+    )
+    return RehearsedAdvice(
+        groups=told,
+        steps=steps,
+        left=float(left.averaged.mean()),
+        acted=float(acted.averaged.mean()),
+        trials=found.trials,
+        words=_words(told, steps, left, acted, unconfirmed=chosen != found.path[-1]),
+        _parameters=tuple(tuple(partition.parameters[i] for i in tensors) for tensors in partition.tensors_of),
+    )
+
+
+# Choosing: pure functions of what trainings come to -------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What a training comes to.
+
+    Args:
+        training: its losses over the second half, shape (n,); infinite where it diverged.
+        averaged: the losses at the average of the weights over that half, on other batches, shape (m,).
+        progress: of each group, shape (S,); see :class:`RehearsedGroup`.
+        noise: of each group, shape (S,).
+    """
+
+    training: Tensor
+    averaged: Tensor
+    progress: Tensor
+    noise: Tensor
+
+    @property
+    def diverged(self) -> bool:
+        """Whether some loss is not finite."""
+        return not bool(self.training.isfinite().all() and self.averaged.isfinite().all())
+
+    def is_lower(self, other: Outcome) -> bool:
+        """Whether both losses are lower than another training's, be it by chance."""
+        return _is_lower(self.training, other.training) and _is_lower(self.averaged, other.averaged)
+
+    def is_better(self, other: Outcome) -> bool:
+        """Whether both losses are lower, and surely so."""
+        errors = _errors_lower(self.training, other.training), _errors_lower(self.averaged, other.averaged)
+        return self.is_lower(other) and min(errors) >= SURE
+
+
+@dataclass(frozen=True)
+class Found:
+    """Where :func:`follow` has come to.
+
+    Args:
+        path: the levels that were accepted, one after another, from none changed on.
+        outcomes: of all trainings.
+        trials: the comparisons.
+    """
+
+    path: tuple[Levels, ...]
+    outcomes: dict[Levels, Outcome]
+    trials: tuple[Trial, ...]
+
+
+def follow(run: Callable[[Levels], Outcome], names: Sequence[str], moves: Sequence[bool]) -> Found:
+    """Changes rates by :data:`FACTOR` as long as one change is surely better than none: the best, and on from there.
+
+    Four changes are tried: all rates, up and down; up, the group whose rate promises most; and down, the one that
+    promises most.  In first order the loss changes by noise − progress where the logarithm of a group's rate grows by
+    1: the way a group goes is proportional to its rate, and so is the loss that its swaying keeps up.
+
+    A larger rate needs room: one that is good for some steps may be unstable after.  It is accepted only where one that
+    is as much larger again is still no worse than the present one.
+
+    Where training diverges, all rates are divided until it does not.
+
+    Args:
+        run: trains with the levels, on the same batches every time.
+        names: of the groups.
+        moves: whether each group has a rate that could change.
+    """
+    outcomes: dict[Levels, Outcome] = {}
+    trials: list[Trial] = []
+
+    def at(levels: Levels) -> Outcome:
+        if levels not in outcomes:
+            outcomes[levels] = run(levels)
+        return outcomes[levels]
+
+    def judged(words: str, change: Levels) -> Trial:
+        now, changed = at(path[-1]), at(_plus(path[-1], change))
+        verdict = "better" if changed.is_better(now) else "not better"
+        if verdict == "better" and max(change) > 0 and not at(_plus(path[-1], change, change)).is_lower(now):
+            verdict = "no room"
+        factors = tuple(float(FACTOR) ** level for level in _plus(path[-1], change))
+        return Trial(words, factors, float(changed.training.mean()), float(changed.averaged.mean()), verdict)
+
+    path = [(0,) * len(names)]
+    for _ in range(MOST_CHANGES):
+        changes = candidates(at(path[-1]), names, moves)
+        verdicts = {change: judged(words, change) for words, change in changes.items()}
+        trials += verdicts.values()
+        better = [change for change, trial in verdicts.items() if trial.verdict == "better"]
+        if at(path[-1]).diverged and not better:
+            better = [_plus(path[0], tuple(map(int, moves)), sign=-1)]
+        if not better:
+            break
+        path.append(_plus(path[-1], min(better, key=lambda change: verdicts[change].averaged)))
+    return Found(tuple(path[:1] if at(path[-1]).diverged else path), outcomes, tuple(trials))
+
+
+def candidates(now: Outcome, names: Sequence[str], moves: Sequence[bool]) -> dict[str, Levels]:
+    """The changes that are worth a trial, in words and levels; those of single groups only where there are several."""
+    free = [s for s, able in enumerate(moves) if able]
+    everything = tuple(map(int, moves))
+    found = {
+        f"all rates × {FACTOR}": everything,
+        f"all rates ÷ {FACTOR}": _plus((0,) * len(names), everything, sign=-1),
+    }
+    gains = (now.progress - now.noise).tolist()
+    if len(free) > 1 and all(math.isfinite(gains[s]) for s in free):
+        up, down = max(free, key=gains.__getitem__), min(free, key=gains.__getitem__)
+        found[f"`{names[up]}` × {FACTOR}"] = tuple(int(s == up) for s in range(len(names)))
+        found[f"`{names[down]}` ÷ {FACTOR}"] = tuple(-int(s == down) for s in range(len(names)))
+    return found
+
+
+def confirmed(run: Callable[[Levels], Outcome], path: Sequence[Levels]) -> Levels:
+    """The furthest levels of a path that lower both losses on batches, and over a time, that they were not chosen by.
+
+    Of many comparisons some come out well by chance, and some of what is good for a while is not for longer.
+    """
+    first = run(path[0]) if len(path) > 1 else None
+    for levels in reversed(path[1:]):
+        if first is not None and run(levels).is_lower(first):
+            return levels
+    return path[0]
+
+
+def _is_lower(losses: Tensor, others: Tensor) -> bool:
+    """Whether the mean of losses is lower than that of others; what diverges is higher than anything."""
+    return bool(losses.isfinite().all()) and not float(losses.mean()) >= float(others.mean())
+
+
+def _errors_lower(losses: Tensor, others: Tensor) -> float:
+    """By how many standard errors losses are lower than others of the same batches, by signed ranks (Wilcoxon, 1945).
+
+    The differences are taken batch by batch: what makes a batch hard has no part in them.  And their ranks count, not
+    their sizes: where rates are off, a few losses are huge.
+    """
+    if not bool(others.isfinite().all()):
+        return math.inf
+    difference, n = others - losses, len(losses)
+    ranks = difference.abs().argsort().argsort() + 1
+    return float((difference.sign() * ranks).sum()) / math.sqrt(n * (n + 1) * (2 * n + 1) / 6)
+
+
+def _plus(levels: Levels, *changes: Levels, sign: int = 1) -> Levels:
+    for change in changes:
+        levels = tuple(a + sign * b for a, b in zip(levels, change, strict=True))
+    return levels
+
+
+# Training -------------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class _Stage:
+    """Where trainings are rehearsed, all from the same start."""
+
+    loss: Loss
+    optimizer: torch.optim.Optimizer
+    partition: Partition
+    batches: Iterable[Any]
+    rates: dict[Tensor, float]
+    before_step: Callable[[], Any] | None
+
+    def run(self, levels: Levels, steps: int, seed: int) -> Outcome:
+        """Trains with rates changed by these levels, and gives what it came to."""
+        stream, device = BatchStream(self.batches, seed), self.partition.device
+        factors = self.partition.spread([float(FACTOR) ** level for level in levels])
+        rates: dict[Tensor, float] = {
+            p: self.rates[p] * float(factor)
+            for p, factor in zip(self.partition.parameters, factors, strict=True)
+            if p in self.rates
+        }
+        losses: list[float] = []
+        with rehearsal(self.loss, self.optimizer, list(rates)) as trained:
+            torch.manual_seed(seed)
+            trained.set_rates(rates)
+            moves = _Moves(list(rates), steps)
+            for _ in range(steps):
+                losses.append(trained.backward(stream.next(device)))
+                if not math.isfinite(losses[-1]):
+                    return self._diverged(steps)
+                moves.add()
+                if self.before_step is not None:
+                    self.before_step()
+                trained.step()
+            moves.set_averages()
+            averaged = [self.loss.value(stream.next(device)) for _ in range(HELD_OUT)]
+        second = torch.tensor(losses[steps // 2 :], dtype=torch.float64)
+        return Outcome(second, torch.tensor(averaged, dtype=torch.float64), *self._by_group(moves))
+
+    def _diverged(self, steps: int) -> Outcome:
+        training, averaged = (torch.full((n,), math.inf, dtype=torch.float64) for n in (steps - steps // 2, HELD_OUT))
+        unknown = torch.full((len(self.partition),), math.nan, dtype=torch.float64)
+        return Outcome(training, averaged, unknown, unknown)
+
+    def _by_group(self, moves: _Moves) -> tuple[Tensor, Tensor]:
+        """Progress and noise of every group, each shape (S,)."""
+        total = torch.zeros(2, len(self.partition), dtype=torch.float64)
+        labels = dict(zip(map(id, self.partition.parameters), self.partition.labels, strict=True))
+        for p, progress, noise in zip(moves.parameters, *moves.told(), strict=True):
+            total[:, labels[id(p)]] += torch.tensor([progress, noise], dtype=torch.float64)
+        return total[0], total[1]
+
+
+class _Moves:
+    """Sums over a training that tell each tensor's progress and noise, and the average of the weights.
+
+    Weights are counted from where they begin, in single precision at least: sums of small moves lose nothing.
+    """
+
+    def __init__(self, parameters: list[Tensor], steps: int) -> None:
+        self.parameters, self._half, self._count, self._taken = parameters, steps // 2, steps - steps // 2, 0
+        self._start = [_wide(p) for p in parameters]
+        self._first, self._second, self._gradient = ([torch.zeros_like(w) for w in self._start] for _ in range(3))
+        self._products = [torch.zeros((), dtype=torch.float64, device=p.device) for p in parameters]
+
+    def add(self) -> None:
+        """Takes the present weights in, and in the second half their gradients."""
+        for i, p in enumerate(self.parameters):
+            moved = _wide(p) - self._start[i]
+            if self._taken < self._half:
+                self._first[i] += moved
+                continue
+            self._second[i] += moved
+            if p.grad is not None:
+                gradient = _wide(p.grad)
+                self._gradient[i] += gradient
+                self._products[i] += _dot(gradient, moved)
+        self._taken += 1
+
+    @torch.no_grad()
+    def set_averages(self) -> None:
+        """Puts the weights where they were in the mean of the second half."""
+        for p, start, second in zip(self.parameters, self._start, self._second, strict=True):
+            p.copy_(start + second / self._count)
+
+    def told(self) -> tuple[list[float], list[float]]:
+        """Progress and noise of every tensor."""
+        progress, noise = [], []
+        for first, second, gradient, product in zip(
+            self._first, self._second, self._gradient, self._products, strict=True
+        ):
+            before, after, slope = first / max(self._half, 1), second / self._count, gradient / self._count
+            progress.append(_dot(slope, before - after))
+            noise.append(product / self._count - _dot(slope, after))
+        return torch.stack(progress).tolist(), torch.stack(noise).tolist()
+
+
+def _wide(tensor: Tensor) -> Tensor:
+    """A dense copy, of single precision at least."""
+    tensor = tensor.detach()
+    tensor = tensor.to_dense() if tensor.layout is not torch.strided else tensor
+    return tensor.to(torch.promote_types(tensor.dtype, torch.float32), copy=True)
+
+
+def _dot(a: Tensor, b: Tensor) -> Tensor:
+    product = (a.conj() * b).real if a.is_complex() else a * b
+    return product.sum(dtype=torch.float64)
+
+
+def _rates_of(optimizer: torch.optim.Optimizer, partition: Partition) -> dict[Tensor, float]:
+    """The learning rate of every tensor of a partition that the optimizer holds."""
+    held = {
+        id(p): rate
+        for group in optimizer.param_groups
+        for rate in [rate_of(group) if "lr" in group else 0.0]
+        for p in group["params"]
+    }
+    for name, label, p in zip(partition.parameter_names, partition.labels, partition.parameters, strict=True):
+        if not isinstance(label, int):
+            raise ValueError(
+                f"parameter {name!r}, of shape {tuple(p.shape)}, is split between groups: an optimizer has one "
+                "learning rate for a tensor; rehearse with a partition of whole tensors"
+            )
+    rates: dict[Tensor, float] = {p: held[id(p)] for p in partition.parameters if id(p) in held}
+    if not any(rate > 0 for rate in rates.values()):
+        raise ValueError("no learning rate of the optimizer is above 0: a factor on 0 is still 0")
+    return rates
+
+
+def _groups_of(partition: Partition, rates: dict[Tensor, float]) -> list[tuple[str, float]]:
+    """Every group's name and learning rate, that of its first tensor which the optimizer holds."""
+    own = [[partition.parameters[i] for i in tensors] for tensors in partition.tensors_of]
+    return [
+        (name, next((rates[p] for p in members if p in rates), math.nan))
+        for name, members in zip(partition.names, own, strict=True)
+    ]
+
+
+# Words ----------------------------------------------------------------------------------------------------------------
+
+
+def _words(groups: Sequence[RehearsedGroup], steps: int, left: Outcome, acted: Outcome, *, unconfirmed: bool) -> str:
+    before, after = float(left.averaged.mean()), float(acted.averaged.mean())
+    factors = {group.factor for group in groups if group.learning_rate > 0}
+    if factors == {1.0}:
+        if math.isinf(before):
+            return f"training diverges within {steps} steps, at these rates and at all that were tried"
+        if unconfirmed:
+            return (
+                f"leave the rates as they are: what lowered the loss over {steps} steps did not do so over {2 * steps} "
+                "on other batches"
+            )
+        return (
+            f"leave the rates as they are: over {steps} steps no change lowered both the training loss and that of "
+            "averaged weights"
+        )
+    gain = (
+        f"at the present ones training diverges within {steps} steps"
+        if math.isinf(before)
+        else f"after {steps} steps the loss at averaged weights is then {after:.4g} in place of {before:.4g}"
+    )
+    return f"{_told(groups)}: {gain}"
+
+
+def _told(groups: Sequence[RehearsedGroup]) -> str:
+    """The factors, in words: what most groups share, and then those that differ."""
+    able = [group for group in groups if group.learning_rate > 0]
+    counts = Counter(group.factor for group in able)
+    shared = max(counts, key=lambda factor: (counts[factor], factor == 1))
+    others = [group for group in able if group.factor != shared]
+    by_factor = {f: [g.name for g in others if g.factor == f] for f in dict.fromkeys(g.factor for g in others)}
+    parts = [f"{_verb(shared)} all rates{_by(shared)}"] if shared != 1 else []
+    for factor, names in by_factor.items():
+        rate = "that of " if shared != 1 else "the rate of "
+        listed = ", ".join(f"`{name}`" for name in names)
+        parts.append(f"{_verb(factor)} {rate}{listed}{_by(factor)}" if factor != 1 else f"leave {rate}{listed}")
+    return "; ".join(parts)
+
+
+def _verb(factor: float) -> str:
+    return "multiply" if factor > 1 else "divide"
+
+
+def _by(factor: float) -> str:
+    return f" by {_short(max(factor, 1 / factor))}"
+
+
+def _short(value: float) -> str:
+    """A power of 3: 27, 3, 0.33, 0.11."""
+    return f"{value:.0f}" if value >= 1 else f"{value:.2g}"
+
+
+def _finite(value: float) -> float | None:
+    return value if math.isfinite(value) else None
