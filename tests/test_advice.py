@@ -14,7 +14,7 @@ from scipy import optimize, stats
 
 from newton_summary import Summary
 from newton_summary.solve import Status, cubic
-from newton_summary.watch.advice import advise, alone, correlations
+from newton_summary.watch.advice import LEAVE, advise, alone, correlations
 
 
 def one(gradient: float, curvature: float, third: float = 0.0, weight: float = 1.0, name: str = "g") -> Summary:
@@ -233,6 +233,38 @@ def test_all_rates_are_spoken_of_where_noise_cannot_be_the_reason() -> None:
     single = advise([one(3.0, 1.0)])
     assert single.overall == leave
     assert advise([one(-1.0, 1.0)]).overall == ""
+
+
+def test_the_headline_is_what_is_wrong_or_that_nothing_is() -> None:
+    def headline(*factors: float, names: str = "abcdef", noise: float = 0.001) -> str:
+        count = len(factors)
+        slopes = [[1.0 + e * (-1) ** s for s in range(count)] for e in (-noise, 0.0, noise)]
+        hessian = torch.diag(1 / torch.tensor(factors, dtype=torch.float64))
+        advice = advise([Summary(1.0, g, hessian, [0.0] * count, list(names[:count])) for g in slopes])
+        assert advice.headline.startswith(advice.sentences()[0])
+        return advice.headline
+
+    assert headline(1.0, 1.1, 0.9) == LEAVE
+    assert headline(1.0, 1.0, 30.0) == "`c`: moves 30× (30–30×) less than suits it, next to the other groups"
+    assert headline(1.0, 1.0, 1.0, 20.0, 0.02).startswith("`e`: moves 50× (")
+    assert headline(1.0, 1.0, 1.0, 20.0, 0.02).endswith("next to the other groups; 1 more stands out")
+    assert headline(0.1, 0.1, 0.1, 3.0, 0.001).startswith("all rates are too large for the next step, 10× (")
+    assert headline(0.1, 0.1, 0.1, 3.0, 0.001).endswith("); 2 groups stand out")
+
+
+def test_what_cannot_be_told_from_noise_is_no_headline() -> None:
+    def two(*slopes: float) -> Summary:
+        return Summary(1.0, slopes, np.eye(2), [0.0, 0.0], ["a", "b"])
+
+    calm = advise([two(1.0, 1.0), two(1.1, -1.2), two(0.9, -0.5)])
+    assert calm["b"].words == "`b`: no descent along this step that can be told from noise"
+    assert calm.headline == calm.overall == calm.sentences()[0] == LEAVE
+    nowhere = advise([two(1.0, 1.0), two(-2.0, -1.2), two(-0.9, -0.5)])
+    assert nowhere.headline == nowhere.overall == LEAVE
+    up = advise([two(-1.0, 1.0), two(-1.1, 1.2), two(-0.9, 1.1)])
+    assert up.headline == "`a`: no descent along this step"
+    still = advise([Summary(1.0, [0.0, 1.0], [[0.0, 0.0], [0.0, 1.0]], [0.0, 0.0], ["a", "b"])])
+    assert still.headline == LEAVE
 
 
 def test_what_all_rates_share_singles_out_no_group() -> None:

@@ -166,6 +166,8 @@ def test_a_monitor_changes_nothing_and_says_what_it_says_in_a_plain_loop(own_dat
     assert [float(row["newton_summary/actual_decrease"]) for row in logged] == pytest.approx(
         [record.actual_decrease for record in found]
     )
+    assert [row["newton_summary/advice"] for row in logged] == ["; ".join(record.sentences) for record in found]
+    assert logged[-1]["newton_summary/advice"] == callback.monitor.advice.to_dict()["words"]
     finite = [r.alone[0] for r in found if math.isfinite(r.alone[0])]
     shown = [
         float(row["newton_summary/alone/net.0.weight"]) for row in logged if row["newton_summary/alone/net.0.weight"]
@@ -186,6 +188,21 @@ def test_tensorboard_gets_pictures(tmp_path):
     events.Reload()
     assert set(events.Tags()["images"]) == {"newton_summary/hessian", "newton_summary/correlations"}
     assert "newton_summary/rate/net.0.weight" in events.Tags()["scalars"]
+
+
+def test_tensorboard_gets_the_advice_as_text(tmp_path):
+    from pytorch_lightning.loggers import TensorBoardLogger
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    from newton_summary.integrations.lightning import MonitorCallback
+
+    callback = MonitorCallback(loss_fn, data=make_loader(), every=5, images=False)
+    module = make_module(lambda module: torch.optim.Adam(module.parameters(), lr=1e-3))
+    make_trainer(tmp_path, [callback], TensorBoardLogger(tmp_path, "x")).fit(module, make_loader())
+    events = EventAccumulator(str(tmp_path / "x" / "version_0"))
+    events.Reload()
+    logged = [e.tensor_proto.string_val[0].decode() for e in events.Tensors("newton_summary/advice/text_summary")]
+    assert logged == ["\n".join(f"- {words}" for words in record.sentences) for record in callback.monitor.records]
 
 
 def test_a_missing_loss_is_asked_for(tmp_path):

@@ -131,7 +131,8 @@ def test_a_monitor_changes_nothing_and_says_what_it_says_in_a_plain_loop(tmp_pat
     for ours, theirs, logged in zip(callback.monitor.records, monitor.records, told, strict=True):
         assert ours.alone == pytest.approx(theirs.alone, rel=1e-6)
         assert ours.actual_decrease == pytest.approx(theirs.actual_decrease, rel=1e-6)
-        assert logged == ours.scalars()
+        assert logged == ours.scalars() | {"newton_summary/advice": "; ".join(ours.sentences)}
+    assert told[-1]["newton_summary/advice"] == callback.monitor.advice.to_dict()["words"]
 
 
 def test_a_measurement_that_fails_ends_no_training(tmp_path):

@@ -13,7 +13,7 @@ from torch import nn
 import newton_summary as ns
 from newton_summary import Summary, plots
 from newton_summary.measure.along import losses_along
-from newton_summary.watch.monitor import Record
+from newton_summary.watch.record import Record
 
 
 def summary_of(hessian, gradient=None, third=None, names=None):

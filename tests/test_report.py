@@ -27,6 +27,7 @@ class Page(HTMLParser):
     def __init__(self, markup: str) -> None:
         super().__init__()
         self.open, self.tables, self.elements, self.ids = [], {}, [], []
+        self.said, self.items, self.kind = {}, [], None
         self.feed(markup)
         assert self.open == []
 
@@ -35,6 +36,11 @@ class Page(HTMLParser):
         self.ids += [dict(attributes)["id"]] if "id" in dict(attributes) else []
         if tag not in VOID:
             self.open.append(tag)
+        if tag == "p":
+            self.kind = dict(attributes).get("class")
+            self.said.setdefault(self.kind, "")
+        if tag == "li":
+            self.items.append("")
         if tag == "caption":
             self.caption = ""
         if tag == "tr":
@@ -53,6 +59,10 @@ class Page(HTMLParser):
             self.caption += data
         elif "td" in self.open or "th" in self.open:
             self.tables[self.caption][-1][-1] += data
+        elif "p" in self.open:
+            self.said[self.kind] += data
+        elif "li" in self.open:
+            self.items[-1] += data
 
 
 @pytest.fixture(scope="module")

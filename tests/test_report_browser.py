@@ -7,9 +7,10 @@ import io
 import shutil
 
 import pytest
-from report_runs import made_up, trained
+from report_runs import made_up, trained, watched
 
 from newton_summary.report import reading, render, write
+from newton_summary.report.page import render_log
 
 CHROMIUM, DRIVER = shutil.which("chromium"), shutil.which("chromedriver")
 HERE = importlib.util.find_spec("selenium") is not None and CHROMIUM is not None and DRIVER is not None
@@ -168,10 +169,11 @@ return [found, drawn, light(behind(document.body))];
 @pytest.mark.parametrize("scheme", ["light", "dark"])
 def test_it_can_be_read_in_light_and_in_dark(scheme, browser, page, tmp_path):
     """Contrasts of WCAG 2.1 level AA, also of the numbers in every shade of the heatmap."""
-    made = tmp_path / "page.html"
+    made, log = tmp_path / "page.html", tmp_path / "log.html"
     made.write_text(render([made_up(12, 2)]))
+    log.write_text(render_log(watched(12, 9)))
     levels = set()
-    for path in (page[0], made):
+    for path in (page[0], made, log):
         show(browser, path, scheme=scheme)
         texts, lines, brightness = browser.execute_script(READABLE)
         assert (brightness > 0.9) if scheme == "light" else (brightness < 0.02)
@@ -188,8 +190,32 @@ def test_it_can_be_read_in_light_and_in_dark(scheme, browser, page, tmp_path):
 
 
 def test_a_narrow_screen_scrolls_tables_not_the_page(browser, page, tmp_path):
-    made = tmp_path / "page.html"
+    made, log = tmp_path / "page.html", tmp_path / "log.html"
     made.write_text(render([made_up(60, 2)]))
-    for path in (page[0], made):
+    log.write_text(render_log(watched(60, 3)))
+    for path in (page[0], made, log):
         show(browser, path, width=380)
         assert browser.execute_script("return document.documentElement.scrollWidth") <= 380
+
+
+def test_a_monitors_page_shows_its_last_measurement_and_the_others_by_the_slider(browser, tmp_path):
+    from selenium.webdriver.common.keys import Keys
+
+    path = tmp_path / "log.html"
+    path.write_text(render_log(watched(5, 3)))
+    browser.get_log("browser")
+    show(browser, path)
+    assert browser.get_log("browser") == []
+    slider = browser.find_element("id", "measured")
+    output = browser.find_element("css selector", "output[for=measured]")
+    assert (output.text, slider.get_attribute("aria-valuetext")) == ("21", "step 21")
+    slider.send_keys(Keys.HOME)
+    assert output.text == "1"
+    assert len(browser.find_elements("css selector", "#measured-moments > :not([hidden])")) == 1
+    fills = {
+        kind: browser.find_element("css selector", f"#advice .{kind} circle").value_of_css_property("fill")
+        for kind in ("telling", "quiet")
+    }
+    red, green, blue = map(int, fills["quiet"].removeprefix("rgb(").rstrip(")").split(", "))
+    assert max(red, green, blue) - min(red, green, blue) < 20  # grey
+    assert fills["telling"] != fills["quiet"]

@@ -79,7 +79,7 @@ def step_by_hand(loss_fn, model, optimizer, batch) -> float:
     return result
 
 
-def monitored_step(loss_fn, model, optimizer, batch) -> ns.watch.monitor.Record:
+def monitored_step(loss_fn, model, optimizer, batch) -> ns.watch.record.Record:
     """What a monitor says of the same step, which is then taken."""
     monitor = ns.Monitor(model, loss_fn, optimizer=optimizer, every=1)
     optimizer.zero_grad()

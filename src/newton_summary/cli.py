@@ -89,17 +89,27 @@ def _parser() -> tuple[argparse.ArgumentParser, set[str]]:
     for point in entry_points(group=GROUP):
         point.load()(commands)
     page = add_command(
-        commands, "report", _report, "A web page about a run or a comparison, in one file that needs no network."
+        commands,
+        "report",
+        _report,
+        "A web page about a training that a Monitor watched, or about a run or a comparison; one file, no network.",
     )
-    page.add_argument("run", type=Path, metavar="RUN", help="the folder that train or compare wrote")
-    page.add_argument("--out", type=Path, metavar="FILE", help="the page (default: RUN/report.html)")
+    page.add_argument(
+        "run", type=Path, metavar="RUN", help="the file of Monitor(path=…), or the folder that train or compare wrote"
+    )
+    page.add_argument(
+        "--out", type=Path, metavar="FILE", help="the page (default: RUN with the ending .html, or RUN/report.html)"
+    )
+    page.add_argument(
+        "--number", type=int, metavar="N", help="which run, where several were appended to a file (default: the last)"
+    )
     return parser, set(commands.choices)
 
 
 def _report(options: argparse.Namespace) -> int:
     from newton_summary import report
 
-    tell_paths([report.write(options.run, options.out)])
+    tell_paths([report.write(options.run, options.out, options.number)])
     return 0
 
 

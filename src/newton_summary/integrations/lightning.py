@@ -12,6 +12,7 @@ from newton_summary.measure import LossFunction
 from newton_summary.measure.stream import BatchStream
 from newton_summary.optim import MeasuredOptimizer
 from newton_summary.watch.monitor import Monitor
+from newton_summary.watch.record import TAG
 
 
 def _callback_class() -> Any:
@@ -25,6 +26,8 @@ def _callback_class() -> Any:
     raise ImportError("this needs Lightning: pip install 'newton-summary[lightning]'")
 
 
+_TAKE_WORDS = ("CSVLogger", "WandbLogger")  # beside numbers in one dictionary; TensorBoard takes them as text
+
 if TYPE_CHECKING:
     Callback = object
 else:
@@ -32,7 +35,7 @@ else:
 
 
 class MonitorCallback(Callback):
-    """Logs, to the trainer's loggers, how every group's learning rate should change.
+    """Logs, to the trainer's loggers, how every group's learning rate should change, in numbers and in words.
 
     It puts a :class:`~newton_summary.Monitor` beside the module's optimizer and measures before the step of every
     ``every``-th batch, on gradients before they are clipped.  Where a measurement fails it warns, and training goes
@@ -118,7 +121,10 @@ class MonitorCallback(Callback):
             self.monitor.close()
 
     def _log(self, logger: Any, measured: Measured, step: int) -> None:
-        logger.log_metrics(measured.scalars, step=step)
+        takes_words = any(base.__name__ in _TAKE_WORDS for base in type(logger).__mro__)
+        logger.log_metrics(measured.with_words if takes_words else measured.scalars, step=step)
+        if measured.sentences and hasattr(logger.experiment, "add_text"):
+            logger.experiment.add_text(TAG, measured.text, step)
         if self.images and measured.summary.is_finite() and hasattr(logger.experiment, "add_image"):
             from newton_summary.integrations.tensorboard import draw
 

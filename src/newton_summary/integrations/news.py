@@ -11,6 +11,7 @@ import torch
 from newton_summary.optim import MeasuredOptimizer
 from newton_summary.summary import Summary
 from newton_summary.watch.monitor import Monitor
+from newton_summary.watch.record import TAG, markdown
 
 Source: TypeAlias = Monitor | MeasuredOptimizer
 """What measures."""
@@ -22,14 +23,26 @@ class Measured:
 
     Args:
         step: the optimizer's steps before it.
-        scalars: numbers by tags, all finite.  Of a monitor :meth:`~newton_summary.watch.monitor.Record.scalars`; of an
+        scalars: numbers by tags, all finite.  Of a monitor :meth:`~newton_summary.watch.record.Record.scalars`; of an
             optimizer the loss, λ_1, every group's rate, and how many measurements were made and failed.
         summary: of the groups.
+        sentences: a monitor's advice, the most important first; an optimizer that measures by itself has none.
     """
 
     step: int
     scalars: dict[str, float]
     summary: Summary
+    sentences: tuple[str, ...] = ()
+
+    @property
+    def text(self) -> str:
+        """The advice as Markdown, for loggers that show text."""
+        return markdown(self.sentences)
+
+    @property
+    def with_words(self) -> dict[str, float | str]:
+        """The numbers, and the advice in one string, for logs of dictionaries."""
+        return {**self.scalars, TAG: "; ".join(self.sentences)} if self.sentences else {**self.scalars}
 
 
 class News:
@@ -62,7 +75,7 @@ class News:
             if not (self.source.records and self.source.summary.is_finite()):
                 return None
             record = self.source.records[-1]
-            return Measured(record.step, record.scalars(), self.source.summary)
+            return Measured(record.step, record.scalars(), self.source.summary, record.sentences)
         return Measured(self.source._taken - 1, _of_optimizer(self.source), self.source.summary)
 
 

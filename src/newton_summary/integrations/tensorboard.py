@@ -1,4 +1,4 @@
-"""TensorBoard: scalars for each group, and H̄ as an image, of what a monitor or the optimizer measures."""
+"""TensorBoard: scalars for each group, the advice in words, and H̄ as an image, of what is measured."""
 
 from __future__ import annotations
 
@@ -16,6 +16,7 @@ except ImportError as error:  # pragma: no cover - a test runs it in a process o
 
 from newton_summary.integrations.news import Measured, News, Source
 from newton_summary.summary import Summary
+from newton_summary.watch.record import TAG
 
 
 class TensorBoard:
@@ -64,6 +65,8 @@ class TensorBoard:
         """Logs a measurement."""
         for tag, value in measured.scalars.items():
             self.writer.add_scalar(tag, value, measured.step)
+        if measured.sentences:
+            self.writer.add_text(TAG, measured.text, measured.step)
         if self.images and measured.summary.is_finite():
             draw(self.writer, measured.summary, measured.step)
 

@@ -42,8 +42,9 @@ class MonitorCallback(TrainerCallback):
         every: the number of steps between measurements.
         repeats: how many batches a measurement takes.
         seed: fixes the sampler.
-        log: takes a dictionary of numbers.  ``trainer.log`` sends them wherever the trainer reports to.  Default: they
-            are added to the trainer's ``state.log_history`` alone.
+        log: takes a dictionary of numbers, and of the advice in words, ``"newton_summary/advice"``.  ``trainer.log``
+            sends them wherever the trainer reports to.  Default: they are added to the trainer's ``state.log_history``
+            alone.
         options: for the :class:`~newton_summary.Monitor`.
 
     Attributes:
@@ -58,7 +59,7 @@ class MonitorCallback(TrainerCallback):
         every: int = 100,
         repeats: int = 1,
         seed: int = 0,
-        log: Callable[[dict[str, float]], Any] | None = None,
+        log: Callable[[dict[str, Any]], Any] | None = None,
         **options: Any,
     ) -> None:
         super().__init__()
@@ -87,9 +88,9 @@ class MonitorCallback(TrainerCallback):
         if measured is None or not state.is_world_process_zero:
             return
         if self.log is not None:
-            self.log(measured.scalars)
+            self.log(measured.with_words)
         else:
-            state.log_history.append({**measured.scalars, "epoch": state.epoch, "step": state.global_step})
+            state.log_history.append({**measured.with_words, "epoch": state.epoch, "step": state.global_step})
 
     def on_train_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         """Takes the monitor away; its advice and records stay."""

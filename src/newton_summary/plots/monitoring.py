@@ -15,7 +15,7 @@ from newton_summary.watch.advice import alone
 from newton_summary.watch.advice import correlations as correlations_of
 
 if TYPE_CHECKING:
-    from newton_summary.watch.monitor import Record
+    from newton_summary.watch.record import Record
 
 BLUE, ORANGE, GREEN = SERIES[:3]
 

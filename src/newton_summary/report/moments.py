@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import TypeVar
 
 import torch
 
@@ -12,6 +13,8 @@ from newton_summary.report.records import Snapshot
 from newton_summary.report.text import code, escape, interval, number, percent, signed, table, times
 from newton_summary.summary import Summary
 from newton_summary.watch.advice import Advice, advise, correlations
+
+Moment = TypeVar("Moment")
 
 _MOST_NUMBERED = 12
 _MOST_PAIRS = 10
@@ -33,21 +36,40 @@ def slider(run: Record, key: str, runs: int) -> str:
     """
     chosen = thinned(run.snapshots, len(run.sizes), runs)
     shown = "".join(_moment(run, snapshot) for snapshot in chosen)
-    last, recorded = len(chosen) - 1, len(run.snapshots)
+    recorded = len(run.snapshots)
     left = f"{len(chosen)} of {recorded} moments that were recorded, so that the page stays small."
+    return chooser("Epoch", key, len(chosen), shown) + (f'<p class="note">{left}</p>' if len(chosen) < recorded else "")
+
+
+def chooser(title: str, key: str, count: int, moments: str) -> str:
+    """A slider that shows one of some sections at a time, at first the last; where scripts do not work, all are there.
+
+    Args:
+        title: of what the slider chooses.
+        key: an identifier within the page.
+        count: of the sections.
+        moments: the sections, each with a ``data-label``.
+    """
     return (
-        f'<div class="chooser" hidden><label for="{key}">Epoch</label>'
-        f'<input type="range" id="{key}" min="0" max="{last}" step="1" value="{last}" data-moments="{key}-moments">'
-        f'<output for="{key}"></output></div>'
-        f'<div id="{key}-moments">{shown}</div>' + (f'<p class="note">{left}</p>' if len(chosen) < recorded else "")
+        f'<div class="chooser" hidden><label for="{key}">{title}</label>'
+        f'<input type="range" id="{key}" min="0" max="{count - 1}" step="1" value="{count - 1}" '
+        f'data-moments="{key}-moments"><output for="{key}"></output></div><div id="{key}-moments">{moments}</div>'
     )
 
 
-def thinned(snapshots: Sequence[Snapshot], groups: int, runs: int) -> list[Snapshot]:
-    """As many snapshots as fit into a page of a reasonable size, evenly, the last always among them."""
-    count = max(1, min(len(snapshots), _MOST_CELLS // max(groups**2 * runs, 1)))
-    places = [round(i * (len(snapshots) - 1) / (count - 1)) for i in range(count)] if count > 1 else [-1]
-    return [snapshots[place] for place in places]
+def thinned(moments: Sequence[Moment], groups: int, runs: int, most: int | None = None) -> list[Moment]:
+    """As many moments as fit into a page of a reasonable size, evenly, the last always among them.
+
+    Args:
+        moments: in their order.
+        groups: of which each has a heatmap.
+        runs: that share the page.
+        most: moments, in any case.
+    """
+    most = len(moments) if most is None else most
+    count = max(1, min(len(moments), most, _MOST_CELLS // max(groups**2 * runs, 1)))
+    places = [round(i * (len(moments) - 1) / (count - 1)) for i in range(count)] if count > 1 else [-1]
+    return [moments[place] for place in places]
 
 
 def when(run: Record, snapshot: Snapshot) -> str:

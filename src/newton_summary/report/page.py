@@ -4,38 +4,52 @@ from __future__ import annotations
 
 import base64
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from importlib.metadata import version
 from importlib.resources import files as resources
 from pathlib import Path
 from string import Template
 
-from newton_summary.report import moments
+from newton_summary.errors import UsageError
+from newton_summary.report import moments, watched
 from newton_summary.report.charts import Line, chart, legend
 from newton_summary.report.files import write_text
+from newton_summary.report.monitor_log import MonitorLog, read_log
 from newton_summary.report.reading import Record, read
-from newton_summary.report.records import Row
+from newton_summary.report.records import METRICS, Row
 from newton_summary.report.text import code, escape, folded, number, percent, table
 
 _MOST_ROWS = 200
 
 
-def write(folder: Path, path: Path | None = None) -> Path:
-    """Writes the report of a run or a comparison.
+def write(run: Path, path: Path | None = None, number: int | None = None) -> Path:
+    """Writes the report of a run that a monitor watched, or of a run or a comparison of ``newton-summary``.
 
     Args:
-        folder: that ``newton-summary train`` or ``compare`` wrote.
-        path: of the page.  Default: ``report.html`` in the folder.
+        run: the file that ``Monitor(path=…)`` wrote, or the folder of ``newton-summary train`` or ``compare``.
+        path: of the page.  Default: beside the file, with the ending ``.html``; ``report.html`` in the folder.
+        number: of the run in a monitor's file to which several were appended, from 1.  Default: the last.
 
     Returns:
         The path.
 
     Raises:
-        UsageError: there is no run in the folder, a file is damaged, or the page cannot be written.
+        UsageError: there is no such run, a file is damaged, or the page cannot be written.
     """
-    path = folder / "report.html" if path is None else path
-    write_text(path, render(read(folder)))
-    return path
+    if run.is_file() and run.name != METRICS:
+        content, place = render_log(read_log(run, number)), run.with_suffix(".html")
+    elif number is not None:
+        raise UsageError(f"a number is that of a run in the file of a Monitor, and {run} is none")
+    else:
+        folder = run.parent if run.is_file() else run
+        content, place = render(read(folder)), folder / "report.html"
+    write_text(path or place, content)
+    return path or place
+
+
+def render_log(log: MonitorLog) -> str:
+    """The page about a run that a monitor watched."""
+    return _page(f"{log.name}: what the monitor says", watched.sections(log))
 
 
 def render(runs: Sequence[Record]) -> str:
@@ -54,6 +68,11 @@ def render(runs: Sequence[Record]) -> str:
         "rates": ("Rates", _rates(_first_of_each(runs))),
         "environment": ("Environment", _environment(runs)),
     }
+    return _page(title, sections)
+
+
+def _page(title: str, sections: Mapping[str, tuple[str, str]]) -> str:
+    """The page with a title and sections: by their anchors, each with its own title and its content."""
     script = _resource("page.js")
     digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
     return Template(_resource("page.html")).substitute(

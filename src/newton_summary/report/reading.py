@@ -55,7 +55,10 @@ def read(folder: Path) -> list[Record]:
         return [_read_run(folder)]
     found = [_read_run(path.parent) for path in sorted(folder.glob(f"*/{METRICS}"))]
     if not found:
-        raise UsageError(f"there is no run in {folder}: name a folder that newton-summary train or compare wrote")
+        raise UsageError(
+            f"there is no run in {folder}: name a folder that newton-summary train or compare wrote, or the file of "
+            "Monitor(path=…)"
+        )
     order = _asked_for(folder)
     return sorted(found, key=lambda run: (order.get(run.config.optimizer, len(order)), run.config.seed))
 

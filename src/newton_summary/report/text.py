@@ -91,6 +91,11 @@ def scrolling(name: str, content: str) -> str:
     return f'<div class="scroll" tabindex="0" role="region" aria-label="{_plain(name)}">{content}</div>'
 
 
+def quiet(content: str) -> str:
+    """What is not significant, in grey."""
+    return f'<span class="quiet">{content}</span>'
+
+
 def folded(title: str, content: str) -> str:
     """Something that is shown when asked for."""
     return f"<details><summary>{title}</summary>{content}</details>"

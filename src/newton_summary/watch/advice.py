@@ -43,6 +43,12 @@ right rate: what is within √19 of the middle of them tells nothing."""
 STRONG = 0.5
 """A correlation of this size between two groups is put into words."""
 
+LEAVE = "leave the rates as they are: none is off by more than one step can tell"
+"""What is said where nothing is wrong."""
+
+_UNMOVED = "this step does not move it"
+_UNSURE = "no descent along this step that can be told from noise"
+
 _REACH = 1e6  # an interval is searched this far on both sides of its scale; beyond lie 0 and infinity
 _GRID = 400
 _HALVINGS = 55
@@ -133,6 +139,14 @@ class Advice:
         distances = np.abs(decades - np.nanmedian(decades)) if not np.isnan(decades).all() else decades
         order = sorted(range(len(self)), key=lambda i: -np.nan_to_num(distances[i], nan=-1.0))
         return [self.groups[i] for i in order]
+
+    @property
+    def headline(self) -> str:
+        """The one sentence to read first: what is wrong most, and how much else is; or that nothing is."""
+        off = [group.words for group in self.ranked() if tells(group.words)]
+        first, *others = [self.overall] * bool(self.overall) + off
+        counted = f"{len(others)} group{'s' * (len(others) != 1)}" if self.overall else f"{len(others)} more"
+        return f"{first}; {counted} stand{'s' * (len(others) == 1)} out" if others else first
 
     def sentences(self) -> list[str]:
         """Everything that is worth saying: about all rates, the groups that differ most from the rest, the pairs."""
@@ -231,7 +245,7 @@ def advise(summaries: Sequence[Summary], *, regularization: float = 1.0, level: 
             strict=True,
         )
     )
-    stands_out = any(group.words for group, moves in zip(groups, moved, strict=True) if moves)
+    stands_out = any(tells(group.words) for group in groups)
     return Advice(
         groups=groups,
         pairs=_strong_pairs(parts, mean, level),
@@ -378,15 +392,20 @@ def _scale(mean: Array, spread: Array) -> Array:
 # Words ----------------------------------------------------------------------------------------------------------------
 
 
+def tells(words: str) -> bool:
+    """Whether the words about a group say that something is off, beyond noise."""
+    return bool(words) and not words.endswith((_UNMOVED, _UNSURE))
+
+
 def _words(name: str, factor: float, low: float, high: float, middle: float, *, moves: bool) -> str:
     """How a group's factor compares with the middle of all, where its interval warrants it."""
     single = math.isnan(low)
     if not moves:
-        return f"`{name}`: this step does not move it"
+        return f"`{name}`: {_UNMOVED}"
     if factor == 0 and (single or high == 0):
         return f"`{name}`: no descent along this step"
     if factor == 0:
-        return f"`{name}`: no descent along this step that can be told from noise"
+        return f"`{name}`: {_UNSURE}"
     if math.isinf(factor) and (single or math.isinf(low)):
         return f"`{name}`: nothing in the model limits its step"
     factor, low, high = factor / middle, low / middle, high / middle
@@ -410,14 +429,14 @@ def _overall(middle: float, low: float, high: float, stands_out: bool) -> str:
     """
     single = math.isnan(low)
     if math.isnan(middle):
-        return ""
+        return "" if stands_out else LEAVE
     if middle > NOTABLE * SHARED_NOISE and (single or low > SHARED_NOISE):
         return f"all rates are too small, at least {_short(middle / SHARED_NOISE)}× ({_short(middle)}× for one step)"
     if middle < 1 / NOTABLE and (single or high < 1):
         return (
             f"all rates are too large for the next step, {_short(1 / middle)}×{_range(_inverse(high), _inverse(low))}"
         )
-    return "" if stands_out else "leave the rates as they are: none is off by more than one step can tell"
+    return "" if stands_out else LEAVE
 
 
 def _range(low: float, high: float) -> str:

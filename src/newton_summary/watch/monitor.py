@@ -9,7 +9,7 @@ import math
 import warnings
 from collections import Counter, deque
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -27,60 +27,22 @@ from newton_summary.parallel.processes import Processes
 from newton_summary.parallel.sharding import measurable
 from newton_summary.partition import Partition, one_for_each, resolve_partition
 from newton_summary.summary import Summary
-from newton_summary.watch.advice import Advice, advise
+from newton_summary.watch.advice import Advice, advise, correlations
+from newton_summary.watch.record import TAG, Record, markdown
 from newton_summary.watch.rehearsed_advice import RehearsedAdvice, rehearse
 
 logger = logging.getLogger(__name__)
 
 
 class Writer(Protocol):
-    """What scalars are written to, such as a TensorBoard ``SummaryWriter``."""
+    """What scalars are written to, such as a TensorBoard ``SummaryWriter``.
+
+    Where it has ``add_text(tag, text, step)``, too, it gets the advice in words.
+    """
 
     def add_scalar(self, tag: str, scalar_value: float, global_step: int) -> Any:
         """Takes one number."""
         ...
-
-
-@dataclass(frozen=True)
-class Record:
-    """One measurement, as plain numbers; one entry for each group in every tuple.
-
-    Args:
-        step: the number of the optimizer's steps before it, since the monitor was made.
-        loss: on the measured batches, before the step.
-        predicted_decrease: of that loss by the optimizer's step, in the quadratic model of these very batches.
-        actual_decrease: of that loss, on these batches and with the same random numbers; NaN until the step was taken.
-        names: of the groups.
-        learning_rates: the optimizer's; NaN for a group that it does not hold.
-        alone: the advised factors on them, each group by itself.
-        low: the lower ends of their intervals.
-        high: the upper ends.
-        joint: the advised factors when all groups change together.
-        words: what there is to say.
-    """
-
-    step: int
-    loss: float
-    predicted_decrease: float
-    actual_decrease: float
-    names: tuple[str, ...]
-    learning_rates: tuple[float, ...]
-    alone: tuple[float, ...]
-    low: tuple[float, ...]
-    high: tuple[float, ...]
-    joint: tuple[float, ...]
-    words: tuple[str, ...]
-
-    def to_dict(self) -> dict[str, Any]:
-        """Fit for JSON: ``None`` stands for what is infinite or unknown."""
-        return {key: _plain(value) for key, value in asdict(self).items()}
-
-    def scalars(self) -> dict[str, float]:
-        """What loggers take: the decreases and every group's factors, by tags, as far as they are finite."""
-        scalars = {f"newton_summary/{key}": getattr(self, key) for key in ("predicted_decrease", "actual_decrease")}
-        for key in ("alone", "joint"):
-            scalars |= {f"newton_summary/{key}/{n}": v for n, v in zip(self.names, getattr(self, key), strict=True)}
-        return {tag: value for tag, value in scalars.items() if math.isfinite(value)}
 
 
 class Monitor:
@@ -109,8 +71,9 @@ class Monitor:
         partition: the groups, or the name of a constructor.  Default: one for each tensor, coarser above 100 tensors;
             with several optimizers, one for each of them.
         every: the number of steps between measurements.
-        writer: takes scalars by ``add_scalar(tag, value, step)``.
-        path: a file to which every record is appended, one JSON object a line.
+        writer: takes scalars by ``add_scalar(tag, value, step)``, and words by ``add_text`` where it has that.
+        path: a file to which every record is appended, one JSON object a line, with the correlations of the groups'
+            steps; ``newton-summary report`` makes a page of it.
         window: how many batches the advice is made of.
         history: how many records are kept.
         level: the confidence of the advice's intervals.
@@ -485,11 +448,15 @@ class Monitor:
         if self._processes.rank != 0:
             return
         if self.path is not None:
+            assert self.summary is not None
+            line = {**record.to_dict(), "correlations": _lower_triangle(correlations(self.summary))}
             with self.path.open("a", encoding="utf-8") as file:
-                file.write(json.dumps(record.to_dict(), ensure_ascii=False) + "\n")
+                file.write(json.dumps(line, ensure_ascii=False) + "\n")
         if self.writer is not None:
             for tag, value in record.scalars().items():
                 self.writer.add_scalar(tag, value, record.step)
+            if hasattr(self.writer, "add_text"):
+                self.writer.add_text(TAG, markdown(record.sentences), record.step)
 
 
 @dataclass(frozen=True)
@@ -545,10 +512,14 @@ def _record(step: int, mean: Summary, rates: Tensor, advice: Advice) -> Record:
         high=tuple(g.high for g in groups),
         joint=tuple(g.joint for g in groups),
         words=tuple(g.words for g in groups),
+        headline=advice.headline,
+        sentences=tuple(advice.sentences()),
+        middle=advice.middle,
+        batches=advice.batches,
+        level=advice.level,
     )
 
 
-def _plain(value: Any) -> Any:
-    if isinstance(value, tuple):
-        return [_plain(item) for item in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
+def _lower_triangle(matrix: Tensor) -> list[list[float]]:
+    """The rows of a symmetric matrix, each up to the diagonal, to three decimals."""
+    return [[round(value, 3) for value in row[: i + 1]] for i, row in enumerate(matrix.tolist())]
