@@ -75,9 +75,31 @@ def heads(cells, names) -> None:
     assert names["within"] > names["across"] > 0
 
 
+def batch_norm(cells, names) -> None:
+    assert all(summary.loss < 0.2 for summary in names["summaries"].values())
+    assert names["neighbours"]["with batch norm"] < names["neighbours"]["without"] - 0.1
+    between = {name: names["plots"].matrices.correlations_of(s) for name, s in names["summaries"].items()}
+    last, head = between["with batch norm"], between["without"]
+    assert head[-2, -1] > 0.7  # the last convolution and the head
+    assert abs(last[-3, -1]) < 0.3
+    assert last[-2, -1] > 0.5  # the last batch norm and the head
+
+
+def lora(cells, names) -> None:
+    assert names["monitor"].summary.loss < 3.5
+    first = {group.name: group for group in names["first"].groups}
+    assert len(first) == 16
+    assert all(("does not move" in group.words) == name.endswith("A") for name, group in first.items())
+    assert names["within"] > 2 * names["across"] > 0
+    overlap = [a.high >= b.low and b.high >= a.low for a, b in zip(*[iter(names["advice"].groups)] * 2, strict=True)]
+    assert sum(overlap) > len(overlap) / 2
+
+
 EXAMPLES = {
     "layers": (layers, 1),
     "heads": (heads, 1),
+    "batch_norm": (batch_norm, 1),
+    "lora": (lora, 1),
     "look": (look, 3),
     "adamw_rates": (adamw_rates, 1),
     "train": (train, 1),
