@@ -2,13 +2,43 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable
 
 from torch import Tensor
 
+from newton_summary.optim.rates import AveragedRates
 from newton_summary.summary import Summary
 
+logger = logging.getLogger(__name__)
+
 _MOST_HALVINGS = 40
+
+
+def backtrack(
+    rule: AveragedRates, scales: Tensor, summary: Summary, loss_after: Callable[[Tensor], float], precision: float
+) -> int:
+    """Halves a rule's rates until the loss follows its quadratic model along the step.
+
+    Where it does at no length, they stay as they were solved.
+
+    Args:
+        rule: it has solved for rates.
+        scales: what each of them is multiplied by in a step, shape (S,).
+        summary: the measurement, with H̄.
+        loss_after: the loss, on the samples that were measured, after a step of such rates.
+        precision: the relative rounding of a loss.
+
+    Returns:
+        How often they were halved.
+    """
+    assert rule.rates is not None
+    halvings = halvings_to_agreement(summary, rule.rates * scales, loss_after, precision)
+    if halvings is None:
+        logger.info("the loss follows its model at no length of the first step: it is noise")
+        return 0
+    rule.scale(0.5**halvings)
+    return halvings
 
 
 def halvings_to_agreement(

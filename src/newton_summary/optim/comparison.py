@@ -9,7 +9,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from newton_summary.measure.along import LossAlongStep
 from newton_summary.measure.batches import batch_size
@@ -125,6 +125,21 @@ class AverageComparison:
                     losses = LossAlongStep(weights, start, step, lambda: samples.mean(loss(), size))
                     self.adaptation.scale = first_scale(losses)
 
+    def show_average(self, state: State) -> None:
+        """Puts the average in the place of the weights, if the loss was found lower there.
+
+        A model that is evaluated with statistics of batches keeps its weights: the statistics are of those.
+        """
+        if self.average.is_in_place or self.adaptation.advantage <= 0:
+            return
+        if not _has_statistics(self._samples.loss.model):
+            self.average.exchange(state)
+
+    def hide_average(self, state: State) -> None:
+        """Puts the weights back that :meth:`show_average` has taken out."""
+        if self.average.is_in_place:
+            self.average.exchange(state)
+
     def _first_loss(self, partition: Partition, loss: Callable[[], float]) -> float:
         """The loss at the first weights."""
         if self._sides is None:
@@ -144,3 +159,8 @@ class AverageComparison:
         self.adaptation.load_state_dict(state["adaptation"])
         self.cadence.load_state_dict(state["cadence"])
         self.average.load_state_dict(state["average"])
+
+
+def _has_statistics(model: nn.Module) -> bool:
+    """Whether the model is evaluated with statistics that belong to the weights that it was trained at."""
+    return any(isinstance(m, nn.modules.batchnorm._BatchNorm) and m.track_running_stats for m in model.modules())

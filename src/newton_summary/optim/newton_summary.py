@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import contextlib
-import logging
 import warnings
 from collections.abc import Iterable, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from newton_summary._checks import check_count
 from newton_summary.measure import Engine, LossFunction
 from newton_summary.measure.together import OneOrSeveral, are_optimizers, members_of, together
-from newton_summary.optim.backtracking import halvings_to_agreement
+from newton_summary.optim.backtracking import backtrack
 from newton_summary.optim.cadence import MEASUREMENTS, Price, affordable_interval
 from newton_summary.optim.clipping import GradientClipping
 from newton_summary.optim.comparison import AverageComparison
@@ -29,8 +29,6 @@ from newton_summary.optim.state import Part
 from newton_summary.partition import Partition, one_for_each, resolve_partition
 from newton_summary.solve import Status
 from newton_summary.summary import Summary
-
-logger = logging.getLogger(__name__)
 
 _WAITING = 5  # steps from one measurement to the next, while none has given rates
 
@@ -224,17 +222,14 @@ class NewtonSummary(MeasuredOptimizer):
         For validation, and for a model that is kept; call :meth:`train` before the next step.  Training is the same
         whether this is ever called.  A model with batch norms keeps its weights: their statistics are of those.
         """
-        comparison = self._comparison
-        if comparison is None or comparison.average.is_in_place or comparison.adaptation.advantage <= 0:
-            return
-        if not _has_statistics(self._samples.loss.model):
-            comparison.average.exchange(self.state)
+        if self._comparison is not None:
+            self._comparison.show_average(self.state)
 
     @torch.no_grad()
     def train(self) -> None:
         """Puts the weights back that :meth:`eval` has taken out."""
-        if self._comparison is not None and self._comparison.average.is_in_place:
-            self._comparison.average.exchange(self.state)
+        if self._comparison is not None:
+            self._comparison.hide_average(self.state)
 
     def _prepare_gradients(self) -> None:
         """Shortens the gradients of this step where they are too long, once."""
@@ -267,33 +262,14 @@ class NewtonSummary(MeasuredOptimizer):
                 self._samples.evaluate(batch, partition, along)
             self.every = round(self._samples.mean(affordable_interval(price, evaluation, MEASUREMENTS)))
         if self._comparison is not None and self.status is Status.SOLVED:
-            self._take_relative_rates()
+            self._relative.follow(self.rule)
         return summary
 
-    def _take_relative_rates(self) -> None:
-        """Takes the ratios of the rates just measured; their size is found by comparisons."""
-        rates, mean = self.rule.rates, self.rule.average.value
-        if rates is not None and mean is not None and mean.hessian is not None:
-            self._relative.update(rates, mean.hessian)
-
     def _backtrack(self, summary: Summary, batch: Any, partition: Partition, along: Sequence[Tensor]) -> None:
-        """Halves the rates until the loss follows its quadratic model along the step, on the batch of the measurement.
-
-        Where it does at no length, they stay as they were solved.  A warm-up that begins with tiny steps, or none,
-        would pass whatever the rates are: what counts is where it leads.
-        """
-        assert self.rule.rates is not None
-        halvings = halvings_to_agreement(
-            summary,
-            self.rule.rates * self._scales_of_groups(warm=True),
-            lambda eta: self._samples.loss_after(eta, batch, partition, along),
-            self.partition.precision,
-        )
-        if halvings is None:
-            logger.info("the loss at step %d follows its model at no length of step: it is noise", self._taken)
-            return
-        self.rule.scale(0.5**halvings)
-        self.counts["halved"] += halvings
+        """Halves the rates until the loss follows its model where a warm-up leads: any do at its tiny steps."""
+        scales, precision = self._scales_of_groups(warm=True), self.partition.precision
+        loss_after = partial(self._samples.loss_after, batch=batch, partition=partition, along=along)
+        self.counts["halved"] += backtrack(self.rule, scales, summary, loss_after, precision)
 
     def _adapt(self) -> None:
         """Compares, where it is time to."""
@@ -316,15 +292,5 @@ class NewtonSummary(MeasuredOptimizer):
 
     def _parts(self) -> dict[str, Part | None]:
         """What remembers something, by name."""
-        own: dict[str, Part | None] = {
-            "clipping": self._clipping,
-            "relative": self._relative,
-            "comparison": self._comparison,
-            "sides": self._sides,
-        }
-        return {**super()._parts(), **own}
-
-
-def _has_statistics(model: nn.Module) -> bool:
-    """Whether the model is evaluated with statistics that belong to the weights that it was trained at."""
-    return any(isinstance(m, nn.modules.batchnorm._BatchNorm) and m.track_running_stats for m in model.modules())
+        own: dict[str, Part | None] = {"clipping": self._clipping, "relative": self._relative}
+        return {**super()._parts(), **own, "comparison": self._comparison, "sides": self._sides}

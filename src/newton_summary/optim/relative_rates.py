@@ -8,6 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from newton_summary.optim.rates import AveragedRates
+
 
 class RelativeRates:
     """Rates whose size is that of the first ones, and whose ratios are those of the last measurement.
@@ -48,6 +50,12 @@ class RelativeRates:
         before, now = (float(eta @ hessian @ eta) for eta in (self.value, rates))
         if before > 0 and now > 0:
             self.value = rates * math.sqrt(before / now)
+
+    def follow(self, rule: AveragedRates) -> None:
+        """Takes the ratios of the rates that a rule has solved for, if it has."""
+        rates, mean = rule.rates, rule.average.value
+        if rates is not None and mean is not None and mean.hessian is not None:
+            self.update(rates, mean.hessian)
 
     def state_dict(self) -> dict[str, Any]:
         """Plain numbers, which torch does not cast to a parameter's type."""
