@@ -1,6 +1,6 @@
-"""What the monitor's advice is worth: writes results/monitor.md (about 40 minutes on one core).
+"""What the monitor's advice is worth: writes results/monitor.md (about an hour on one core).
 
-Studies, each by itself with ``python benchmarks/monitor.py NAME``: ranking, coverage, cost, suggestion.
+Studies, each by itself with ``python benchmarks/monitor.py NAME``: ranking, coverage, cost, suggestion, acting.
 """
 
 from __future__ import annotations
@@ -319,7 +319,13 @@ def _tell(losses: list[float]) -> str:
     return f"{np.median(losses):.3g} ({', '.join(f'{loss:.3g}' for loss in losses)})"
 
 
-STUDIES = {"ranking": ranking, "coverage": coverage, "cost": cost, "suggestion": suggestion}
+def acting() -> list[str]:
+    from acting import study  # beside this script
+
+    return study()
+
+
+STUDIES = {"ranking": ranking, "coverage": coverage, "cost": cost, "suggestion": suggestion, "acting": acting}
 
 
 def write(section: str) -> None:

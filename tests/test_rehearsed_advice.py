@@ -127,14 +127,34 @@ def test_what_is_not_sure_is_not_accepted(raised: int, accepted: bool, outlier: 
     assert ((-1,) in follow(run, ("a",), (True,)).path) == accepted
 
 
+def outcome(training, averaged) -> Outcome:
+    return Outcome(torch.tensor(training).double(), torch.tensor(averaged).double(), torch.zeros(1), torch.zeros(1))
+
+
 def test_the_mean_decides_what_is_lower() -> None:
     """Most batches are lower, but one is far higher."""
-    losses = torch.tensor([-1.0] * 19 + [100.0]).double()
-    one, other = (Outcome(t, t, torch.zeros(1), torch.zeros(1)) for t in (losses, torch.zeros(20).double()))
+    one, other = (outcome(losses, losses) for losses in ([-1.0] * 19 + [100.0], [0.0] * 20))
     assert not one.is_better(other)
     assert not one.is_lower(other)
     assert not other.is_better(one)  # by ranks it is not
     assert other.is_lower(one)
+
+
+def test_both_losses_must_be_lower_and_one_surely() -> None:
+    none, sure, chance = [1.0] * 10, [0.9] * 10, [0.0, *[1.01] * 9]  # lower in the mean, by one of ten
+    before = outcome(none, none)
+    assert outcome(sure, chance).is_better(before)
+    assert outcome(chance, sure).is_better(before)
+    assert not outcome(chance, chance).is_better(before)
+    assert not outcome(sure, none).is_better(before)
+    assert outcome(chance, chance).is_lower(before)
+
+
+def test_rounding_is_no_gain() -> None:
+    assert not outcome([0.999995] * 10, [0.999995] * 10).is_better(outcome([1.0] * 10, [1.0] * 10))
+    assert outcome([0.99998] * 10, [0.99998] * 10).is_better(outcome([1.0] * 10, [1.0] * 10))
+    assert not outcome([-1.000005] * 10, [-1.000005] * 10).is_better(outcome([-1.0] * 10, [-1.0] * 10))
+    assert not outcome([math.inf] * 10, [math.inf] * 10).is_better(outcome([math.inf] * 10, [math.inf] * 10))
 
 
 def test_single_groups_are_tried_where_there_are_several() -> None:

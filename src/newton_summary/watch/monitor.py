@@ -277,10 +277,10 @@ class Monitor:
 
         The model is trained by a shadow of the optimizer, from where it stands and on the same batches every time, with
         all rates × 3 and ÷ 3, and so with the two groups that promise most.  A change is accepted where both the
-        training loss and the loss at averaged weights are lower by 1.8 standard errors than without it, and where a
-        larger rate leaves room for a still larger one; then changes are tried on top of it.  What was found must be
-        better once more, on other batches and for twice as long.  Otherwise the advice is to leave the rates as they
-        are.
+        training loss and the loss at averaged weights are lower than without it, one of them by 1.8 standard errors,
+        and where a larger rate leaves room for a still larger one; then changes are tried on top of it.  What was found
+        must be better once more, on other batches and for twice as long.  Otherwise the advice is to leave the rates as
+        they are.
 
         Call it between two steps of the training.  It takes the time of some 5 × ``steps`` steps where nothing is
         wrong, and two to four times that where something is.  Afterwards everything is as it was.

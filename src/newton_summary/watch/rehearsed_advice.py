@@ -4,7 +4,7 @@ What one step tells of many is little (:mod:`newton_summary.watch.advice`).  Her
 each trains the model for a while, from the same start and on the same batches, and is advised only if it is better in
 two ways that pull in opposite directions.  A smaller rate lowers the training loss by itself, because noise dies down;
 a larger one lowers the loss at the average of the weights, because it goes further.  Only where a rate is off does a
-change of it lower both.
+change of it lower both.  And that must be seen twice, the second time on other batches and for twice as long.
 """
 
 from __future__ import annotations
@@ -31,7 +31,10 @@ FACTOR = 3
 """What a rate is multiplied or divided by at a time: half a decade, as rates are swept."""
 
 SURE = 1.8
-"""Standard errors by which a change must be better than none: one-sided, one in thirty by chance."""
+"""Standard errors by which one of two losses must be lower: one-sided, one in thirty by chance."""
+
+ROUNDING = 1e-5
+"""Losses that are this close, relatively, may differ by the rounding of single precision: a hundred times its unit."""
 
 SHORTEST = 8
 """Steps of a trial below which nothing could be so sure: the second half has four losses."""
@@ -263,13 +266,14 @@ class Outcome:
         return not bool(self.training.isfinite().all() and self.averaged.isfinite().all())
 
     def is_lower(self, other: Outcome) -> bool:
-        """Whether both losses are lower than another training's, be it by chance."""
+        """Whether both losses are lower in the mean than another training's, be it by chance."""
         return _is_lower(self.training, other.training) and _is_lower(self.averaged, other.averaged)
 
     def is_better(self, other: Outcome) -> bool:
-        """Whether both losses are lower, and surely so."""
-        errors = _errors_lower(self.training, other.training), _errors_lower(self.averaged, other.averaged)
-        return self.is_lower(other) and min(errors) >= SURE
+        """Whether both losses are lower in the mean, by more than rounding, and one of them surely."""
+        pairs = (self.training, other.training), (self.averaged, other.averaged)
+        lower = all(_is_lower(*pair, by=ROUNDING) for pair in pairs)
+        return lower and max(_errors_lower(*pair) for pair in pairs) >= SURE
 
 
 @dataclass(frozen=True)
@@ -288,7 +292,7 @@ class Found:
 
 
 def follow(run: Callable[[Levels], Outcome], names: Sequence[str], moves: Sequence[bool]) -> Found:
-    """Changes rates by :data:`FACTOR` as long as one change is surely better than none: the best, and on from there.
+    """Changes rates by :data:`FACTOR` as long as one change is better than none: the best, and on from there.
 
     Four changes are tried: all rates, up and down; up, the group whose rate promises most; and down, the one that
     promises most.  In first order the loss changes by noise − progress where the logarithm of a group's rate grows by
@@ -351,20 +355,23 @@ def candidates(now: Outcome, names: Sequence[str], moves: Sequence[bool]) -> dic
 
 
 def confirmed(run: Callable[[Levels], Outcome], path: Sequence[Levels]) -> Levels:
-    """The furthest levels of a path that lower both losses on batches, and over a time, that they were not chosen by.
+    """The furthest levels of a path that are better than its first on batches, and over a time, not chosen by.
 
     Of many comparisons some come out well by chance, and some of what is good for a while is not for longer.
     """
     first = run(path[0]) if len(path) > 1 else None
     for levels in reversed(path[1:]):
-        if first is not None and run(levels).is_lower(first):
+        if first is not None and run(levels).is_better(first):
             return levels
     return path[0]
 
 
-def _is_lower(losses: Tensor, others: Tensor) -> bool:
-    """Whether the mean of losses is lower than that of others; what diverges is higher than anything."""
-    return bool(losses.isfinite().all()) and not float(losses.mean()) >= float(others.mean())
+def _is_lower(losses: Tensor, others: Tensor, by: float = 0.0) -> bool:
+    """Whether the mean of losses is lower than that of others, by this share of it; what diverges is never lower."""
+    if not bool(losses.isfinite().all() and others.isfinite().all()):
+        return bool(losses.isfinite().all())
+    lowest, mean = float(losses.mean()), float(others.mean())
+    return lowest < mean - by * abs(mean)
 
 
 def _errors_lower(losses: Tensor, others: Tensor) -> float:
