@@ -1,0 +1,100 @@
+"""What a user says of groups, checked and turned into labels: the group of each tensor, or of each of its entries."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from typing import Any, TypeAlias
+
+import torch
+from torch import Tensor, nn
+
+Label: TypeAlias = int | Tensor
+"""The group of a whole tensor, or the group of each of its entries (int64, of the tensor's shape)."""
+
+Part: TypeAlias = tuple[str | nn.Parameter, Any]
+"""Some entries of a parameter: the parameter, and any index that ``tensor[index]`` takes."""
+
+_UNASSIGNED = -1
+
+
+class Assignment:
+    """What is assigned to which group so far.
+
+    Args:
+        named: the parameters to assign, by name.
+        every: all parameters of the model by all of their names, tied and frozen ones, too.
+    """
+
+    def __init__(self, named: Mapping[str, nn.Parameter], every: Mapping[str, nn.Parameter]) -> None:
+        position = {id(p): i for i, p in enumerate(named.values())}
+        self.names = list(named)
+        self.by_name = {name: position.get(id(p)) for name, p in every.items()}
+        self.by_id = {id(p): position.get(id(p)) for p in every.values()}
+        self.labels = [torch.full(p.shape, _UNASSIGNED) for p in named.values()]
+        self.has_parts = [False] * len(named)
+
+    def assign(self, groups: Mapping[str, Iterable[str | nn.Parameter | Part]]) -> tuple[Label, ...]:
+        """The label of every parameter.
+
+        Raises:
+            ValueError: an entry is in two groups or in none, a name is unknown, a group is empty, or a parameter is
+                frozen.
+            TypeError: a group or a member is of the wrong kind.
+        """
+        for number, (group, members) in enumerate(groups.items()):
+            if isinstance(members, str | Tensor):
+                raise TypeError(f"group {group!r} is {type(members).__name__}, not a list of parameters or their names")
+            count = sum(self._put(number, group, member, list(groups)) for member in members)
+            if not count:
+                raise ValueError(f"group {group!r} is empty: leave it out or give it parameters")
+        for name, label in zip(self.names, self.labels, strict=True):
+            missing = int((label == _UNASSIGNED).sum())
+            if missing:
+                share = "" if missing == label.numel() else f" with {missing} of its {label.numel()} entries"
+                raise ValueError(f"parameter {name!r} {_shape(label)}{share} in no group: add it to one, or freeze it")
+        return tuple(
+            label if parts else int(label.flatten()[0])
+            for label, parts in zip(self.labels, self.has_parts, strict=True)
+        )
+
+    def _put(self, number: int, group: str, member: str | nn.Parameter | Part, names: list[str]) -> int:
+        parameter, index = member if isinstance(member, tuple) else (member, ...)
+        if not isinstance(parameter, str | Tensor):
+            raise TypeError(f"group {group!r} holds a {type(parameter).__name__}: give parameters or their names")
+        position = self._position(group, parameter)
+        label = self.labels[position]
+        try:
+            taken = label[index]
+        except IndexError as error:
+            raise ValueError(
+                f"group {group!r}: no such part of parameter {self.names[position]!r}, of shape {tuple(label.shape)}: "
+                f"{error}"
+            ) from error
+        if (taken != _UNASSIGNED).any():
+            other = names[int(taken.max())]
+            raise ValueError(
+                f"parameter {self.names[position]!r} {_shape(label)} in two groups, {other!r} and {group!r}"
+                if other != group
+                else f"parameter {self.names[position]!r} {_shape(label)} twice in group {group!r}"
+            )
+        label[index] = number
+        self.has_parts[position] |= isinstance(member, tuple)
+        return int(taken.numel())
+
+    def _position(self, group: str, parameter: str | nn.Parameter) -> int:
+        table: Mapping[Any, int | None] = self.by_name if isinstance(parameter, str) else self.by_id
+        key = parameter if isinstance(parameter, str) else id(parameter)
+        what = repr(parameter) if isinstance(parameter, str) else f"of shape {tuple(parameter.shape)}"
+        if key not in table:
+            known = ", ".join(self.names[:6]) + (", …" if len(self.names) > 6 else "")
+            raise ValueError(f"group {group!r}: the model has no parameter {what}; it has {known}")
+        position = table[key]
+        if position is None:
+            raise ValueError(
+                f"group {group!r}: parameter {what} is frozen (requires_grad=False) or empty: leave it out"
+            )
+        return position
+
+
+def _shape(tensor: Tensor) -> str:
+    return f"of shape {tuple(tensor.shape)} is"
