@@ -13,6 +13,7 @@ from torch import nn
 import newton_summary as ns
 from newton_summary import Summary, plots
 from newton_summary.measure.along import losses_along
+from newton_summary.watch.lr_finder import SuggestedRates
 from newton_summary.watch.record import Record
 
 
@@ -144,3 +145,37 @@ def test_losses_along_are_the_losses_after_each_groups_step():
                 assert losses[row, column].item() == pytest.approx(loss_fn(model, batch).item(), rel=1e-12)
                 for p, old in zip(model.parameters(), before, strict=True):
                     p.copy_(old)
+
+
+def suggested_rates(count, trials, multiple):
+    rates = {f"layer{i}.weight": 1e-3 * 4.0 ** (i % 8) for i in range(count)}
+    return SuggestedRates(rates, dict.fromkeys(rates, 1e-4), [], trials, multiple, [])
+
+
+def test_a_suggestion_shows_losses_over_rates_and_the_rates_of_groups():
+    """Of rates 1, 4 and 16 × 1e-3 the mean is 4e-3, and they were two times the measured ones."""
+    figure = plots.suggestion(suggested_rates(3, {1.0: 0.5, 2.0: 0.25, 4.0: 0.3, 8.0: math.inf}, 2.0))
+    above, below = figure.axes
+    curve, diverged, chosen = above.lines
+    assert curve.get_xdata() == pytest.approx([2e-3, 4e-3, 8e-3])
+    assert list(curve.get_ydata()) == [0.5, 0.25, 0.3]
+    assert list(diverged.get_xdata()) == pytest.approx([16e-3])
+    assert (chosen.get_xdata()[0], chosen.get_ydata()[0]) == (pytest.approx(4e-3), 0.25)
+    before, now = below.lines
+    assert list(now.get_xdata()) == pytest.approx([1e-3, 4e-3, 16e-3])
+    assert set(before.get_xdata()) == {1e-4}
+    assert [label.get_text() for label in below.get_yticklabels()] == [
+        "layer0.weight",
+        "layer1.weight",
+        "layer2.weight",
+    ]
+    assert above.get_xscale() == below.get_xscale() == "log"
+    figure.draw_without_rendering()
+
+
+@pytest.mark.parametrize(("losses", "scale"), [((20.0, 1.0), "log"), ((1.5, 1.0), "linear"), ((20.0, -1.0), "linear")])
+def test_losses_that_differ_much_are_on_a_logarithmic_scale(losses, scale):
+    figure = plots.suggestion(suggested_rates(130, dict(zip((1.0, 2.0), losses, strict=True)), 2.0))
+    assert figure.axes[0].get_yscale() == scale
+    assert len(figure.axes[1].get_yticklabels()) <= 60
+    figure.draw_without_rendering()

@@ -7,6 +7,7 @@ Colours can be told apart with every common kind of colour blindness.
 
 from newton_summary.plots.matrices import correlations, heatmap, interactions, inverse
 from newton_summary.plots.monitoring import decreases, loss_along, strongest
+from newton_summary.plots.suggestion import suggestion
 from newton_summary.plots.training import curves, rates, stack
 
 __all__ = [
@@ -20,4 +21,5 @@ __all__ = [
     "rates",
     "stack",
     "strongest",
+    "suggestion",
 ]
