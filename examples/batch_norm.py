@@ -49,8 +49,8 @@ def some_batches(count):
 # %%
 # Train both with Adam, the one without batch norm twice as long, because it is slower. Then measure along Adam's next
 # step, on eight other batches. The models are in training mode, so each batch is normalised by its own mean and
-# variance, and the derivatives go through these: torch's own second derivatives of batch norm in training are
-# [wrong](../torch-derivatives.md), these are exact. The running statistics stay as they are.
+# variance, and the derivatives go through these: some of torch's own higher derivatives of batch norm in training
+# are [wrong](../torch-derivatives.md), these are exact. The running statistics stay as they are.
 patterns = {}
 for layer in range(LAYERS):
     patterns |= {f"conv {layer + 1}": f"layers.{layer}.conv.*", f"norm {layer + 1}": f"layers.{layer}.norm.*"}

@@ -267,6 +267,21 @@ def test_what_cannot_be_told_from_noise_is_no_headline() -> None:
     assert still.headline == LEAVE
 
 
+def test_groups_of_which_nothing_can_be_said_share_a_sentence() -> None:
+    def told(*slopes: float) -> list[str]:
+        names = [f"g{i}" for i in range(len(slopes))]
+        curvature = np.diag([float(slope != 0) for slope in slopes])
+        flips = [[slope if slope > 0 else -sign * slope for slope in slopes] for sign in (1, -1, -0.1)]
+        return advise([Summary(1.0, g, curvature, [0.0] * len(names), names) for g in flips]).sentences()
+
+    unsure = "no descent along this step that can be told from noise"
+    assert told(1.0, 0.0) == [LEAVE, "`g1`: this step does not move it"]
+    assert told(1.0, 0.0, 0.0) == [LEAVE, "`g1` and `g2`: this step does not move them"]
+    assert told(1.0, 0.0, -1.0, 0.0, -1.0, 0.0, 0.0) == [
+        LEAVE, f"`g2` and `g4`: {unsure}", "`g1`, `g3` and 2 more: this step does not move them"
+    ]  # fmt: skip
+
+
 def test_what_all_rates_share_singles_out_no_group() -> None:
     """Words about single groups are the same whatever the learning rate is."""
     parts = sampled(4, seed=2)

@@ -12,7 +12,7 @@ from newton_summary.report.reading import Record
 from newton_summary.report.records import Snapshot
 from newton_summary.report.text import code, escape, interval, number, percent, signed, table, times
 from newton_summary.summary import Summary
-from newton_summary.watch.advice import Advice, advise, correlations
+from newton_summary.watch.advice import UNMOVED, Advice, advise, correlations
 
 Moment = TypeVar("Moment")
 
@@ -165,8 +165,7 @@ def _advice(advice: Advice, still: Sequence[str]) -> str:
     ]
     header = ("group", "alone", f"{percent(advice.level, 0)} interval", "jointly")
     listed = table("Advice: factors on the step of each group", header, rows, numbers=(1, 2, 3))
-    silent = {group.words for group in advice.groups if group.name in still}
-    said = [sentence(words) for words in advice.sentences() if words not in silent]
+    said = [sentence(words) for words in advice.sentences() if not words.endswith(UNMOVED)]  # the table says so
     words = (
         f"<ul>{''.join(f'<li>{one}</li>' for one in said[:_MOST_PAIRS])}</ul>" if said else "<p>Nothing stands out.</p>"
     )

@@ -46,7 +46,9 @@ STRONG = 0.5
 LEAVE = "leave the rates as they are: none is off by more than one step can tell"
 """What is said where nothing is wrong."""
 
-_UNMOVED = "this step does not move it"
+UNMOVED = ("this step does not move it", "this step does not move them")
+"""How sentences end about a group, and about several, that have no part in a step."""
+
 _UNSURE = "no descent along this step that can be told from noise"
 
 _REACH = 1e6  # an interval is searched this far on both sides of its scale; beyond lie 0 and infinity
@@ -149,8 +151,14 @@ class Advice:
         return f"{first}; {counted} stand{'s' * (len(others) == 1)} out" if others else first
 
     def sentences(self) -> list[str]:
-        """Everything that is worth saying: about all rates, the groups that differ most from the rest, the pairs."""
-        told = [group.words for group in self.ranked() if group.words]
+        """Everything that is worth saying: about all rates, the groups that differ most from the rest, the pairs.
+
+        Groups of which nothing can be said for the same reason share a sentence.
+        """
+        ranked = self.ranked()
+        told = [group.words for group in ranked if tells(group.words)]
+        for reason, plural in ((_UNSURE, _UNSURE), UNMOVED):
+            told += _in_one([group.name for group in ranked if group.words.endswith(reason)], reason, plural)
         return [self.overall] * bool(self.overall) + told + [pair.words for pair in self.pairs]
 
     def to_dict(self) -> dict[str, float | str | None]:
@@ -393,15 +401,24 @@ def _scale(mean: Array, spread: Array) -> Array:
 
 
 def tells(words: str) -> bool:
-    """Whether the words about a group say that something is off, beyond noise."""
-    return bool(words) and not words.endswith((_UNMOVED, _UNSURE))
+    """Whether words about groups say that something is off, beyond noise."""
+    return bool(words) and not words.endswith((*UNMOVED, _UNSURE))
+
+
+def _in_one(names: Sequence[str], singular: str, plural: str) -> list[str]:
+    """One sentence about some groups, if there are any."""
+    if len(names) < 2:
+        return [f"`{name}`: {singular}" for name in names]
+    first, second, *others = names
+    listed = f"`{first}`, `{second}` and {len(others)} more" if others else f"`{first}` and `{second}`"
+    return [f"{listed}: {plural}"]
 
 
 def _words(name: str, factor: float, low: float, high: float, middle: float, *, moves: bool) -> str:
     """How a group's factor compares with the middle of all, where its interval warrants it."""
     single = math.isnan(low)
     if not moves:
-        return f"`{name}`: {_UNMOVED}"
+        return f"`{name}`: {UNMOVED[0]}"
     if factor == 0 and (single or high == 0):
         return f"`{name}`: no descent along this step"
     if factor == 0:
