@@ -23,7 +23,7 @@ from newton_summary._checks import check_memory
 from newton_summary.measure.autograd import once_differentiable, own_derivatives
 from newton_summary.measure.batches import batch_size
 from newton_summary.measure.graph import Graph, first_line, lower
-from newton_summary.measure.loss import Loss, check_dependence, gradients_of
+from newton_summary.measure.loss import Loss, check_dependence, differentiable_recurrence, gradients_of
 from newton_summary.measure.record import Recorder, Recording, Refusal
 from newton_summary.measure.sweep import Request, Tape, sweep
 from newton_summary.partition import Partition
@@ -79,7 +79,8 @@ class ForwardEngine:
     def _measure(self, loss: Loss, batch: Any, request: Request) -> Summary:
         partition = request.partition
         known = self._known.setdefault(loss.model, _Known())
-        with loss.undisturbed(differentiable=partition.device.type != "cpu") as rewind:
+        on_host = partition.device.type == "cpu"
+        with loss.undisturbed(differentiable=not on_host) as rewind, differentiable_recurrence(loss.model):
             recording, gradient = _recorded(loss, batch, partition)
             entry = self._entry(known, recording)
             recording.values.clear()

@@ -17,7 +17,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from newton_summary.measure.attributes import Attributes, generator_rewinds, owners
 from newton_summary.measure.batches import fresh
 from newton_summary.measure.composed import Composed
-from newton_summary.measure.journal import Journal
+from newton_summary.measure.journal import Journal, watching
 from newton_summary.partition import Partition, unwrap
 
 LossFunction: TypeAlias = Callable[[Any, Any], Tensor]
@@ -61,12 +61,16 @@ class Loss:
         Raises:
             ValueError: the loss is not a scalar.
         """
-        journal = Journal() if journal is None else journal
+        if journal is None:
+            journal = Journal()
+            watched = journal if differentiable else watching(journal, self.model)  # fused kernels differentiate once
+        else:
+            watched = journal
         modules, objects = owners(self.model, self.loss_fn)
         attributes = Attributes(modules, objects)
         try:
             with without_hooks([p for m in modules for p in m._parameters.values() if p is not None]):
-                with journal, Composed() if differentiable else contextlib.nullcontext():
+                with watched, Composed() if differentiable else contextlib.nullcontext():
                     value = scalar(self.loss_fn(self.model, fresh(batch)))
                 yield value
         finally:
@@ -129,7 +133,7 @@ class Loss:
         What ``torch.compile`` made runs uncompiled: it has no second derivatives, and would compile again.
 
         Args:
-            differentiable: whether attention uses twice differentiable kernels.
+            differentiable: whether attention and recurrent layers use kernels that are differentiable twice.
             rewind: restores the random states, where a block around this one does; else they are saved here.
         """
         rewinds = self.generators()
@@ -137,7 +141,7 @@ class Loss:
             preserved_randomness(self.devices) if rewind is None else contextlib.nullcontext(rewind) as rewind,
             torch.inference_mode(False),
             torch.enable_grad(),
-            _differentiable_recurrence(self.model),
+            differentiable_recurrence(self.model) if differentiable else contextlib.nullcontext(),
             _plain_scripts(self.model),
             _uncompiled(),
             _plain_checkpoints(),
@@ -233,7 +237,7 @@ def _numpy_words() -> bytes | None:
 
 
 @contextlib.contextmanager
-def _differentiable_recurrence(model: nn.Module) -> Iterator[None]:
+def differentiable_recurrence(model: nn.Module) -> Iterator[None]:
     """Switches the fused recurrent kernels off, which have no second derivatives, where the model has such layers."""
     if not any(isinstance(module, nn.RNNBase) for module in model.modules()):
         yield

@@ -13,7 +13,7 @@ from torch.autograd.grad_mode import _unsafe_preserve_version_counter  # nothing
 from newton_summary.measure import Loss
 from newton_summary.measure.attributes import Attributes, owners
 from newton_summary.measure.batches import map_tensors
-from newton_summary.measure.journal import Journal
+from newton_summary.measure.journal import Journal, watching
 from newton_summary.measure.loss import gradients_of, scalar, without_hooks
 from newton_summary.measure.next_step import shadow_of
 from newton_summary.measure.together import members_of, take_step
@@ -50,7 +50,7 @@ class Rehearsal:
         What a forward pass changes stays changed, as in training; the batch does not.
         """
         with without_hooks(self._parameters):
-            with self._journal:
+            with watching(self._journal, self.loss.model):
                 value = scalar(self.loss.loss_fn(self.loss.model, map_tensors(batch, Tensor.clone)))
             gradients = gradients_of(value, self._parameters)
         for p, gradient in zip(self._parameters, gradients, strict=True):
