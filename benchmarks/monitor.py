@@ -1,6 +1,6 @@
 """What the monitor's advice is worth: writes results/monitor.md (about an hour on one core).
 
-Studies, each by itself with ``python benchmarks/monitor.py NAME``: ranking, coverage, cost, suggestion, acting.
+Studies, each by itself with ``python benchmarks/monitor.py NAME``: ranking, coverage, cost, acting.
 """
 
 from __future__ import annotations
@@ -54,14 +54,6 @@ class Network:
             for index in order.split(self.batch_size)[: len(order) // self.batch_size]:
                 yield self.samples[0][index], self.samples[1][index]
 
-    @torch.no_grad()
-    def full_loss(self, model: nn.Module, most: int = 4000) -> float:
-        x, y = (t[:most] for t in self.samples)
-        losses = [
-            float(self.loss_fn(model, batch)) * len(batch[1]) for batch in zip(x.split(500), y.split(500), strict=True)
-        ]
-        return sum(losses) / len(y)
-
 
 class Characters(nn.Module):
     """A character transformer."""
@@ -109,19 +101,6 @@ def characters(width: int = 48, length: int = 32, count: int = 8000) -> Network:
 
     samples = codes[:-1].view(-1, length), codes[1:].view(-1, length)
     return Network(f"character transformer, width {width}", make, samples, next_character, 32, 600)
-
-
-def train(network: Network, seed: int, groups: list[dict], model: nn.Module) -> float:
-    """The loss over the training set after training with Adam."""
-    optimizer, batches = torch.optim.Adam(groups), network.batches(seed + 100)
-    for _ in range(network.steps):
-        optimizer.zero_grad()
-        loss = network.loss_fn(model, next(batches))
-        if not bool(loss.isfinite()):
-            return math.inf
-        loss.backward()
-        optimizer.step()
-    return network.full_loss(model)
 
 
 # Studies --------------------------------------------------------------------------------------------------------------
@@ -275,57 +254,13 @@ def cost() -> list[str]:
     ]
 
 
-def suggestion() -> list[str]:
-    seeds = (0, 1, 2, 3, 4)
-    lines = [
-        "## Suggested rates",
-        "",
-        "Training loss at the end of training with Adam at suggested rates and at the best uniform rate of a sweep by",
-        "half decades, 3e-4 to 3e-2: medians over seeds 0 to 4 (each). The rates are suggested twice, to an Adam whose",
-        "rate is 30 times too small and to one whose rate is 30 times too large (of 1e-3), and come out the same.",
-        "The length of the trials and the rule for ties were chosen on these networks with seeds 0 to 2.",
-        "",
-        "| network | best uniform rate | loss at that rate | loss at suggested rates | ratio of medians |",
-        "|---|---|---|---|---|",
-    ]
-    for network in (digits(), cifar(), characters()):
-        sweep: dict[float, list[float]] = {}
-        for rate in (3e-4, 1e-3, 3e-3, 1e-2, 3e-2):
-            sweep[rate] = []
-            for seed in seeds:
-                model = network.make(seed)
-                sweep[rate].append(train(network, seed, [{"params": list(model.parameters()), "lr": rate}], model))
-        best = min(sweep, key=lambda rate: float(np.median(sweep[rate])))
-        losses = []
-        for seed in seeds:
-            model = network.make(seed)
-            small, large = (
-                ns.suggest_rates(
-                    network.loss_fn, model, network.loader(), torch.optim.Adam(model.parameters(), lr=start), seed=seed
-                )
-                for start in (1e-3 / OFF, 1e-3 * OFF)
-            )
-            assert small.rates == large.rates
-            losses.append(train(network, seed, large.param_groups, model))
-        ratio = float(np.median(losses)) / float(np.median(sweep[best]))
-        lines.append(
-            f"| {network.name}, {network.steps} steps | {best:g} | {_tell(sweep[best])} | {_tell(losses)} | "
-            f"{ratio:.2f} |"
-        )
-    return lines
-
-
-def _tell(losses: list[float]) -> str:
-    return f"{np.median(losses):.3g} ({', '.join(f'{loss:.3g}' for loss in losses)})"
-
-
 def acting() -> list[str]:
     from acting import study  # beside this script
 
     return study()
 
 
-STUDIES = {"ranking": ranking, "coverage": coverage, "cost": cost, "suggestion": suggestion, "acting": acting}
+STUDIES = {"ranking": ranking, "coverage": coverage, "cost": cost, "acting": acting}
 
 
 def write(section: str) -> None:

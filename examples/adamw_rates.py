@@ -29,10 +29,11 @@ def start():
 
 
 # %%
-# One call suggests a rate for every tensor. `before` is the guess; the suggestion does not depend on it.
+# One call suggests a rate for every tensor, for a training of so many steps. `before` is the guess; the suggestion does
+# not depend on it.
 model, loader = start()
 guess = torch.optim.AdamW(model.parameters(), lr=1e-4)
-suggested = ns.suggest_rates(loss_fn, model, loader, guess, steps=60)
+suggested = ns.suggest_rates(loss_fn, model, loader, guess, steps=5 * len(loader), trial_steps=60)
 print(suggested)
 
 # %%

@@ -147,20 +147,21 @@ def test_losses_along_are_the_losses_after_each_groups_step():
                     p.copy_(old)
 
 
-def suggested_rates(count, trials, multiple):
+def suggested_rates(count, trials, chosen):
     rates = {f"layer{i}.weight": 1e-3 * 4.0 ** (i % 8) for i in range(count)}
-    return SuggestedRates(rates, dict.fromkeys(rates, 1e-4), [], trials, multiple, [])
+    return SuggestedRates(rates, dict.fromkeys(rates, 1e-4), [], trials, chosen, 1000, 10, [])
 
 
 def test_a_suggestion_shows_losses_over_rates_and_the_rates_of_groups():
-    """Of rates 1, 4 and 16 × 1e-3 the mean is 4e-3, and they were two times the measured ones."""
+    """Of rates 1, 4 and 16 × 1e-3 the mean is 4e-3, a half of those of the trial that was chosen."""
     figure = plots.suggestion(suggested_rates(3, {1.0: 0.5, 2.0: 0.25, 4.0: 0.3, 8.0: math.inf}, 2.0))
     above, below = figure.axes
-    curve, diverged, chosen = above.lines
-    assert curve.get_xdata() == pytest.approx([2e-3, 4e-3, 8e-3])
+    curve, diverged, chosen, line = above.lines
+    assert curve.get_xdata() == pytest.approx([4e-3, 8e-3, 16e-3])
     assert list(curve.get_ydata()) == [0.5, 0.25, 0.3]
-    assert list(diverged.get_xdata()) == pytest.approx([16e-3])
-    assert (chosen.get_xdata()[0], chosen.get_ydata()[0]) == (pytest.approx(4e-3), 0.25)
+    assert list(diverged.get_xdata()) == pytest.approx([32e-3])
+    assert (chosen.get_xdata()[0], chosen.get_ydata()[0]) == (pytest.approx(8e-3), 0.25)
+    assert line.get_xdata()[0] == pytest.approx(4e-3)
     before, now = below.lines
     assert list(now.get_xdata()) == pytest.approx([1e-3, 4e-3, 16e-3])
     assert set(before.get_xdata()) == {1e-4}

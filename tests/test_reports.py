@@ -210,7 +210,7 @@ def test_a_loss_that_pops_its_labels(kind) -> None:
     expected = pops(model, kind(labelled()[0])).item()
     assert along.flatten().tolist() == pytest.approx([expected] * 4)
     optimizer = torch.optim.Adam(model.parameters())
-    assert ns.suggest_rates(pops, model, batches, optimizer, steps=3).multiple > 0
+    assert ns.suggest_rates(pops, model, batches, optimizer, steps=3).chosen > 0
     for attached in (False, True):
         monitor = ns.Monitor(model, pops, optimizer=optimizer, every=1)
         if attached:
@@ -434,7 +434,7 @@ def test_training_on_losses_that_differentiate_by_parameters(loss_fn) -> None:
     record = monitored_step(loss_fn, model, torch.optim.SGD(model.parameters(), lr=1e-3), lambda: batches[0])
     assert record.predicted_decrease == pytest.approx(record.actual_decrease, rel=0.05)
     optimizer = torch.optim.Adam(model.parameters())
-    assert ns.suggest_rates(loss_fn, model, batches, optimizer, steps=3).multiple > 0
+    assert ns.suggest_rates(loss_fn, model, batches, optimizer, steps=3).chosen > 0
     newton = ns.NewtonSummary(model, loss_fn, curvature_data=batches)
     for b in batches * 3:
         newton.zero_grad()
@@ -1004,7 +1004,7 @@ def test_what_is_added_to_a_loss_changes_no_suggestion(shift) -> None:
         return ns.suggest_rates(loss_fn, model, regression(8, 32), torch.optim.Adam(model.parameters()), steps=40)
 
     plain, shifted = suggested(0.0), suggested(shift)
-    assert shifted.multiple == plain.multiple
+    assert shifted.chosen == plain.chosen
     assert shifted.rates == pytest.approx(plain.rates, rel=1e-9)
 
 

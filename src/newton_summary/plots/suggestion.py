@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from statistics import geometric_mean
 from typing import TYPE_CHECKING
 
 from newton_summary.plots.parts import SERIES, Axes, Figure, quiet
@@ -19,13 +20,15 @@ def suggestion(suggested: SuggestedRates) -> Figure:
     """What :func:`~newton_summary.suggest_rates` tried, and what it suggests for every group, over one axis of rates.
 
     Above, the loss that short trainings came to: a point stands at the geometric mean of the groups' rates in that
-    training, the diamond at those that are suggested, a cross at the upper edge where a training diverged.  Below, the
-    suggested rate of every group, filled, and the one it had, hollow.
+    training, the ring around the one that was chosen, a cross at the upper edge where a training diverged.  The dashed
+    line is what is suggested, for a training that is longer.  Below, the suggested rate of every group, filled, and the
+    one it had, hollow.
 
     Example:
         >>> from newton_summary.watch.lr_finder import SuggestedRates
-        >>> rates, before, trials = {"a": 2e-3, "b": 8e-3}, {"a": 1e-3, "b": 1e-3}, {0.5: 2.0, 1.0: 1.0, 2.0: 1.5}
-        >>> [ax.get_ylabel() for ax in suggestion(SuggestedRates(rates, before, [], trials, 1.0, [])).axes]
+        >>> rates, before, trials = {"a": 2e-3, "b": 8e-3}, {"a": 1e-3, "b": 1e-3}, {1.0: 2.0, 2.0: 1.0, 4.0: 1.5}
+        >>> found = SuggestedRates(rates, before, [], trials, chosen=2.0, steps=1000, trial_steps=10, by_optimizer=[])
+        >>> [ax.get_ylabel() for ax in suggestion(found).axes]
         ['loss', '']
     """
     rows = _ROW * min(len(suggested.rates), _MOST_NAMED)
@@ -37,22 +40,23 @@ def suggestion(suggested: SuggestedRates) -> Figure:
 
 
 def _draw_trials(ax: Axes, suggested: SuggestedRates) -> None:
-    mean = math.exp(sum(map(math.log, suggested.rates.values())) / len(suggested.rates))
-    points = [(mean * multiple / suggested.multiple, loss) for multiple, loss in suggested.trials.items()]
+    mean = geometric_mean(suggested.rates.values())
+    points = [(mean * factor, loss) for factor, loss in suggested.trials.items()]
     finite = [(rate, loss) for rate, loss in points if math.isfinite(loss)]
     ax.plot(*zip(*finite, strict=True), "o-", color=_BLUE, markersize=4, linewidth=1.5)
     diverged = [rate for rate, loss in points if not math.isfinite(loss)]
     if diverged:
         edge = ax.get_xaxis_transform()
         ax.plot(diverged, [1.0] * len(diverged), "x", color=_ORANGE, transform=edge, clip_on=False, label="diverged")
-    chosen = suggested.trials[suggested.multiple]
-    ax.plot(mean, chosen, "D", color=_GREEN, markersize=8, zorder=3, label=f"suggested: {mean:.2g} in the mean")
+    best = suggested.trials[suggested.chosen]
+    ax.plot(mean * suggested.chosen, best, "o", color=_BLUE, markersize=11, fillstyle="none", label="chosen trial")
+    ax.axvline(mean, color=_GREEN, linestyle="--", label=f"for {suggested.steps} steps: {mean:.2g} in the mean")
     losses = [loss for _, loss in finite]
     if min(losses) > 0 and max(losses) > 5 * min(losses):
         ax.set_yscale("log")
     ax.set_xscale("log")
     ax.set_ylabel("loss")
-    ax.set_title("Loss of short trainings", pad=10.0)  # above the crosses
+    ax.set_title(f"Loss of trainings of {suggested.trial_steps} steps", pad=10.0)  # above the crosses
     ax.legend(frameon=False, fontsize=8)
     quiet(ax)
 

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sized
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from newton_summary._checks import check_positive
+from newton_summary._checks import check_count
 from newton_summary._html import Cell, table
 from newton_summary.measure import Engine, Loss, LossFunction, resolve_engine
 from newton_summary.measure.next_step import check_needs_no_closure, next_step, rate_of
@@ -23,9 +23,13 @@ from newton_summary.watch.advice import alone
 from newton_summary.watch.rehearsal import rehearsal
 
 _HEADER = ("group", "learning rate", "before", "factor")
-_MEASURED = 8  # batches that the rates are measured on
+_MEASURED = 4  # batches that the rates are measured on
 _WIDEST = 100.0  # no group's own rate counts as further than this from the shared one
 _MOST_DOUBLINGS = 6  # of all rates, up or down, in the trials
+_EPOCHS, _STEPS = 10, 1000  # of a training whose length is not told: where the data has a length, and where not
+_TRIAL = 1 / 100  # of the training, which is the length of a trial: some six or seven of them are needed
+_SHORTEST, _LONGEST = 8, 120  # of trials, in steps
+_HORIZON = 1 / 4  # the power of the length of a training with which its best constant rate falls
 
 
 @dataclass(frozen=True, eq=False)
@@ -37,8 +41,11 @@ class SuggestedRates:
         before: what the optimizer had.
         param_groups: ready for ``type(optimizer)(param_groups)``: the groups with their names, the suggested rates and
             the optimizer's other hyperparameters.  Of several optimizers, the groups of all of them.
-        trials: the loss that short trainings came to with multiples of the measured rates, infinite where one diverged.
-        multiple: the one that was chosen, which is part of the rates.
+        trials: the loss that short trainings came to, by the factor on the suggested rates; infinite where one
+            diverged.
+        chosen: the factor of the trial that the rates are from: they are shorter than its, for a training is longer.
+        steps: the length of the training that the rates are for.
+        trial_steps: that of a trial.
         by_optimizer: ``param_groups`` by the optimizer that they are for, in the order in which these were given:
             ``Muon(suggested.by_optimizer[0])``, ``AdamW(suggested.by_optimizer[1])``.
     """
@@ -47,18 +54,24 @@ class SuggestedRates:
     before: dict[str, float]
     param_groups: list[dict[str, Any]]
     trials: dict[float, float]
-    multiple: float
+    chosen: float
+    steps: int
+    trial_steps: int
     by_optimizer: list[list[dict[str, Any]]]
 
     def __repr__(self) -> str:
         rows = [_HEADER, *self._rows()]
         widths = [max(len(row[i]) for row in rows) for i in range(4)]
         lines = [f"  {a:<{widths[0]}}  {b:>{widths[1]}}  {c:>{widths[2]}}  {d:>{widths[3]}}" for a, b, c, d in rows]
-        return "\n".join(["Suggested learning rates", *lines])
+        return "\n".join([self._title, *lines])
 
     def _repr_html_(self) -> str:
         """A table for notebooks."""
-        return table("Suggested learning rates", _HEADER, [[Cell(text) for text in row] for row in self._rows()])
+        return table(self._title, _HEADER, [[Cell(text) for text in row] for row in self._rows()])
+
+    @property
+    def _title(self) -> str:
+        return f"Suggested learning rates for {self.steps} steps, from {len(self.trials)} trials of {self.trial_steps}"
 
     def _rows(self) -> list[tuple[str, str, str, str]]:
         return [
@@ -74,7 +87,9 @@ def suggest_rates(
     optimizer: OneOrSeveral,
     *,
     partition: Partition | str | None = None,
-    steps: int = 120,
+    steps: int | None = None,
+    decays: bool = False,
+    trial_steps: int | None = None,
     engine: str | Engine = "auto",
     seed: int = 0,
 ) -> SuggestedRates:
@@ -83,10 +98,16 @@ def suggest_rates(
     1. Along the optimizer's next step the loss is measured on batches that the step does not come from.  The best rate
        of each group alone and the best rate that all could share are averaged, logarithmically: the first
        knows the layers, the second their interactions.  An exact line search in the quadratic model sets their scale.
-    2. One step says little of many.  So the model is trained for ``steps`` steps with multiples of these rates, a
-       factor of 2 apart and then √2, until the best one lies between worse ones.  What counts is the median loss of
-       the second half.  Short trainings favour small rates: of multiples that cannot be told from the best one, batch
-       by batch, the largest is taken.  What is added to a loss, or multiplies it, does not matter.
+    2. One step says little of many.  So the model is trained for a while, a hundredth of ``steps`` but 8 to 120, with
+       multiples of these rates, a factor of 2 apart and then √2, until the best one lies between worse ones.  What
+       counts is the median loss of the second half.  Of multiples that cannot be told from the best one, batch by
+       batch, the largest is taken.  What is added to a loss, or multiplies it, does not matter.
+    3. A training is longer than its trial, and the longer it is, the shorter are the steps that are best for it.  Where
+       noise limits them, the best constant rate falls with the square root of the length; where curvature does, it
+       stays what it is.  Half way between both, the trial's rates are multiplied by (trial / training)^¼; but not
+       where a schedule brings the rates to zero.
+
+    All trials together take about a tenth of the training, less of a long one.
 
     The model is trained itself, not copied, by a shadow of the optimizer, whose hooks do not run.  After each training,
     and after an error, the model, the optimizer and all random states are what they were (docs/monitor.md).
@@ -99,7 +120,10 @@ def suggest_rates(
             several over different parameters, such as Muon for matrices and AdamW for the rest.
         partition: the groups, of whole tensors, or the name of a constructor.  Default: one for each tensor, coarser
             above 100 tensors; with several optimizers, one for each of them, which gives the ratio of their rates.
-        steps: the length of each trial.
+        steps: the length of the training that the rates are for.  Default: ten epochs, or 1,000 steps where the data
+            does not tell its length.
+        decays: whether a schedule brings the rates down to zero in the end: then they are those of its peak.
+        trial_steps: the length of a trial.  Default: as above.  Longer ones take longer, and are a better guide.
         engine: what measures: a name, or an :class:`~newton_summary.measure.Engine`.
         seed: fixes the order of the batches.
 
@@ -118,7 +142,9 @@ def suggest_rates(
         >>> min(suggested.rates.values()) > 1e-4
         True
     """
-    check_positive("steps", steps)
+    for what, length in (("steps", steps), ("trial_steps", trial_steps)):
+        if length is not None:
+            check_count(what, length)
     optimizer = together(optimizer)
     members = members_of(optimizer)
     if any(isinstance(member, MeasuredOptimizer) for member in members):
@@ -128,12 +154,25 @@ def suggest_rates(
     partition = resolve_partition(partition, model, one_for_each(members))
     before = _rates_of(optimizer, partition)
     batches = list(batches) if isinstance(batches, Iterator) else batches
+    training = _length(batches) if steps is None else int(steps)
+    trial = trial_steps or min(max(round(_TRIAL * training), _SHORTEST), _LONGEST, training)
     trials_of = _Trials(Loss(loss_fn, model), optimizer, partition, batches, seed)
     measured = profile(trials_of.measure(resolve_engine(engine)))
-    multiple, trials = search(lambda multiple: trials_of.run((multiple * measured).tolist(), steps))
-    rates = dict(zip(partition.names, (multiple * measured).tolist(), strict=True))
+    multiple, losses = search(lambda multiple: trials_of.run((multiple * measured).tolist(), trial))
+    factor = multiple * (1.0 if decays else min(trial / training, 1.0) ** _HORIZON)
+    rates = dict(zip(partition.names, (factor * measured).tolist(), strict=True))
+    trials = {tried / factor: loss for tried, loss in losses.items()}
     groups = [_param_groups(member, partition, rates) for member in members]
-    return SuggestedRates(rates, before, [group for own in groups for group in own], trials, multiple, groups)
+    every = [group for own in groups for group in own]
+    return SuggestedRates(rates, before, every, trials, multiple / factor, training, trial, groups)
+
+
+def _length(batches: Iterable[Any]) -> int:
+    """The length of a training on this data, as a guess."""
+    try:
+        return _EPOCHS * max(len(batches), 1) if isinstance(batches, Sized) else _STEPS
+    except TypeError:  # a loader has a length, its data not always
+        return _STEPS
 
 
 def profile(summary: Summary) -> Tensor:
@@ -158,6 +197,8 @@ def profile(summary: Summary) -> Tensor:
 def search(run: Callable[[float], Tensor]) -> tuple[float, dict[float, float]]:
     """The largest multiple that is as good as the best: by steps of 2 from 1 to where losses rise, then by √2.
 
+    Where a training with the first multiples diverges, it goes on from smaller ones.
+
     Args:
         run: losses of a training with a multiple, shape (n,), those of the same batches for all; infinite where it
             diverged.  Their median counts.
@@ -175,8 +216,11 @@ def search(run: Callable[[float], Tensor]) -> tuple[float, dict[float, float]]:
             losses[half] = run(2 ** (half / 2))
         return float(losses[half].median())
 
-    best = min((0, 2, -2), key=at)
-    stride = best
+    start = 0
+    while math.isinf(at(start)) and start > -2 * _MOST_DOUBLINGS:
+        start -= 4
+    best = min((start, start + 2, start - 2), key=at)
+    stride = best - start
     while stride and abs(best + stride) <= 2 * _MOST_DOUBLINGS and at(best + stride) < at(best):
         best += stride
     lowest = best = min((best, best + 1, best - 1), key=at)
@@ -191,10 +235,13 @@ def is_as_good(losses: Tensor, others: Tensor) -> bool:
     """Whether losses, shape (n,), are not higher than others of the same batches by more than a standard error.
 
     The difference is taken batch by batch: what makes a batch hard, and what is added to every loss, has no part in it.
+    The error is from the median deviation: a few losses that explode are no excuse for themselves.
     """
     difference = losses - others
-    error = float(difference.std()) / math.sqrt(len(difference)) if len(difference) > 1 else 0.0
-    return float(difference.mean()) <= error
+    deviation = 1.4826 * float(
+        (difference - difference.quantile(0.5)).abs().quantile(0.5)
+    )  # as a normal distribution's
+    return float(difference.mean()) <= deviation / math.sqrt(len(difference))
 
 
 class _Trials:

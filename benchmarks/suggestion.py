@@ -1,0 +1,126 @@
+"""What suggested learning rates are worth, and what they cost: writes results/suggestion.md (half an hour, one core).
+
+    python benchmarks/suggestion.py                    the twenty problems of benchmarks/untuned.py
+    python benchmarks/suggestion.py --problems digits gru
+
+Adam trains with the rates suggested for its tensors, from an optimizer whose rate was 30 times too small or too large,
+as a seed decides, and is compared with Adam at the best uniform rate of the committed searches.  What was run is kept
+in results/suggestion.jsonl, and not run again.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import time
+from pathlib import Path
+from statistics import geometric_mean, median
+
+import torch
+from torch import nn
+from torch.utils.data import DataLoader
+from tqdm import tqdm
+from untuned import RESULTS, SUITES, Problem, Store, run
+
+import newton_summary as ns
+from newton_summary.watch.lr_finder import SuggestedRates
+from newton_summary_experiments.data import InMemory, as_it_is
+
+SEEDS = (0, 1, 2)
+OFF = 30.0
+STORE = RESULTS / "suggestion.jsonl"
+
+
+def suggest(problem: Problem, model: nn.Module, seed: int) -> SuggestedRates:
+    """For an Adam whose rate is far off."""
+    loader = DataLoader(
+        InMemory(problem.read().train), problem.batch_size, shuffle=True, drop_last=True, collate_fn=as_it_is
+    )
+    adam = torch.optim.Adam(model.parameters(), lr=1e-3 * OFF ** (1 if seed % 2 else -1))
+    return ns.suggest_rates(problem.loss_fn, model, loader, adam, steps=problem.steps, seed=seed)
+
+
+def case(problem: Problem, seed: int) -> dict[str, float]:
+    """One suggestion, and the training with it."""
+    spent: dict[str, float] = {}
+
+    def make(model: nn.Module, rate: float, steps: int) -> torch.optim.Optimizer:
+        start = time.process_time()
+        suggested = suggest(problem, model, seed)
+        spent["suggestion"], spent["began"] = time.process_time() - start, time.process_time()
+        spent["trials"], spent["mean"] = len(suggested.trials), geometric_mean(suggested.rates.values())
+        return torch.optim.Adam(suggested.param_groups)
+
+    record = run(problem, "suggested", make, 0.0, seed)
+    training = time.process_time() - spent["began"]
+    return {
+        "loss": record.loss,
+        "share": spent["suggestion"] / training,
+        "trials": spent["trials"],
+        "mean": spent["mean"],
+    }
+
+
+def row(problem: Problem, best: list, cases: list[dict[str, float]]) -> tuple[str, float]:
+    """A line of the table, and the ratio of the losses."""
+    uniform, ours = median(r.loss for r in best), median(c["loss"] for c in cases)
+    ratio = ours / uniform if uniform > 0 else math.nan
+    rates = f"{median(c['mean'] for c in cases):.2g}"
+    share = f"{median(c['share'] for c in cases):.0%}"
+    cells = (
+        problem.name,
+        f"{best[0].rate:g}",
+        rates,
+        f"{uniform:.3g}",
+        f"{ours:.3g}",
+        f"{ratio:.2f}",
+        share,
+        str(len(cases)),
+    )
+    return f"| {' | '.join(cells)} |", ratio
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--problems", nargs="+", metavar="NAME", help="default: all")
+    chosen = parser.parse_args().problems
+    torch.set_num_threads(1)
+    lines = STORE.read_text(encoding="utf-8").splitlines() if STORE.exists() else []
+    known = {(r["problem"], r["seed"]): r for r in map(json.loads, lines)}
+    every = [(suite, p) for suite in SUITES.values() for p in suite.problems.values()]
+    todo = [(p, seed) for seed in SEEDS for _, p in every if chosen is None or p.name in chosen]
+    for problem, seed in tqdm(todo, desc="suggestions"):
+        if (problem.name, seed) not in known:
+            found = {"problem": problem.name, "seed": seed, **case(problem, seed)}
+            known[problem.name, seed] = found
+            with STORE.open("a", encoding="utf-8") as file:
+                file.write(json.dumps({k: float(f"{v:.4g}") if isinstance(v, float) else v for k, v in found.items()}))
+                file.write("\n")
+    text = [
+        "# Suggested learning rates",
+        "",
+        "Adam at the rates that `suggest_rates(…, steps=…)` gives each tensor, against Adam at the best uniform rate",
+        "of a search by half decades: training loss at the end, medians of seeds. The rates are suggested to an",
+        "optimizer whose rate is 30 times off 1e-3, up or down. Rates: the geometric mean of those suggested. Time: of",
+        "the suggestion, first measurement included, as a share of the training. Written by",
+        "`python benchmarks/suggestion.py`.",
+        "",
+        "| problem | best uniform rate | suggested | loss at the best | loss at the suggested | ratio | time | seeds |",
+        "|---|---|---|---|---|---|---|---|",
+    ]
+    ratios = []
+    for suite, problem in every:
+        cases = [r for (name, _), r in known.items() if name == problem.name]
+        if cases:
+            line, ratio = row(problem, Store(suite.folder / "baselines.jsonl").best(problem.name, "adam"), cases)
+            text.append(line)
+            ratios.append(ratio)
+    within = ", ".join(f"{sum(r <= bound for r in ratios)} at most {bound:g}" for bound in (1.05, 1.15, 2.0))
+    text += ["", f"Median ratio {median(ratios):.2f}; of {len(ratios)} ratios {within}."]
+    Path(RESULTS / "suggestion.md").write_text("\n".join(text) + "\n", encoding="utf-8")
+    print("\n".join(text))
+
+
+if __name__ == "__main__":
+    main()
