@@ -438,7 +438,7 @@ def test_training_on_digits_ends_no_worse_than_at_the_best_uniform_rate() -> Non
     def suggested(model):
         adam = torch.optim.Adam(model.parameters(), lr=1e-2 / 30)
         loader = DataLoader(TensorDataset(images, classes), 100, shuffle=True)
-        return ns.suggest_rates(loss_fn, model, loader, adam).param_groups
+        return ns.suggest_rates(loss_fn, model, loader, adam, steps=40 * len(loader)).param_groups
 
     def median(groups) -> float:
         return float(np.median([end(groups, seed) for seed in range(3)]))

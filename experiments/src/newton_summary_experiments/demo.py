@@ -56,7 +56,7 @@ def run(folder: Path, say: Callable[[str], None]) -> list[Path]:
     say(f"    drawn: {looked}")
 
     say(f"2 of 3: a learning rate for each of them, in the place of Adam's {_RATE:g}; short trainings try them out")
-    say(str(suggest_rates(task.loss_fn, model, loader, adam)))
+    say(str(suggest_rates(task.loss_fn, model, loader, adam, steps=task.epochs * len(loader))))
 
     say("3 of 3: training; Adam and SGD have the best rates of a search, newton-summary is told none")
     plan = Plan(task.name, _OPTIMIZERS, (0,), task.epochs, torch.get_num_threads(), task.budget)
