@@ -35,7 +35,8 @@ def search_all(study: Reproduction, optimizers: Sequence[str], workers: int = 1)
 
 def run_all(study: Reproduction, optimizers: Sequence[str] = OPTIMIZERS) -> None:
     """Trains what has not been trained, and measures the interactions of one run of the paper's method on each task."""
-    runs = [(name, optimizer, seed) for optimizer in optimizers for name in study.tasks for seed in study.seeds(name)]
+    pairs = [(name, optimizer) for optimizer in optimizers for name in study.tasks]
+    runs = [(*pair, seed) for pair in pairs for seed in study.seeds(*pair)]
     for name, optimizer, seed in tqdm(runs, desc="runs", disable=not study.progress):
         if optimizer == PAPER and seed == 0 and study.measured(f"interactions-{name}") is None:
             measure_interactions(study, name)

@@ -47,8 +47,14 @@ NETWORKS = {
 TASKS = tuple(NETWORKS)
 
 SEEDS = {"mlp-mnist": 5, "lenet-cifar10": 5}
-FEWER_SEEDS = {"quick": 2, "full": 5}
+FEWER_SEEDS = {"quick": 2, "full": 1}
 """How many runs there are for each task and optimizer; for all others than those of :data:`SEEDS`."""
+
+MOST_SEEDS = {("full", "kfac"): 2}
+"""At most so many where runs of an optimizer take too long for five of them."""
+
+SEARCH_SHARES = {"quick": {"mlp-mnist": 2, "lenet-cifar10": 2}, "full": {"mlp-mnist": 10, "lenet-cifar10": 10}}
+"""Which part of a run a trial of a search is; a third for the networks that are not named."""
 
 GRIDS: dict[str, dict[str, Grid]] = {
     "mlp-mnist": {"sgd": {"lr": (-3, -1)}, "kfac": {"lr": (-5, -3), "damping": (-4, -2)}},
@@ -117,16 +123,17 @@ class Reproduction:
             self._read[name] = self.task(name).read(self.data).to(self.device)
         return self._read[name]
 
-    def seeds(self, name: str) -> range:
-        """The seeds of a task's runs."""
-        return range(SEEDS.get(name, FEWER_SEEDS[self.budget]))
+    def seeds(self, name: str, optimizer: str = "") -> range:
+        """The seeds of a task's runs, with an optimizer."""
+        count = SEEDS.get(name, FEWER_SEEDS[self.budget])
+        return range(min(count, MOST_SEEDS.get((self.budget, optimizer), count)))
 
     # Searches ---------------------------------------------------------------------------------------------------------
 
     @property
     def search_epochs(self) -> dict[str, int]:
-        """The length of a trial: at the quick budget half of a run, a third for the networks that take longest."""
-        shares = {"mlp-mnist": 2, "lenet-cifar10": 2} if self.budget == "quick" else dict.fromkeys(TASKS, 1)
+        """The length of a trial, in epochs, for each task."""
+        shares = SEARCH_SHARES[self.budget]
         return {name: max(self.task(name).epochs // shares.get(name, 3), 1) for name in self.tasks}
 
     @cached_property
@@ -207,7 +214,7 @@ class Reproduction:
 
     def all_rows(self, name: str, optimizer: str) -> list[list[Row]]:
         """The runs of all seeds that ended."""
-        found = (self.rows(name, optimizer, seed) for seed in self.seeds(name))
+        found = (self.rows(name, optimizer, seed) for seed in self.seeds(name, optimizer))
         return [rows for rows in found if rows]
 
     def run(self, name: str, optimizer: str, seed: int) -> list[Row]:
@@ -229,7 +236,7 @@ class Reproduction:
     def forget(self, optimizer: str) -> None:
         """Deletes every run of an optimizer, whole or begun, and the costs of all steps."""
         for name in self.tasks:
-            for seed in self.seeds(name):
+            for seed in self.seeds(name, optimizer):
                 self.metrics(name, optimizer, seed).unlink(missing_ok=True)
                 shutil.rmtree(self.scratch / name / f"{optimizer}-seed{seed}", ignore_errors=True)
         for name in self.tasks:

@@ -102,7 +102,7 @@ TASKS = {
         Task(
             name="mlp-mnist",
             build=lambda: mlp([784, 1024, 200, 100, 10]),
-            epochs=10,
+            epochs=60,
             source=data.MNIST,
             rates={"adam": 1e-3, "sgd": 0.1, "newton-summary-paper": 0.1},
             network="MLP 784-1024-200-100-10, tanh",
@@ -110,7 +110,7 @@ TASKS = {
         Task(
             name="lenet-cifar10",
             build=lenet,
-            epochs=12,
+            epochs=60,
             source=data.CIFAR10,
             rates={"adam": 3e-3, "sgd": 0.01, "newton-summary-paper": 0.1},
             network="LeNet, tanh",
