@@ -33,6 +33,7 @@ from newton_summary_experiments.costs import StepCost
 from newton_summary_experiments.models import mlp
 from newton_summary_experiments.optimizers import OPTIMIZERS as OPTIMIZERS_BY_NAME
 from newton_summary_experiments.reproduction import DEFAULT, OPTIMIZERS, PAPER, SEARCHED, Reproduction
+from newton_summary_experiments.search import Search
 from newton_summary_experiments.tasks import Task
 from newton_summary_experiments.training import config_of
 
@@ -136,6 +137,24 @@ def test_a_run_of_other_hyperparameters_is_not_taken(done):
     other.searches["tiny", "adam"] = search.Search("tiny", "adam", ("lr",), losses, 2, 1, False)
     assert not other.all_rows("tiny", "adam")
     assert other.all_rows("tiny", "sgd") == study.all_rows("tiny", "sgd")
+
+
+def test_searches_that_processes_keep_at_the_same_time_are_all_kept(tmp_path):
+    one, other = (Reproduction("quick", tmp_path / "results", tmp_path / "runs") for _ in range(2))
+    assert not one.searches
+    assert not other.searches
+    one.keep_search(Search("mlp-mnist", "adam", ("lr",), {(1e-3,): 0.5}, 1, 1, False))
+    other.keep_search(Search("mlp-mnist", "sgd", ("lr",), {(1e-2,): 0.4}, 1, 1, False))
+    kept = Reproduction("quick", tmp_path / "results", tmp_path / "runs").searches
+    assert set(kept) == {("mlp-mnist", "adam"), ("mlp-mnist", "sgd")}
+
+
+def test_the_papers_own_size_has_fewer_seeds_of_what_takes_longest(tmp_path):
+    full = Reproduction("full", tmp_path, tmp_path)
+    assert full.task("mlp-mnist").epochs == full.task("lenet-cifar10").epochs == 60
+    assert full.search_epochs["mlp-mnist"] == 6
+    assert [len(full.seeds("lenet-cifar10", optimizer)) for optimizer in OPTIMIZERS] == [5, 5, 2, 5, 5]
+    assert len(full.seeds("vgg-cifar10", "adam")) == 1
 
 
 def test_a_missing_search_is_named(stand_in, tmp_path):

@@ -155,6 +155,7 @@ class Reproduction:
 
     def keep_search(self, search: Search) -> None:
         """Adds a search to those that are kept, in place of an earlier one of the same task and optimizer."""
+        self.__dict__.pop("searches", None)  # another process may have kept others meanwhile
         self.searches[search.task, search.optimizer] = search
         file = io.StringIO()
         writer = csv.writer(file, lineterminator="\n")
