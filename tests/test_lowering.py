@@ -121,6 +121,15 @@ FUNCTIONS = {
     "complex exponentials": lambda x: (torch.exp(1j * x) * torch.polar(x.square() + 1, x.sin())).angle().sin(),
     "a layer of pairs": lambda x: torch.view_as_complex(x.view(6, 3, 2)).abs(),
     "steps": lambda x: x.floor() * x + x.round() * x.sign(),
+    "margins": lambda x: F.multi_margin_loss(x, INDEX[:, 0], p=2, margin=0.7, weight=EYE[0] + 0.3, reduction="none"),
+    "margins, one sample": lambda x: F.multi_margin_loss(x[0], torch.tensor(2)),
+    "margins of several labels": lambda x: F.multilabel_margin_loss(x, torch.tensor([[0, 2, -1, 1, 1, 1]] * 6),
+                                                                    reduction="none"),
+    "margins of one sample": lambda x: F.multilabel_margin_loss(x[0], torch.tensor([4, 0, 1, -1, 2, 2])),
+    "deviations": lambda x: x.std(1) + torch.std_mean(x, 0)[0],
+    "larger and smaller, of numbers": lambda x: torch.fmax(x, x.cos()) * torch.fmin(x.sin(), x.mT),
+    "leaks": lambda x: F.rrelu(x) * x,
+    "random leaks": lambda x: F.rrelu(x, training=True) * x,
     "Householder": lambda x: torch.linalg.householder_product(x[:, :3], x[0, :3]),
 }  # fmt: skip
 
@@ -160,6 +169,87 @@ def test_derivatives_are_those_of_the_operation(name):
     assert error(got.third, expected.third) < 1e-6
     assert error(torch.einsum("sss->s", full), got.third) < 1e-9
     assert abs(float(full.sum() - total)) < 1e-6 * float(full.abs().sum())
+
+
+# At points where the usual formulas have a kink and the functions have none -----------------------------------------
+
+
+AT_ZERO = {
+    "log of the sigmoid": F.logsigmoid,
+    "cross-entropy of logits": lambda x: F.binary_cross_entropy_with_logits(
+        x, x.new_full(x.shape, 0.3), reduction="none"
+    ),
+    "soft margins": lambda x: F.soft_margin_loss(x, x.new_ones(x.shape), reduction="none"),
+    "focal": lambda x: (1 - x.sigmoid()).square() * F.logsigmoid(x),
+    "x log y": lambda x: torch.xlogy(x, x + 2),
+    "x log y, a number": lambda x: torch.xlogy(x, 0.7),
+    "number log y": lambda x: torch.xlogy(0.7, x + 2),
+    "x log(1 + y)": lambda x: torch.special.xlog1py(x, x + 2),
+    "relative entropy": lambda x: F.kl_div(x.sin(), x.square() + 0.5, reduction="none"),
+    "products": lambda x: x.prod(),
+    "cumulated products": lambda x: x.cumprod(0),
+    "powers": lambda x: x**2 + x**3 + x ** torch.tensor(4.0, dtype=x.dtype),
+    "log of sums": lambda x: torch.logaddexp(x, 2 * x),
+    "softplus": F.softplus,
+    "sinc": torch.sinc,
+    "sinc, small": lambda x: torch.sinc(x / 30),
+}
+
+
+@pytest.mark.parametrize("name", AT_ZERO)
+def test_zeros_are_measured_like_anything_else(name) -> None:
+    """The program is known, and was checked, when the zeros come."""
+    function, engine = AT_ZERO[name], ns.measure.ForwardEngine()
+
+    class Point(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.x = nn.Parameter(torch.tensor([0.4, 1.2, -0.7, 0.9], dtype=torch.float64))
+            self.y = nn.Parameter(torch.tensor([0.3, 0.2, 0.6, 0.8], dtype=torch.float64))
+
+    model = Point()
+    loss = lambda m, _: (m.y.cos() * function(m.x)).square().sum() + function(m.x).sum()  # noqa: E731
+    partition = ns.Partition.canonical(model)
+    direction = [torch.tensor([0.3, 0.7, -0.5, 0.4], dtype=torch.float64), 0.4 * torch.ones(4, dtype=torch.float64)]
+    for _ in range(2):
+        got = ns.summarize(loss, model, [torch.zeros(1)], direction=direction, engine=engine)
+        expected, _ = by_differences(loss, model, None, partition, direction)
+        assert error(got.gradient, expected.gradient) < 1e-9
+        assert error(got.hessian, expected.hessian) < 1e-7
+        assert error(got.third, expected.third) < 1e-6
+        with torch.no_grad():
+            model.x[1] = 0.0
+
+
+AT_KINKS = {
+    "elu": F.elu,
+    "selu": F.selu,
+    "celu": lambda x: F.celu(x, 0.7),
+    "hard sigmoid": lambda x: F.hardsigmoid(x - 3) + F.hardsigmoid(x + 3),
+    "Huber": lambda x: F.huber_loss(x + 1, x.new_zeros(x.shape), reduction="none"),
+    "smooth L1": lambda x: F.smooth_l1_loss(x - 1, x.new_zeros(x.shape), reduction="none"),
+    "margins": lambda x: F.multi_margin_loss((x + 1 - torch.arange(4) % 2)[None], torch.tensor([1])),
+    "fmax": lambda x: torch.fmax(x, 2 * x) + torch.fmin(x, 3 * x),
+    "a deviation of equals": lambda x: (x * 0).std() + x.square().sum(),
+}
+
+
+@pytest.mark.parametrize("name", AT_KINKS)
+def test_at_a_kink_the_slope_is_that_of_torch(name) -> None:
+    function, engine = AT_KINKS[name], ns.measure.ForwardEngine()
+    model = nn.Module()
+    model.x = nn.Parameter(torch.tensor([0.4, 1.2, -0.7, 0.9], dtype=torch.float64))
+    loss = lambda m, _: (function(m.x) + 0.3).square().sum()  # noqa: E731
+    u = torch.tensor([0.3, 0.7, -0.5, 0.4], dtype=torch.float64)
+    ns.summarize(loss, model, [torch.zeros(1)], direction=[u], engine=engine)
+    with torch.no_grad():
+        model.x[:2] = 0.0
+    (gradient,) = torch.autograd.grad(loss(model, None), model.x, create_graph=True)
+    got = ns.summarize(loss, model, [torch.zeros(1)], direction=[u], engine=engine)
+    torch.testing.assert_close(got.gradient, (gradient * u).sum().detach().view(1), rtol=1e-7, atol=1e-12)
+    if "margins" not in name and "hard" not in name and "deviation" not in name:  # which torch differentiates once
+        (product,) = torch.autograd.grad((gradient * u).sum(), model.x)
+        torch.testing.assert_close(got.hessian, (product * u).sum().view(1, 1), rtol=1e-7, atol=1e-12)
 
 
 def test_products_of_values_of_two_types():

@@ -70,7 +70,7 @@ def resolve_engine(engine: str | Engine, memory: float | None = None) -> Engine:
         ValueError: the name is unknown; or the engine has no budget of memory.
     """
     if isinstance(engine, str):
-        engines: dict[str, Engine] = {"auto": AUTO, "forward": FORWARD, "nested": NestedEngine()}
+        engines: dict[str, Engine] = {"auto": AUTO, "forward": FORWARD, "nested": AUTO.nested}
         if engine not in engines:
             raise ValueError(f"unknown engine {engine!r}: choose one of {', '.join(engines)}")
         engine = engines[engine]
@@ -140,7 +140,7 @@ def summarize(
         torch.Size([4, 4])
     """
     _check_request(order, third, batches, direction, slices)
-    chosen = resolve_engine(engine, memory) if order <= 3 else NestedEngine()
+    chosen = resolve_engine(engine, memory) if order <= 3 else AUTO.nested
     partition = resolve_partition(partition, model)
     partition.check_is_of(model)
     loss = Loss(loss_fn, model)

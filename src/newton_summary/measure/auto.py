@@ -32,6 +32,7 @@ class AutoEngine:
     def within(self, memory: float | None) -> AutoEngine:
         """The same engine, with the same graphs, and a budget of memory for the forward engine."""
         other = AutoEngine(self.forward.within(memory))
+        other.nested = self.nested
         other._warned = self._warned
         return other
 

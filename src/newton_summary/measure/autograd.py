@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from typing import Any
 
@@ -47,3 +48,24 @@ def _is_once_differentiable(node: Any) -> bool:
     backward = getattr(getattr(type(node), "_forward_cls", None), "backward", None)
     code = getattr(backward, "__code__", None)
     return code is not None and code.co_qualname == "once_differentiable.<locals>.wrapper"
+
+
+def scaled_by_frequency(value: Tensor) -> list[str]:
+    """The functions behind a value whose gradients are divided by how often a row was looked up, by name."""
+    return [type(node).__name__ for node in nodes(value) if getattr(node, "_saved_scale_grad_by_freq", False)]
+
+
+def signature(value: Tensor) -> tuple[str, ...]:
+    """The functions that autograd would go through from a value, by name, in its order."""
+    return tuple(type(node).__name__ for node in nodes(value))
+
+
+_KINKS = re.compile(
+    "Relu|Prelu|Elu|Abs|Clamp|Max|Min|Threshold|Hard|Where|Sort|Topk|Median|Kthvalue|Quantile|Amax|Amin|L1|Huber|Margin"
+    "|Norm|Round|Floor|Ceil|Sign|Remainder|Fmod|Grid|Softshrink"
+)
+
+
+def has_kinks(functions: tuple[str, ...]) -> bool:
+    """Whether some of these functions may have slopes that jump."""
+    return any(_KINKS.search(name) for name in functions)

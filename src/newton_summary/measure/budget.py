@@ -67,7 +67,7 @@ def held(tensors: Sequence[Any]) -> int:
     sizes: dict[int, int] = {}
     for tensor in tensors:
         for t in tensor if isinstance(tensor, list | tuple) else (tensor,):
-            if isinstance(t, Tensor):
+            if isinstance(t, Tensor) and t.layout is torch.strided:
                 storage = t.untyped_storage()
                 sizes[storage.data_ptr()] = storage.nbytes()
     return sum(sizes.values())

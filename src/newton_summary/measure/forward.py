@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import math
 import weakref
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -20,8 +20,9 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from newton_summary._checks import check_memory
-from newton_summary.measure.autograd import once_differentiable, own_derivatives
+from newton_summary.measure.autograd import own_derivatives
 from newton_summary.measure.batches import batch_size
+from newton_summary.measure.differences import Differences, mismatch
 from newton_summary.measure.graph import Graph, first_line, lower
 from newton_summary.measure.loss import Loss, check_dependence, differentiable_recurrence, gradients_of
 from newton_summary.measure.record import Recorder, Recording, Refusal
@@ -84,14 +85,15 @@ class ForwardEngine:
             recording, gradient = _recorded(loss, batch, partition)
             entry = self._entry(known, recording)
             recording.values.clear()
-            if entry.refusal is not None:
-                raise entry.refusal
+            known_refusal = entry.refusal or entry.refused.get(_kind(request))
+            if known_refusal is not None:
+                raise known_refusal
             assert entry.graph is not None
             is_new = (recording.operations(), request.order) not in known.checked
             expected = None
             if is_new:
                 rewind()
-                expected = _Expected(loss, batch, request)
+                expected = _Expected(loss, batch, request, rewind)
             return self._swept(known, entry, recording, request, float(batch_size(batch)), gradient, expected)
 
     def within(self, memory: float | None) -> ForwardEngine:
@@ -156,14 +158,14 @@ class ForwardEngine:
                 summary = sweep(tape, asked, weight, self.memory)
         except Refusal as refusal:
             if gradient is None:
-                entry.refusal = refusal  # else it may be the data that decide
+                entry.refused[_kind(request)] = refusal  # else it may be the data that decide
             raise
         if expected is not None:
             try:
                 expected.check_hessian(summary, tape)
                 _check_accelerations(tape, summary)
             except Refusal as refusal:
-                entry.refusal = refusal
+                entry.refused[_kind(request)] = refusal
                 raise
             if expected.is_finite:
                 known.check((recording.operations(), request.order))
@@ -172,10 +174,15 @@ class ForwardEngine:
 
 @dataclass(slots=True)
 class _Entry:
-    """A graph that was made, or why it could not be."""
+    """A graph that was made, or why it could not be, or not be swept for some request."""
 
     graph: Graph | None = None
     refusal: Refusal | None = None
+    refused: dict[tuple[int, bool], Refusal] = field(default_factory=dict)
+
+
+def _kind(request: Request) -> tuple[int, bool]:
+    return request.order, request.full
 
 
 @dataclass
@@ -264,10 +271,11 @@ def _check_gradient(tape: Tape, names: Sequence[str], wanted: Sequence[Tensor | 
 
 
 class _Expected:
-    """Value, gradient and one Hessian-vector product of a loss by nested differentiation."""
+    """Gradient and one Hessian-vector product of a loss, by nested differentiation or else by differences."""
 
-    def __init__(self, loss: Loss, batch: Any, request: Request) -> None:
+    def __init__(self, loss: Loss, batch: Any, request: Request, rewind: Callable[[], None]) -> None:
         parameters = request.partition.parameters
+        self._differences = lambda: Differences(loss, batch, request.partition, request.direction, rewind)
         with (
             sdpa_kernel(SDPBackend.MATH),
             loss.evaluated(batch, differentiable=True) as value,
@@ -275,7 +283,7 @@ class _Expected:
             self.is_finite = bool(value.isfinite())
             try:
                 gradient = gradients_of(value, parameters, create_graph=True)
-                self.rows = None if once_differentiable(value) else self._hessian_rows(gradient, request)
+                self.rows = None if own_derivatives(value) else self._hessian_rows(gradient, request)
             except RuntimeError:  # no second derivatives by autograd
                 gradient, self.rows = gradients_of(value, parameters), None
             self.gradient = [None if g is None else g.detach() for g in gradient]
@@ -290,10 +298,23 @@ class _Expected:
         return torch.stack(partition.dot(product, request.direction))
 
     def check_hessian(self, summary: Summary, tape: Tape) -> None:
-        """Compares H̄ times ones."""
-        if self.rows is None or not bool(self.rows.isfinite().all()):
-            return
+        """Compares H̄ times ones.
+
+        What a function of somebody's own says of its second derivatives is not asked: it may have hidden from autograd
+        what its first ones depend on.
+        """
         assert summary.hessian is not None
+        if self.rows is None:
+            is_smooth = tape.graph.coarsest == torch.float64 or not tape.graph.kinked
+            worst = mismatch(self._differences, summary.gradient, summary.hessian) if is_smooth else None
+            if worst is not None:
+                raise Refusal(
+                    f"the recorded operations have another Hessian-vector product for group {summary.names[worst]!r} "
+                    "than differences of the gradient"
+                )
+            return
+        if not bool(self.rows.isfinite().all()):
+            return
         tolerance = _derivative_tolerance(tape)
         sizes = summary.hessian.abs().sum(1)
         # a saturated loss has next to no curvature: what is then measured is the rounding of a larger whole

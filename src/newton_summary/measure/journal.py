@@ -87,6 +87,8 @@ class Journal(TorchDispatchMode):
     place, a batch that is divided in place, whoever holds them.
     """
 
+    supports_higher_order_operators = True  # those that call functions, such as torch.cond
+
     @classmethod
     @override
     def _should_skip_dynamo(cls) -> bool:

@@ -94,10 +94,11 @@ class Loss:
     def movable(
         self, batch: Any, partition: Partition, rewind: Callable[[], None] | None = None
     ) -> Iterator[tuple[list[Tensor], Callable[[], float]]]:
-        """A block in which the parameters of a partition hold copies of what they held, to be moved in place.
+        """A block in which the parameters of a partition may be moved in place; afterwards they hold what they held.
 
-        It gives the copies, and a function that computes the loss where they are, with the same random numbers each
-        time.  Gradients are on, as they are in training: a loss may differentiate by itself, or ask.
+        It gives what they hold, and a function that computes the loss where they are, with the same random numbers each
+        time.  Gradients are on, as they are in training: a loss may differentiate by itself, or ask.  They move in
+        their own memory, because the loss may know that by other tensors: views that were made before.
 
         Args:
             batch: whatever the loss function takes.
@@ -105,7 +106,8 @@ class Loss:
             rewind: restores the random states, where a block around this one does; else they are saved here.
         """
         before = [p.data for p in partition.parameters]
-        copies = [data.clone() for data in before]
+        content = [data.clone() for data in before]
+        moved = [c if 0 in data.stride() else data for c, data in zip(content, before, strict=True)]  # some expanded
         with self.undisturbed(differentiable=False, rewind=rewind) as rewind:
 
             def loss() -> float:
@@ -113,12 +115,14 @@ class Loss:
                 return self.value(batch)
 
             try:
-                for p, copied in zip(partition.parameters, copies, strict=True):
-                    p.data = copied
+                for p, data in zip(partition.parameters, moved, strict=True):
+                    p.data = data
                 with torch.no_grad():
-                    yield copies, torch.enable_grad()(loss)
+                    yield moved, torch.enable_grad()(loss)
             finally:
-                for p, data in zip(partition.parameters, before, strict=True):
+                for p, data, held in zip(partition.parameters, before, content, strict=True):
+                    if p.data_ptr() == data.data_ptr():
+                        data.copy_(held)
                     p.data = data
 
     @contextlib.contextmanager
@@ -182,6 +186,8 @@ def scalar(value: Any) -> Tensor:
     if not isinstance(value, Tensor) or value.numel() != 1:
         got = f"a tensor of shape {tuple(value.shape)}" if isinstance(value, Tensor) else type(value).__name__
         raise ValueError(f"the loss must be a scalar tensor, got {got}: reduce it, for example by .mean()")
+    if value.is_complex():
+        raise ValueError("the loss must be a real number, got a complex one: take its real part, or its absolute value")
     return value.reshape(()) if value.dim() else value
 
 

@@ -5,20 +5,31 @@ This is the yardstick: simple, general, and about S^(d-1) backward passes for a 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import weakref
+from collections.abc import Callable, Sequence
 from itertools import permutations
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from newton_summary.measure.autograd import once_differentiable
+from newton_summary.measure.autograd import (
+    has_kinks,
+    once_differentiable,
+    own_derivatives,
+    scaled_by_frequency,
+    signature,
+)
 from newton_summary.measure.batches import batch_size
+from newton_summary.measure.differences import Differences, is_exact, mismatch
 from newton_summary.measure.graph import first_line
 from newton_summary.measure.loss import Loss, check_dependence
 from newton_summary.measure.record import Refusal
 from newton_summary.partition import Partition
 from newton_summary.summary import Summary
+
+_TORCHS = (RuntimeError, NotImplementedError, TypeError, IndexError, AttributeError, AssertionError)
+"""What torch raises where a backward pass cannot be differentiated."""
 
 
 class NestedEngine:
@@ -26,7 +37,17 @@ class NestedEngine:
 
     D^(d+1)[…, s] is the gradient of the scalar D^(d)[…] with respect to the tensors of group s, dotted with the
     direction there.  Only index tuples in sorted order are computed, because the tensors are symmetric.
+
+    A new sequence of autograd's functions is held to differences of the gradient, and to that symmetry; one in which
+    some are not torch's own at every measurement.
     """
+
+    def __init__(self) -> None:
+        self._checked: weakref.WeakKeyDictionary[nn.Module, set[Any]] = weakref.WeakKeyDictionary()
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """A copy, or what is unpickled, checks anew."""
+        return NestedEngine, ()
 
     def measure(
         self, loss: Loss, batch: Any, partition: Partition, direction: Sequence[Tensor], order: int, third: str
@@ -43,18 +64,51 @@ class NestedEngine:
 
         Raises:
             ValueError: the loss does not depend on the parameters.
-            Refusal: autograd does not know a derivative, and would leave terms out.
+            Refusal: autograd does not know a derivative, or leaves terms out.
         """
-        with (
-            loss.undisturbed(),
-            loss.evaluated(batch, differentiable=True) as value,
-        ):
-            tensors = _Nesting(partition, direction, order, third == "diagonal").run(value)
+        with loss.undisturbed() as rewind:
+            with loss.evaluated(batch, differentiable=True) as value:
+                nesting = _Nesting(partition, direction, order, third == "diagonal")
+                made = _Made(value) if order > 1 else None
+                is_new = made is not None and self._is_new(loss.model, made)
+                tensors = nesting.run(value, is_new)
+            if made is not None and is_new:
+                made.check(tensors, lambda: Differences(loss, batch, partition, direction, rewind), partition)
+                self._checked.setdefault(loss.model, set()).add(made.functions)
         first_orders = dict(zip(("loss", "gradient", "hessian", "third"), tensors, strict=False))
         first_orders.setdefault("gradient", torch.zeros(len(partition), device=partition.device))
         return Summary(
             **first_orders, names=partition.names, higher=tuple(tensors[4:]), weight=float(batch_size(batch))
         )
+
+    def _is_new(self, model: nn.Module, made: _Made) -> bool:
+        return bool(made.own) or made.functions not in self._checked.get(model, ())
+
+
+class _Made:
+    """What autograd made a loss of, and what is to be checked for that."""
+
+    def __init__(self, value: Tensor) -> None:
+        self.functions = signature(value)
+        self.own = own_derivatives(value)
+        self.is_smooth = not has_kinks(self.functions)
+
+    def check(self, tensors: Sequence[Tensor], differences: Callable[[], Differences], partition: Partition) -> None:
+        """Holds second derivatives to differences of the gradient, where that is the loss's own.
+
+        Raises:
+            Refusal: they are something else.
+        """
+        if not is_exact(partition) and not self.is_smooth:
+            return  # differences in single precision see the jumps of slopes as curvature
+        worst = mismatch(differences, tensors[1], tensors[2])
+        if worst is not None:
+            suspects = self.own or [name for name in self.functions if "Sparse" in name] or ["some operation"]
+            raise Refusal(
+                f"autograd's second derivatives for group {partition.names[worst]!r} are not those of its gradient, "
+                f"behind {', '.join(sorted(set(suspects)))}: compute the loss by operations of torch that it can "
+                "differentiate twice"
+            )
 
 
 def taylor(loss: Loss, batch: Any, partition: Partition, direction: Sequence[Tensor], order: int) -> list[float]:
@@ -82,11 +136,41 @@ class _Nesting:
         if self.diagonal:
             self.tensors[3] = torch.zeros(size, dtype=torch.float64, device=device)
 
-    def run(self, value: Tensor) -> list[Tensor]:
+    def run(self, value: Tensor, checked: bool = False) -> list[Tensor]:
+        """All tensors, from the loss on.
+
+        Args:
+            value: the loss.
+            checked: whether the second order is held to be symmetric.
+        """
         self.tensors[0] = value.detach().to(torch.float64)
+        self._checked = checked and len(self.partition) > 1
         if self.order > 0:
             self._descend(value, ())
         return self.tensors
+
+    def _check_symmetry(self, row: Sequence[Tensor]) -> None:
+        """Holds sums of columns to those of rows: what has no symmetric second derivatives is no gradient.
+
+        Args:
+            row: the first derivatives, with their graph.
+        """
+        moving = [r for r in row if r.requires_grad]
+        if not moving:
+            return
+        total = torch.stack(moving).sum()
+        columns = self.partition.dot(self._gradients(total, range(len(self.partition)), True), self.direction)
+        sums, rows = torch.stack(columns).detach(), self.tensors[2].sum(1)
+        size = self.tensors[2].abs().sum(1).max()
+        excess = (sums - rows).abs()
+        if bool(excess.isfinite().all()) and bool(
+            excess.max() > (1e-6 if is_exact(self.partition) else 5e-2) * size + 1e-12
+        ):
+            worst = self.partition.names[int(excess.argmax())]
+            raise Refusal(
+                f"what autograd gives for group {worst!r} is the gradient of nothing: its second derivatives are not "
+                "symmetric, as where hooks change gradients, or entries are written twice"
+            )
 
     def _descend(self, scalar: Tensor, prefix: tuple[int, ...]) -> None:
         """Differentiates the entry with index ``prefix``, and then what comes out, up to the last order."""
@@ -110,6 +194,8 @@ class _Nesting:
                 self.tensors[depth][symmetric] = row[group].detach()
             if not last and not (self.diagonal and depth == 2 and group != first):
                 self._descend(row[group], index)
+        if not prefix and not last and self._checked:
+            self._check_symmetry(row)
 
     def _gradients(self, scalar: Tensor, groups: range, keep_graph: bool) -> list[Tensor | None]:
         """The gradients of a scalar with respect to the tensors of these groups; ``None`` for all other tensors."""
@@ -122,9 +208,9 @@ class _Nesting:
                 gradients = torch.autograd.grad(
                     scalar, [parameters[i] for i in chosen], None, True, keep_graph, allow_unused=True
                 )
-            except RuntimeError as error:
-                if "is not implemented" not in str(error):
-                    raise
+            except torch.OutOfMemoryError:
+                raise
+            except _TORCHS as error:
                 raise Refusal(
                     f"autograd lacks a derivative, {first_line(error)}: use engine='forward', or compute the loss "
                     "without this operation"
@@ -136,6 +222,11 @@ class _Nesting:
 
 def _check_differentiable(scalar: Tensor, order: int) -> None:
     """Raises where the next derivative would lack terms."""
+    scaled = scaled_by_frequency(scalar)
+    if scaled:
+        raise Refusal(
+            f"scale_grad_by_freq=True makes of {scaled[0]} no derivative: set it to False where the loss is measured"
+        )
     names = once_differentiable(scalar)
     if names:
         raise Refusal(

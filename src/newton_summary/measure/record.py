@@ -251,6 +251,8 @@ class Tracer(Journal):
     def record(self, func: Any, args: tuple[Any, ...], kwargs: tuple[tuple[str, Any], ...], out: Any) -> None:
         """Records an operation and names its results."""
         if isinstance(out, Tensor):
+            if out.layout is not torch.strided:
+                self.refuse(f"{func} makes a tensor of layout {out.layout} of what moves: use a dense one")
             if self.counts(out):
                 self.name(out, self.put(func, args, kwargs, out))
             return
@@ -347,6 +349,11 @@ class Tracer(Journal):
             keep = 1.0 - args[1] if args[2] is not False else 1.0
             factor = out[1].to(out[0].dtype) / keep if keep else torch.zeros_like(out[0])
             self.name(out[0], self.put(aten.mul.Tensor, (templates[0], ref(self.constant(factor))), (), out[0]))
+        elif func is aten.rrelu_with_noise.default:
+            is_random = len(args) > 4 and args[4]
+            slope = sum(args[2:4]) / 2 if len(args) > 3 else (1 / 8 + 1 / 3) / 2
+            factor = args[1].clone() if is_random else slope + (1 - slope) * (args[0] > 0).to(out.dtype)
+            self.name(out, self.put(aten.mul.Tensor, (templates[0], ref(self.constant(factor))), (), out))
         # what else draws from moving values has no derivative by them, or is refused where it turns up again
 
 
@@ -417,6 +424,10 @@ class Recorder(Tracer):
             return func(*args)
         if func is aten._efficientzerotensor.default:
             return aten.zeros.default(*args, **kwargs)  # what is computed with the other is computed out of sight
+        if isinstance(func, torch._ops.HigherOrderOperator):
+            if self.moves((*args, *kwargs.values())):
+                self.refuse(f"{func} calls functions that cannot be recorded: call one of them by if, or by a loop")
+            return func(*args, **kwargs)
         effects = effects_of(func)
         if effects.writes and self._writes_aside(func, args, kwargs, effects):
             return self._run_aside(func, args, kwargs, effects)

@@ -156,7 +156,8 @@ def _plan(graph: Graph, values: Sequence[Any]) -> list[_Step | None]:
         for instruction in reversed(graph.instructions):
             if instruction.out in reached and instruction.op is not CONSTANT:
                 reached.update(instruction.reads)
-        graph.widest = max((v.nbytes for v in values if isinstance(v, Tensor)), default=0)
+        strided = [v for v in values if isinstance(v, Tensor) and v.layout is torch.strided]
+        graph.widest = max((v.nbytes for v in strided), default=0)
         graph.kinked = any(i.op in KINKED and i.out in reached for i in graph.instructions)
         bent: set[int] = set()
         plan: list[_Step | None] = []
@@ -182,6 +183,8 @@ def _step(instruction: Instruction, values: Sequence[Any], bent: set[int]) -> _S
     rule = rule_for(call)
     if rule.kind != "linear" and any(isinstance(values[s], Tensor) and values[s].is_complex() for _, s in places):
         raise Refusal(f"{instruction.op} takes complex numbers: write it with their real and imaginary parts")
+    if rule.kind == "general" and any(isinstance(v, Tensor) and v.is_complex() for v in _several(out)):
+        raise Refusal(f"{instruction.op} gives complex numbers: compute it without them")
     return _Step(rule, places, rule.is_curved(call), frozenset(place for place, slot in places if slot in bent))
 
 

@@ -121,6 +121,17 @@ def _householder_product(a: Tensor, tau: Tensor) -> Tensor:
     return result
 
 
+@lowers(aten._sparse_addmm.default)
+def _sparse_addmm(bias: Tensor, a: Tensor, b: Tensor, *, beta: float = 1, alpha: float = 1) -> Any:
+    """A sparse constant times a dense matrix, entry by entry of the sparse one."""
+    if a.layout is not torch.sparse_coo or b.layout is not torch.strided:
+        return NotImplemented
+    (rows, columns), entries = a._indices(), a._values()
+    terms = b.index_select(0, columns) * (alpha * entries).unsqueeze(1)
+    product = torch.zeros(a.shape[0], b.shape[1], dtype=b.dtype, device=b.device).index_add(0, rows, terms)
+    return product if beta == 0 else beta * bias + product
+
+
 # Norms and distances --------------------------------------------------------------------------------------------------
 
 

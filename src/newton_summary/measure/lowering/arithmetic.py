@@ -1,13 +1,15 @@
-"""Arithmetic, means and deviations."""
+"""Arithmetic, means and deviations, and functions whose usual formulas have a kink where they themselves have none."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from newton_summary.measure.lowering.table import CONSTANT, as_it_is, aten, lowers, same_type
+from newton_summary.measure.lowering.algebra import root
+from newton_summary.measure.lowering.table import CONSTANT, as_it_is, aten, in_one_type, lowers, same_type
 
 
 @lowers(aten.div.Tensor)
@@ -34,6 +36,68 @@ def _minimum(x: Tensor, y: Tensor) -> Any:
     if not x.is_floating_point():
         return NotImplemented
     return torch.where(x == y, (x + y) / 2, torch.where(x < y, x, y))
+
+
+@lowers(aten.fmax.default)
+def _fmax(x: Tensor, y: Tensor) -> Tensor:
+    x, y = in_one_type(x, y)
+    return torch.where((x >= y) | y.isnan(), x, y)
+
+
+@lowers(aten.fmin.default)
+def _fmin(x: Tensor, y: Tensor) -> Tensor:
+    x, y = in_one_type(x, y)
+    return torch.where((x <= y) | y.isnan(), x, y)
+
+
+@lowers(aten.log_sigmoid_forward.default)
+def _log_sigmoid(x: Tensor) -> tuple[Tensor, Tensor]:
+    """min(x, 0) − log(1 + exp(−|x|)), of which each side is written so that it holds at zero, too."""
+    is_positive = x > 0
+    return torch.where(is_positive, 0.0, x) - torch.where(is_positive, -x, x).exp().log1p(), x.new_zeros(0)
+
+
+@lowers(aten.sinc.default)
+def _sinc(x: Tensor) -> Tensor:
+    """The quotient sin(πx) / (πx), and its series about zero, where derivatives of a quotient are none."""
+    y = torch.pi * x
+    is_small = y.abs() < 0.1
+    square = torch.where(is_small, y, 0.0).square()
+    series = 1 - square / 6 * (1 - square / 20 * (1 - square / 42 * (1 - square / 72 * (1 - square / 110))))
+    safe = torch.where(is_small, 1.0, y)
+    return torch.where(is_small, series, safe.sin() / safe)
+
+
+@lowers(aten.xlogy.Tensor, aten.xlogy.Scalar_Self, aten.xlogy.Scalar_Other)
+def _xlogy(x: Any, y: Any) -> Tensor:
+    return _times_log(x, y, 0.0, torch.log)
+
+
+@lowers(aten.special_xlog1py.default, aten.special_xlog1py.self_scalar, aten.special_xlog1py.other_scalar)
+def _xlog1py(x: Any, y: Any) -> Tensor:
+    return _times_log(x, y, -1.0, torch.log1p)
+
+
+def _times_log(x: Any, y: Any, pole: float, logarithm: Callable[[Tensor], Tensor]) -> Tensor:
+    """The product x log y, zero where x is and the logarithm is not finite; where it is, x has its slope at 0."""
+    given = next(v for v in (x, y) if isinstance(v, Tensor))
+    kind = given.dtype if given.is_floating_point() else torch.get_default_dtype()
+    x, y = (v if isinstance(v, Tensor) else torch.tensor(v, dtype=kind, device=given.device) for v in (x, y))
+    x, y = in_one_type(x, y)
+    if not x.is_floating_point():
+        x, y = (v.to(torch.get_default_dtype()) for v in (x, y))
+    is_empty = (x == 0) & ((y <= pole) | (y == torch.inf))
+    return torch.where(is_empty, 0.0, x * logarithm(torch.where(is_empty, pole + 1.0, y)))
+
+
+@lowers(aten.hardsigmoid.default)
+def _hardsigmoid(x: Tensor) -> Tensor:
+    return torch.where((x > -3) & (x < 3), x / 6 + 0.5, (x > 0).to(x.dtype))
+
+
+@lowers(aten.celu.default)
+def _celu(x: Tensor, alpha: float = 1.0) -> Any:
+    return aten.elu.default(x, alpha, 1.0, 1 / alpha)
 
 
 @lowers(aten.mish.default)
@@ -74,6 +138,57 @@ def _var_mean(
     count = x.numel() // max(mean.numel(), 1)
     variance = centred.square().sum(dims, keepdim=keepdim) / max(count - (1 if correction is None else correction), 0)
     return variance, mean if keepdim else mean.sum(dims)
+
+
+@lowers(aten.prod.default)
+def _prod(x: Tensor, *, dtype: torch.dtype | None = None) -> Any:
+    return _product(x.reshape(-1), 0, False, dtype)
+
+
+@lowers(aten.prod.dim_int)
+def _prod_along(x: Tensor, dim: int, keepdim: bool = False, *, dtype: torch.dtype | None = None) -> Any:
+    return _product(x, dim, keepdim, dtype) if x.dim() else _product(x.reshape(1), 0, False, dtype)
+
+
+def _product(x: Tensor, dim: int, keepdim: bool, dtype: torch.dtype | None) -> Any:
+    """Products of halves, again and again: torch's formulas for the third derivative miss terms where factors are 0."""
+    x = x if dtype is None else x.to(dtype)
+    if not x.is_floating_point() or not x.shape[dim]:
+        return NotImplemented
+    while x.shape[dim] > 1:
+        half = x.shape[dim] // 2
+        pairs = x.narrow(dim, 0, half) * x.narrow(dim, half, half)
+        x = torch.cat([pairs, x.narrow(dim, 2 * half, 1)], dim) if x.shape[dim] % 2 else pairs
+    return x if keepdim else x.squeeze(dim)
+
+
+@lowers(aten.cumprod.default)
+def _cumprod(x: Tensor, dim: int, *, dtype: torch.dtype | None = None) -> Any:
+    """Products of 2, 4, 8, … entries, each from those of half as many."""
+    x = x if dtype is None else x.to(dtype)
+    if not x.is_floating_point():
+        return NotImplemented
+    if not x.dim():
+        return x.clone()
+    length, reach = x.shape[dim], 1
+    while reach < length:
+        further = x.narrow(dim, reach, length - reach) * x.narrow(dim, 0, length - reach)
+        x = torch.cat([x.narrow(dim, 0, reach), further], dim)
+        reach *= 2
+    return x.clone() if length < 2 else x
+
+
+@lowers(aten.std.correction)
+def _std(x: Tensor, dim: list[int] | None = None, *, correction: float | None = None, keepdim: bool = False) -> Tensor:
+    return root(_var_mean(x, dim, correction=correction, keepdim=keepdim)[0])
+
+
+@lowers(aten.std_mean.correction)
+def _std_mean(
+    x: Tensor, dim: list[int] | None = None, *, correction: float | None = None, keepdim: bool = False
+) -> tuple[Tensor, Tensor]:
+    variance, mean = _var_mean(x, dim, correction=correction, keepdim=keepdim)
+    return root(variance), mean
 
 
 def _step(op: Any) -> None:

@@ -34,7 +34,7 @@ def _nll_loss(
 @lowers(aten.huber_loss.default)
 def _huber_loss(x: Tensor, y: Tensor, reduction: int = 1, delta: float = 1.0) -> Tensor:
     difference = x - y
-    inner = difference.clamp(-delta, delta)
+    inner = torch.where(difference.abs() < delta, difference, delta * difference.sign())
     return _reduced(inner * difference - 0.5 * inner.square(), reduction)
 
 
@@ -49,6 +49,41 @@ def _smooth_l1_loss(x: Tensor, y: Tensor, reduction: int = 1, beta: float = 1.0)
 def _binary_cross_entropy(x: Tensor, y: Tensor, weight: Tensor | None = None, reduction: int = 1) -> Tensor:
     loss = (y - 1) * (-x).log1p().clamp_min(-100) - y * x.log().clamp_min(-100)
     return _reduced(loss if weight is None else loss * weight, reduction)
+
+
+@lowers(aten.multi_margin_loss.default)
+def _multi_margin_loss(
+    x: Tensor, target: Tensor, p: float = 1, margin: float = 1, weight: Tensor | None = None, reduction: int = 1
+) -> Tensor:
+    """For each sample the mean over the classes but its own of max(0, margin − x_target + x)^p."""
+    rows, labels = (x, target) if x.dim() > 1 else (x.unsqueeze(0), target.reshape(1))
+    own = labels.unsqueeze(1)
+    short = margin - rows.gather(1, own) + rows
+    counts = (short > 0) & (torch.arange(rows.shape[1], device=x.device) != own)
+    excess = torch.where(counts, short, 0.0)
+    excess = excess if p == 1 else excess.square()
+    excess = excess if weight is None else excess * weight.gather(0, labels).unsqueeze(1)
+    loss = excess.mean(1)
+    return _reduced(loss if x.dim() > 1 else loss.squeeze(0), reduction)
+
+
+@lowers(aten.multilabel_margin_loss_forward.default)
+def _multilabel_margin_loss(x: Tensor, target: Tensor, reduction: int) -> tuple[Tensor, Tensor]:
+    """The sum of max(0, 1 − x_label + x) over all labels and all other classes, by the number of classes.
+
+    Args:
+        x: (samples, classes), or one sample.
+        target: the labels, up to the first −1.
+        reduction: as torch numbers them.
+    """
+    rows, labels = (x, target) if x.dim() > 1 else (x.reshape(1, -1), target.reshape(1, -1))
+    listed = (labels == -1).cumsum(1) == 0
+    safe = torch.where(listed, labels, 0)
+    is_label = torch.zeros_like(rows).scatter_add(1, safe, listed.to(x.dtype)) > 0
+    short = 1 - rows.gather(1, safe).unsqueeze(2) + rows.unsqueeze(1)
+    counts = (short > 0) & listed.unsqueeze(2) & ~is_label.unsqueeze(1)
+    loss = torch.where(counts, short, 0.0).sum((1, 2)) / rows.shape[1]
+    return _reduced(loss if x.dim() > 1 else loss.squeeze(0), reduction), is_label.to(x.dtype).reshape(target.shape)
 
 
 @lowers(aten._ctc_loss.default, aten._ctc_loss.Tensor)

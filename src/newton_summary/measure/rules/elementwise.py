@@ -214,7 +214,8 @@ def _elu(call: Call, order: int) -> tuple[Slope, ...]:
     alpha, scale, slope = [*call.args[1:], 1.0, 1.0, 1.0][:3]
     below = torch.where(x > 0, 0.0, alpha * scale * slope * torch.exp(torch.clamp(x, max=0.0) * slope))
     first = torch.where(x > 0, scale, below)
-    return (first, slope * below, slope**2 * below)[:order]
+    bent = torch.where(x < 0, slope * below, 0.0)  # as torch has it: at zero itself it is straight
+    return (first, bent, slope * bent)[:order]
 
 
 def _silu(call: Call, order: int) -> tuple[Slope, ...]:
@@ -241,7 +242,7 @@ def _softplus(call: Call, order: int) -> tuple[Slope, ...]:
     beta = given[0] if given else 1.0
     threshold = given[1] if len(given) > 1 else 20.0
     s = torch.where(beta * x > threshold, 1.0, torch.sigmoid(beta * x))
-    d2 = beta * s * (1 - s)
+    d2 = torch.where(beta * x < threshold, beta * s * (1 - s), 0.0)
     return (s, d2, beta * d2 * (1 - 2 * s))[:order]
 
 
