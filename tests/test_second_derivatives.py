@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 import newton_summary as ns
-from newton_summary.measure import AutoEngine, ForwardEngine, NestedEngine, Refusal
+from newton_summary.measure import AutoEngine, ForwardEngine, NestedEngine, Refusal, rules
 
 pytestmark = pytest.mark.filterwarnings("ignore:Sparse")  # torch's own words, once in a process
 
@@ -208,14 +208,36 @@ def test_a_complex_loss_is_refused(engine) -> None:
         )
 
 
-def test_what_is_refused_for_the_third_order_is_measured_up_to_the_second() -> None:
+def test_what_is_refused_for_the_third_order_is_measured_up_to_the_second(monkeypatch) -> None:
+    class Twice(rules.General):
+        def push(self, call, adjoint, sums):
+            if call.third:
+                raise NotImplementedError
+            return super().push(call, adjoint, sums)
+
+    monkeypatch.setitem(rules._RULES, torch.ops.aten.special_i0e.default, Twice())
     model, batch, engine = network(), normal(6, 4), ForwardEngine()
     u = list(model.parameters())
-    loss_fn = lambda m, x: m(x)[0].unsqueeze(1).expand(4, 3).cumprod(1).sin().mean()  # noqa: E731
-    with pytest.raises(Refusal, match="cumprod"):
+    loss_fn = lambda m, x: torch.special.i0e(m(x)).sin().mean()  # noqa: E731
+    with pytest.raises(Refusal, match="i0e"):
         ns.summarize(loss_fn, model, [batch], direction=u, engine=engine)
     got = ns.summarize(loss_fn, model, [batch], direction=u, engine=engine, order=2)
     torch.testing.assert_close(got.hessian, by_differences(loss_fn, model, batch, u), rtol=1e-7, atol=1e-9)
+
+
+@pytest.mark.parametrize("function", [torch.special.erfcx, lambda x: x.logcumsumexp(1)])
+def test_values_that_are_expanded(function) -> None:
+    model, batch = network(), normal(6, 4)
+    u = list(model.parameters())
+    loss_fn = lambda m, x: function(m(x)[0].unsqueeze(1).expand(4, 3)).sin().mean()  # noqa: E731
+    for third in ("diagonal", "full"):
+        got, expected = (
+            ns.summarize(loss_fn, model, [batch], direction=u, engine=e, third=third) for e in ("forward", "nested")
+        )
+        torch.testing.assert_close(got.hessian, by_differences(loss_fn, model, batch, u), rtol=1e-7, atol=1e-9)
+        finite = expected.third.isfinite()  # torch's third derivative of logcumsumexp is not
+        torch.testing.assert_close(got.third[finite], expected.third[finite], rtol=1e-8, atol=1e-9)
+        assert bool(got.third.isfinite().all())
 
 
 @pytest.mark.parametrize("engine", ["forward", "nested"])

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import math
 import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -20,12 +20,11 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from newton_summary._checks import check_memory
-from newton_summary.measure.autograd import own_derivatives
+from newton_summary.measure.autograd import once_differentiable, own_derivatives
 from newton_summary.measure.batches import batch_size
-from newton_summary.measure.differences import Differences, mismatch
 from newton_summary.measure.graph import Graph, first_line, lower
 from newton_summary.measure.loss import Loss, check_dependence, differentiable_recurrence, gradients_of
-from newton_summary.measure.record import Recorder, Recording, Refusal
+from newton_summary.measure.record import Leaf, Recorder, Recording, Refusal
 from newton_summary.measure.sweep import Request, Tape, sweep
 from newton_summary.partition import Partition
 from newton_summary.summary import Summary
@@ -93,7 +92,9 @@ class ForwardEngine:
             expected = None
             if is_new:
                 rewind()
-                expected = _Expected(loss, batch, request, rewind)
+                expected = _Expected(loss, batch, request)
+                if gradient is not None:
+                    expected.rows = _replayed_rows(entry.graph, recording.leaves, request)
             return self._swept(known, entry, recording, request, float(batch_size(batch)), gradient, expected)
 
     def within(self, memory: float | None) -> ForwardEngine:
@@ -271,11 +272,10 @@ def _check_gradient(tape: Tape, names: Sequence[str], wanted: Sequence[Tensor | 
 
 
 class _Expected:
-    """Gradient and one Hessian-vector product of a loss, by nested differentiation or else by differences."""
+    """Gradient and one Hessian-vector product of a loss by nested differentiation."""
 
-    def __init__(self, loss: Loss, batch: Any, request: Request, rewind: Callable[[], None]) -> None:
+    def __init__(self, loss: Loss, batch: Any, request: Request) -> None:
         parameters = request.partition.parameters
-        self._differences = lambda: Differences(loss, batch, request.partition, request.direction, rewind)
         with (
             sdpa_kernel(SDPBackend.MATH),
             loss.evaluated(batch, differentiable=True) as value,
@@ -283,38 +283,16 @@ class _Expected:
             self.is_finite = bool(value.isfinite())
             try:
                 gradient = gradients_of(value, parameters, create_graph=True)
-                self.rows = None if own_derivatives(value) else self._hessian_rows(gradient, request)
+                self.rows = None if once_differentiable(value) else _hessian_rows(gradient, parameters, request)
             except RuntimeError:  # no second derivatives by autograd
                 gradient, self.rows = gradients_of(value, parameters), None
             self.gradient = [None if g is None else g.detach() for g in gradient]
 
-    def _hessian_rows(self, gradient: Sequence[Tensor | None], request: Request) -> Tensor | None:
-        """H̄ times a vector of ones, or nothing where the loss is not twice differentiable by autograd."""
-        partition = request.partition
-        pairs = [(g, u) for g, u in zip(gradient, request.direction, strict=True) if g is not None and g.requires_grad]
-        if not pairs:
-            return torch.zeros(len(partition), dtype=torch.float64, device=partition.device)
-        product = gradients_of([g for g, _ in pairs], partition.parameters, along=[u for _, u in pairs])
-        return torch.stack(partition.dot(product, request.direction))
-
     def check_hessian(self, summary: Summary, tape: Tape) -> None:
-        """Compares H̄ times ones.
-
-        What a function of somebody's own says of its second derivatives is not asked: it may have hidden from autograd
-        what its first ones depend on.
-        """
+        """Compares H̄ times ones."""
+        if self.rows is None or not bool(self.rows.isfinite().all()):
+            return
         assert summary.hessian is not None
-        if self.rows is None:
-            is_smooth = tape.graph.coarsest == torch.float64 or not tape.graph.kinked
-            worst = mismatch(self._differences, summary.gradient, summary.hessian) if is_smooth else None
-            if worst is not None:
-                raise Refusal(
-                    f"the recorded operations have another Hessian-vector product for group {summary.names[worst]!r} "
-                    "than differences of the gradient"
-                )
-            return
-        if not bool(self.rows.isfinite().all()):
-            return
         tolerance = _derivative_tolerance(tape)
         sizes = summary.hessian.abs().sum(1)
         # a saturated loss has next to no curvature: what is then measured is the rounding of a larger whole
@@ -327,6 +305,34 @@ class _Expected:
                 f"the recorded operations have another Hessian-vector product for group {summary.names[worst]!r} than "
                 "autograd"
             )
+
+
+def _hessian_rows(gradient: Sequence[Tensor | None], parameters: Sequence[Tensor], request: Request) -> Tensor:
+    """H̄ times a vector of ones, from a gradient with its graph, by these parameters."""
+    partition = request.partition
+    pairs = [(g, u) for g, u in zip(gradient, request.direction, strict=True) if g is not None and g.requires_grad]
+    if not pairs:
+        return torch.zeros(len(partition), dtype=torch.float64, device=partition.device)
+    product = gradients_of([g for g, _ in pairs], parameters, along=[u for _, u in pairs])
+    return torch.stack(partition.dot(product, request.direction))
+
+
+def _replayed_rows(graph: Graph, leaves: Sequence[Leaf], request: Request) -> Tensor | None:
+    """H̄ times ones of the recorded operations, by autograd; nothing where it has no second derivatives of them.
+
+    Where the loss has derivatives of its own making, it is these operations that autograd is asked about, once their
+    gradient is that of the loss: a backward pass by hand often hides from autograd what it depends on.
+    """
+    parameters = [p.detach() for p in request.partition.parameters]
+    tensors = [leaves[leaf].tensor.detach() for _, leaf, _ in graph.inputs]
+    for tensor, (_, _, number) in zip(tensors, graph.inputs, strict=True):
+        if number is not None:
+            parameters[number] = tensor.requires_grad_()
+    try:
+        value = graph.run(tensors)[graph.result]
+        return _hessian_rows(gradients_of(value, parameters, create_graph=True), parameters, request)
+    except RuntimeError:
+        return None
 
 
 def _check_accelerations(tape: Tape, summary: Summary) -> None:

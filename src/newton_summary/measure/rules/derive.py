@@ -30,6 +30,11 @@ def jvp(function: Callable[..., Any], point: tuple[Tensor, ...], direction: tupl
     return value, slope
 
 
+def apart(x: Tensor) -> Tensor:
+    """The same with memory of its own for every entry, which torch's forward formulas write to."""
+    return x.clone(memory_format=torch.contiguous_format) if 0 in x.stride() else x
+
+
 class Local:
     """An operation as a function of what moves, with the tangents of all groups that reach it.
 
@@ -44,7 +49,7 @@ class Local:
         self.call = call
         self.places: list[Place] = list(call.jets)
         self.first: Groups = tuple(dict.fromkeys(g for jet in call.jets.values() for g in jet.first))
-        self.point = tuple(call.argument(p).detach() for p in self.places)
+        self.point = tuple(apart(call.argument(p).detach()) for p in self.places)
         self.dots = self._rows(second=False)
 
     def ddots(self) -> tuple[Tensor, ...]:

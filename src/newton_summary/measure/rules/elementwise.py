@@ -13,7 +13,7 @@ from typing_extensions import override
 
 from newton_summary.measure.rules.base import Rule, Sums, add_cubes
 from newton_summary.measure.rules.call import Call, Place
-from newton_summary.measure.rules.derive import jvp
+from newton_summary.measure.rules.derive import apart, jvp
 from newton_summary.measure.rules.jets import Groups, Jet, add_rows, blocks, dots, flat, rows_of
 
 aten = torch.ops.aten
@@ -139,7 +139,7 @@ def nested(call: Call, order: int) -> tuple[Slope, ...]:
     def slope(f: Callable[[Tensor], Any]) -> Callable[[Tensor], Any]:
         return lambda x: jvp(f, (x,), (torch.ones_like(x),))[1]
 
-    point = call.args[0].detach()
+    point = apart(call.args[0].detach())
     results = []
     function: Callable[[Tensor], Any] = value
     for _ in range(order):
