@@ -23,7 +23,6 @@ from newton_summary.measure import AutoEngine, ForwardEngine, Loss, NestedEngine
 from newton_summary.measure.rules import bilinear
 
 GENERAL = {  # operations that no rule of their own takes
-    "tensor_acrobatics": {"prod.dim_int"},
     "general_operations": {"atan2.default"},
 }
 NOT_DENSE = {"pinn_by_autograd", "checkpointed", "gru", "lstm"}  # torch.func does not take them
