@@ -13,12 +13,13 @@ import newton_summary_experiments
 
 CORE = {"_checks", "_frozen", "_html", "errors", "partition", "summary"}
 MAY_IMPORT: dict[str, set[str]] = {
+    "_assignment": set(),
     "_checks": set(),
     "architecture": set(),
     "_frozen": set(),
     "_html": set(),
     "errors": set(),
-    "partition": {"_checks", "architecture"},
+    "partition": {"_assignment", "_checks", "architecture"},
     "summary": {"_checks", "_html"},
     "parallel": CORE,
     "measure": CORE | {"parallel"},  # and no solver
