@@ -1,4 +1,4 @@
-"""Tables for notebooks: what ``_repr_html_`` gives.  Everything that comes from outside is escaped here."""
+"""Tables: for notebooks, what ``_repr_html_`` gives, in which all that comes from outside is escaped; and as text."""
 
 from __future__ import annotations
 
@@ -37,6 +37,20 @@ def table(caption: str, header: Sequence[str], rows: Sequence[Sequence[Cell]], s
     said = "".join(f"<li>{sentence(words)}</li>" for words in sentences)
     listed = f"<ul>{said}</ul>" if said else ""
     return f"<table><caption>{html.escape(caption)}</caption><tr>{head}</tr>{body}</table>{listed}"
+
+
+def aligned(rows: Sequence[Sequence[str]]) -> list[str]:
+    """The lines of a table of text: the first column to the left, the others to the right.
+
+    Example:
+        >>> aligned([("group", "rate"), ("a", "0.01")])
+        ['  group  rate', '  a      0.01']
+    """
+    first, *others = (max(map(len, column)) for column in zip(*rows, strict=True))
+    return [
+        "  ".join(["", name.ljust(first), *(cell.rjust(width) for cell, width in zip(cells, others, strict=True))])
+        for name, *cells in rows
+    ]
 
 
 def _cell(cell: Cell, is_name: bool) -> str:

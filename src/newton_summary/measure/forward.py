@@ -92,7 +92,7 @@ class ForwardEngine:
             expected = None
             if is_new:
                 rewind()
-                expected = _Expected(loss, batch, request)
+                expected = _Expected(loss, batch, request, own=gradient is not None)
                 if gradient is not None:
                     expected.rows = _replayed_rows(entry.graph, recording.leaves, request)
             return self._swept(known, entry, recording, request, float(batch_size(batch)), gradient, expected)
@@ -272,9 +272,16 @@ def _check_gradient(tape: Tape, names: Sequence[str], wanted: Sequence[Tensor | 
 
 
 class _Expected:
-    """Gradient and one Hessian-vector product of a loss by nested differentiation."""
+    """Gradient and one Hessian-vector product of a loss by nested differentiation.
 
-    def __init__(self, loss: Loss, batch: Any, request: Request) -> None:
+    Args:
+        loss: the loss and its model.
+        batch: what it is measured on.
+        request: what is measured.
+        own: whether the loss has derivatives of its own making: the product is then left to be filled in.
+    """
+
+    def __init__(self, loss: Loss, batch: Any, request: Request, own: bool) -> None:
         parameters = request.partition.parameters
         with (
             sdpa_kernel(SDPBackend.MATH),
@@ -283,7 +290,8 @@ class _Expected:
             self.is_finite = bool(value.isfinite())
             try:
                 gradient = gradients_of(value, parameters, create_graph=True)
-                self.rows = None if once_differentiable(value) else _hessian_rows(gradient, parameters, request)
+                unknown = own or once_differentiable(value)
+                self.rows = None if unknown else _hessian_rows(gradient, parameters, request)
             except RuntimeError:  # no second derivatives by autograd
                 gradient, self.rows = gradients_of(value, parameters), None
             self.gradient = [None if g is None else g.detach() for g in gradient]

@@ -169,6 +169,10 @@ class WholeRecurrences(TorchFunctionMode):
 @contextlib.contextmanager
 def watching(journal: Journal, model: nn.Module) -> Iterator[None]:
     """A block that a journal watches, in which recurrent layers of the model, if there are any, run as in training."""
-    recurrent = any(isinstance(module, nn.RNNBase) for module in model.modules())
-    with journal, WholeRecurrences(journal) if recurrent else contextlib.nullcontext():
+    with journal, WholeRecurrences(journal) if is_recurrent(model) else contextlib.nullcontext():
         yield
+
+
+def is_recurrent(model: nn.Module) -> bool:
+    """Whether a model has recurrent layers of torch's."""
+    return any(isinstance(module, nn.RNNBase) for module in model.modules())

@@ -17,7 +17,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from newton_summary.measure.attributes import Attributes, generator_rewinds, owners
 from newton_summary.measure.batches import fresh
 from newton_summary.measure.composed import Composed
-from newton_summary.measure.journal import Journal, watching
+from newton_summary.measure.journal import Journal, is_recurrent, watching
 from newton_summary.partition import Partition, unwrap
 
 LossFunction: TypeAlias = Callable[[Any, Any], Tensor]
@@ -245,7 +245,7 @@ def _numpy_words() -> bytes | None:
 @contextlib.contextmanager
 def differentiable_recurrence(model: nn.Module) -> Iterator[None]:
     """Switches the fused recurrent kernels off, which have no second derivatives, where the model has such layers."""
-    if not any(isinstance(module, nn.RNNBase) for module in model.modules()):
+    if not is_recurrent(model):
         yield
         return
     backends: tuple[Any, ...] = (

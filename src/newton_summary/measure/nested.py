@@ -145,6 +145,8 @@ class _Nesting:
         """
         self.tensors[0] = value.detach().to(torch.float64)
         self._checked = checked and len(self.partition) > 1
+        if self.order > 1:
+            _check_not_scaled(value)
         if self.order > 0:
             self._descend(value, ())
         return self.tensors
@@ -220,13 +222,17 @@ class _Nesting:
         return results
 
 
-def _check_differentiable(scalar: Tensor, order: int) -> None:
-    """Raises where the next derivative would lack terms."""
-    scaled = scaled_by_frequency(scalar)
+def _check_not_scaled(value: Tensor) -> None:
+    """Raises where gradients of a loss are none."""
+    scaled = scaled_by_frequency(value)
     if scaled:
         raise Refusal(
             f"scale_grad_by_freq=True makes of {scaled[0]} no derivative: set it to False where the loss is measured"
         )
+
+
+def _check_differentiable(scalar: Tensor, order: int) -> None:
+    """Raises where the next derivative would lack terms."""
     names = once_differentiable(scalar)
     if names:
         raise Refusal(

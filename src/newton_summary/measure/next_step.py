@@ -50,6 +50,16 @@ def check_needs_no_closure(optimizer: torch.optim.Optimizer) -> None:
             )
 
 
+def rates_held(optimizer: torch.optim.Optimizer) -> dict[int, float]:
+    """The learning rate of every tensor that an optimizer holds, by its identity; 0 where a group has none."""
+    return {
+        id(p): rate
+        for group in optimizer.param_groups
+        for rate in [rate_of(group) if "lr" in group else 0.0]
+        for p in group["params"]
+    }
+
+
 def rate_of(group: dict[str, Any]) -> float:
     """The learning rate of a parameter group of an optimizer; 1 where it has none.
 

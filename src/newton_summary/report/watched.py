@@ -35,7 +35,7 @@ def sections(log: MonitorLog) -> dict[str, tuple[str, str]]:
 def _advice(log: MonitorLog) -> str:
     record = log.entries[-1].record
     return (
-        f'<p class="headline">{_capital(sentence(headline(record)))}.</p>'
+        f'<p class="headline">{_said(headline(record))}.</p>'
         f'<p class="note">{_source(record)}</p>'
         f'<div class="pair"><div>{factors.picture(record)}{_key(record)}</div>{_words(record)}</div>'
         + folded("Figures of every group", _figures(record))
@@ -73,7 +73,7 @@ def _key(record: Record) -> str:
 def _words(record: Record) -> str:
     """All sentences but the one that stands above, where that is a sentence of its own."""
     rest = [words for words in record.sentences or record.words if words and words != headline(record)]
-    listed = "".join(f"<li>{_capital(sentence(words))}.</li>" for words in rest)
+    listed = "".join(f"<li>{_said(words)}.</li>" for words in rest)
     return f'<div class="words"><p class="heading">In words</p><ul>{listed}</ul></div>' if rest else ""
 
 
@@ -137,7 +137,7 @@ def _told(records: Sequence[Record]) -> str:
     rows = [
         (
             f"{span[0].step + 1:,}" + (f" – {span[-1].step + 1:,}" if len(span) > 1 else ""),
-            f'<span class="said">{_capital(sentence(headline(span[0])))}</span>',
+            f'<span class="said">{_said(headline(span[0]))}</span>',
         )
         for span in spans[-_MOST_TOLD:]
     ]
@@ -170,7 +170,7 @@ def _moment(entry: Entry) -> str:
     drawn = heatmap(entry.correlations) if entry.correlations else "<p>The interactions were not written.</p>"
     return (
         f'<section class="moment" data-label="{label}" aria-label="step {label}"><h4>Step {label}</h4>'
-        f"<p>{_capital(sentence(headline(record)))}.</p>"
+        f"<p>{_said(headline(record))}.</p>"
         f'<div class="pair"><div>{factors.picture(record)}</div><div>{drawn}</div></div></section>'
     )
 
@@ -198,6 +198,7 @@ def _file(log: MonitorLog) -> str:
     return f'<dl class="facts">{listed}</dl>' + "".join(f"<p>{note}</p>" for note in notes)
 
 
-def _capital(markup: str) -> str:
-    """A sentence with a capital letter, unless it begins with a name."""
+def _said(words: str) -> str:
+    """A sentence for the page, with a capital letter unless it begins with a name."""
+    markup = sentence(words)
     return markup[:1].upper() + markup[1:]

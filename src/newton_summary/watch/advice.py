@@ -18,7 +18,7 @@ from torch import Tensor
 
 from newton_summary import solve
 from newton_summary._checks import check_not_negative
-from newton_summary._html import Cell, table
+from newton_summary._html import Cell, aligned, table
 from newton_summary.solve import Status
 from newton_summary.summary import Summary
 
@@ -192,10 +192,8 @@ class Advice:
         interval = f"{self.level:.0%} interval"
         rows = [("group", "alone", interval, "jointly")]
         rows += [(g.name, _times(g.alone), _interval(g.low, g.high), _times(g.joint)) for g in self.groups]
-        widths = [max(len(row[i]) for row in rows) for i in range(4)]
         lines = [f"Advice from {self.batches} batch{'es' if self.batches != 1 else ''}: factors on the learning rates"]
-        lines += [f"  {a:<{widths[0]}}  {b:>{widths[1]}}  {c:>{widths[2]}}  {d:>{widths[3]}}" for a, b, c, d in rows]
-        return "\n".join(lines + [f"  {sentence}" for sentence in self.sentences()])
+        return "\n".join([*lines, *aligned(rows), *(f"  {sentence}" for sentence in self.sentences())])
 
 
 def advise(summaries: Sequence[Summary], *, regularization: float = 1.0, level: float = 0.9) -> Advice:

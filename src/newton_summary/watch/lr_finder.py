@@ -11,9 +11,9 @@ import torch
 from torch import Tensor, nn
 
 from newton_summary._checks import check_count
-from newton_summary._html import Cell, table
+from newton_summary._html import Cell, aligned, table
 from newton_summary.measure import Engine, Loss, LossFunction, resolve_engine
-from newton_summary.measure.next_step import check_needs_no_closure, next_step, rate_of
+from newton_summary.measure.next_step import check_needs_no_closure, next_step, rates_held
 from newton_summary.measure.stream import BatchStream
 from newton_summary.measure.together import OneOrSeveral, members_of, together
 from newton_summary.optim import MeasuredOptimizer
@@ -29,6 +29,7 @@ _MOST_DOUBLINGS = 6  # of all rates, up or down, in the trials
 _EPOCHS, _STEPS = 10, 1000  # of a training whose length is not told: where the data has a length, and where not
 _TRIAL = 1 / 100  # of the training, which is the length of a trial: some six or seven of them are needed
 _SHORTEST, _LONGEST = 8, 120  # of trials, in steps
+_NORMAL = 1.4826  # the standard deviation of a normal distribution in its median deviations
 _HORIZON = 1 / 4  # the power of the length of a training with which its best constant rate falls
 
 
@@ -60,10 +61,7 @@ class SuggestedRates:
     by_optimizer: list[list[dict[str, Any]]]
 
     def __repr__(self) -> str:
-        rows = [_HEADER, *self._rows()]
-        widths = [max(len(row[i]) for row in rows) for i in range(4)]
-        lines = [f"  {a:<{widths[0]}}  {b:>{widths[1]}}  {c:>{widths[2]}}  {d:>{widths[3]}}" for a, b, c, d in rows]
-        return "\n".join([self._title, *lines])
+        return "\n".join([self._title, *aligned([_HEADER, *self._rows()])])
 
     def _repr_html_(self) -> str:
         """A table for notebooks."""
@@ -238,9 +236,7 @@ def is_as_good(losses: Tensor, others: Tensor) -> bool:
     The error is from the median deviation: a few losses that explode are no excuse for themselves.
     """
     difference = losses - others
-    deviation = 1.4826 * float(
-        (difference - difference.quantile(0.5)).abs().quantile(0.5)
-    )  # as a normal distribution's
+    deviation = _NORMAL * float((difference - difference.quantile(0.5)).abs().quantile(0.5))
     return float(difference.mean()) <= deviation / math.sqrt(len(difference))
 
 
@@ -284,8 +280,7 @@ class _Trials:
 
 def _rates_of(optimizer: torch.optim.Optimizer, partition: Partition) -> dict[str, float]:
     """The learning rate of each group of a partition, that of its first tensor."""
-    rates = [(rate_of(group) if "lr" in group else 0.0, group["params"]) for group in optimizer.param_groups]
-    held = {id(p): rate for rate, parameters in rates for p in parameters}
+    held = rates_held(optimizer)
     for name, label, parameter in zip(partition.parameter_names, partition.labels, partition.parameters, strict=True):
         shape = tuple(parameter.shape)
         if not isinstance(label, int):

@@ -19,9 +19,9 @@ import torch
 from torch import Tensor
 
 from newton_summary._checks import check_count
-from newton_summary._html import Cell, table
+from newton_summary._html import Cell, aligned, table
 from newton_summary.measure import Loss
-from newton_summary.measure.next_step import rate_of
+from newton_summary.measure.next_step import rates_held
 from newton_summary.measure.stream import BatchStream
 from newton_summary.measure.together import OneOrSeveral, together
 from newton_summary.partition import Partition
@@ -181,10 +181,7 @@ class RehearsedAdvice:
         return table(f"Learning rates, rehearsed over {self.steps} steps", _HEADER, rows, [self.words])
 
     def __repr__(self) -> str:
-        rows = [_HEADER, *self._rows()]
-        widths = [max(len(row[i]) for row in rows) for i in range(4)]
-        lines = [f"  {a:<{widths[0]}}  {b:>{widths[1]}}  {c:>{widths[2]}}  {d:>{widths[3]}}" for a, b, c, d in rows]
-        return "\n".join([f"Rehearsed over {self.steps} steps: {self.words}", *lines])
+        return "\n".join([f"Rehearsed over {self.steps} steps: {self.words}", *aligned([_HEADER, *self._rows()])])
 
     def _rows(self) -> list[tuple[str, str, str, str]]:
         return [
@@ -506,12 +503,7 @@ def _dot(a: Tensor, b: Tensor) -> Tensor:
 
 def _rates_of(optimizer: torch.optim.Optimizer, partition: Partition) -> dict[Tensor, float]:
     """The learning rate of every tensor of a partition that the optimizer holds."""
-    held = {
-        id(p): rate
-        for group in optimizer.param_groups
-        for rate in [rate_of(group) if "lr" in group else 0.0]
-        for p in group["params"]
-    }
+    held = rates_held(optimizer)
     for name, label, p in zip(partition.parameter_names, partition.labels, partition.parameters, strict=True):
         if not isinstance(label, int):
             raise ValueError(
