@@ -22,6 +22,7 @@ from dataclasses import asdict, dataclass, replace
 from itertools import islice
 from pathlib import Path
 from statistics import geometric_mean, median
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
@@ -36,6 +37,9 @@ from newton_summary_experiments.data import InMemory, as_it_is, shuffled
 from newton_summary_experiments.held_out import HELD_OUT
 from newton_summary_experiments.search import half_decade
 from newton_summary_experiments.suite import PROBLEMS, Problem
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
 
 RESULTS = Path(__file__).parents[1] / "results"
 SEEDS = (0, 1, 2)
@@ -222,6 +226,12 @@ def d_adapt(model: nn.Module, rate: float, steps: int) -> torch.optim.Optimizer:
     return DAdaptAdam(model.parameters(), lr=rate)
 
 
+def soap(model: nn.Module, rate: float, steps: int) -> torch.optim.Optimizer:
+    from pytorch_optimizer import SOAP
+
+    return SOAP(model.parameters(), lr=rate, weight_decay=0.0)
+
+
 TUNED: dict[str, Maker] = {
     "adam": lambda model, rate, steps: torch.optim.Adam(model.parameters(), rate),
     "adamw-cosine": cosine,
@@ -235,6 +245,7 @@ UNTUNED: dict[str, tuple[Maker, float]] = {
     "prodigy": (prodigy, 1.0),
     "schedule-free": (schedule_free, 0.0025),
     "d-adapt": (d_adapt, 1.0),
+    "soap": (soap, 0.003),
 }
 USUAL, USUAL_RATE = "adam, 1e-3", 1e-3  # Adam as it comes: runs of its own on the grid of the search
 RIVALS = (*TUNED, USUAL, *UNTUNED)
@@ -418,7 +429,8 @@ class Verdict:
     equal_epochs: dict[str, float]
     scores: dict[str, float]
     rates: dict[str, float]
-    reached: float | None  # the share of the run's steps after which ours is at Adam's final loss
+    reached: dict[str, float | None]  # processor time to the tuned Adam's final loss, in its runs; None: not reached
+    seeds: dict[str, int]  # of the medians
 
 
 def judge(problem: Problem, baseline: Store, own: Store, forms: Sequence[str], seeds: Sequence[int]) -> Verdict:
@@ -427,14 +439,13 @@ def judge(problem: Problem, baseline: Store, own: Store, forms: Sequence[str], s
     price = {**overheads, USUAL: overheads["adam"]}
     mark_of = {name: min(round(problem.steps / price[name]), problem.steps) for name in RIVALS}
     marks = sorted(set(mark_of.values()))
-    loss, at_time_of, epochs, scores, rates = {}, {}, {}, {}, {}
+    loss, at_time_of, epochs, scores, rates, runs = {}, {}, {}, {}, {}, {}
     for name in RIVALS:
         usual = name == USUAL
         records = baseline.find(problem.name, "adam", USUAL_RATE) if usual else baseline.best(problem.name, name)
-        rates[name] = records[0].rate
+        rates[name], runs[name] = records[0].rate, records
         loss[name] = epochs[name] = median(r.loss for r in records)
         scores[name] = median(r.validation for r in records)
-    reached = None
     for form in forms:
         options = {"steps": mark_of["adam"]} if form in SCHEDULED else {"marks": marks}
         records = [own.get(problem, form, ours(problem, seed, form), 0.0, seed, **options) for seed in seeds]
@@ -445,13 +456,19 @@ def judge(problem: Problem, baseline: Store, own: Store, forms: Sequence[str], s
         at_time_of[form] = {name: at_mark[mark] for name, mark in mark_of.items()}
         loss[form] = at_time_of[form]["adam"]
         scores[form] = median(r.validation for r in records)
-        if form == "default":
-            adam = median(r.curve[-1] for r in baseline.best(problem.name, "adam"))
-            curve = [median(r.curve[i] for r in records) for i in range(POINTS)]
-            reached = next(
-                (step / problem.steps for step, v in zip(records[0].steps, curve, strict=True) if v <= adam), None
-            )
-    return Verdict(problem.name, problem.score, overheads, loss, at_time_of, epochs, scores, rates, reached)
+        runs[form] = records
+    target = median(r.curve[-1] for r in runs["adam"])
+    cost = {name: 1.0 if name in forms else 1 / price[name] for name in runs}  # of a step, in ours
+    reached = {name: time_to(target, found, cost[name] * price["adam"]) for name, found in runs.items()}
+    seeds_of = {name: len(found) for name, found in runs.items()}
+    return Verdict(problem.name, problem.score, overheads, loss, at_time_of, epochs, scores, rates, reached, seeds_of)
+
+
+def time_to(target: float, records: Sequence[Record], cost: float) -> float | None:
+    """When the median curve of some runs is at a loss, as a share of a run whose steps cost 1; None if it is never."""
+    curves = [[*r.curve, *[math.inf] * (POINTS - len(r.curve))] for r in records]
+    reached = (i for i in range(POINTS) if median(curve[i] for curve in curves) <= target)
+    return next((cost * (i + 1) / POINTS for i in reached), None)
 
 
 def ratio(verdict: Verdict, form: str, rivals: Sequence[str], of_time: bool) -> float:
@@ -568,8 +585,8 @@ def table(verdicts: Sequence[Verdict], forms: Sequence[str], suite: Suite) -> st
         "Final training loss over the whole training set in eval mode, medians of seeds. The rates of Adam, AdamW with",
         "a cosine schedule, SGD with momentum and NAdam (β = 0.9, 0.99: the direction of the default, at a constant",
         "rate) were searched for every problem over half decades (in brackets); Adam at 1e-3, Prodigy, Schedule-Free",
-        "AdamW and D-Adapt Adam run at their default rates. Ours (from “default” on) has nothing set, and stops at",
-        "the processor time of Adam's run: after 1/overhead of the steps. “steps” knows the length of the run, as the",
+        "AdamW, D-Adapt Adam and SOAP run at their default rates. Ours (from “default” on) has nothing set, and stops",
+        "at the processor time of Adam's run: after 1/overhead of the steps. “steps” knows the length of the run, as the",
         "cosine schedule does. The overhead is against torch's Adam as it comes, and in brackets with `fused=True`.",
         f"Written by `python benchmarks/untuned.py judge --suite {suite.name}`.",
         "",
@@ -577,7 +594,8 @@ def table(verdicts: Sequence[Verdict], forms: Sequence[str], suite: Suite) -> st
         "|" + "---|" * (len(names) + 2),
     ]
     for v in verdicts:
-        cells = [f"{v.loss[n]:.3g}" + (f" ({v.rates[n]:g})" if n in TUNED else "") for n in names]
+        few = {n: f", {v.seeds[n]} of {len(SEEDS)} seeds" * (v.seeds[n] < len(SEEDS)) for n in names}
+        cells = [f"{v.loss[n]:.3g}" + (f" ({v.rates[n]:g})" if n in TUNED else "") + few[n] for n in names]
         lines.append(f"| {v.problem} | {v.overheads['adam']:.2f} ({v.overheads[FUSED]:.2f}) | {' | '.join(cells)} |")
     for title in ("equal processor time", "equal epochs"):
         timed = title == "equal processor time"
@@ -603,29 +621,40 @@ def table(verdicts: Sequence[Verdict], forms: Sequence[str], suite: Suite) -> st
     for v in verdicts:
         name = v.problem if v.score == "accuracy" else f"*{v.problem}*"
         lines.append(f"| {name} | {' | '.join(f'{v.scores[n]:.4g}' for n in names)} |")
-    lines += ["", "## Steps to the tuned Adam's final loss", ""]
-    lines += ["| problem | share of the run (in eighths) |", "|---|---|"]
-    lines += [f"| {v.problem} | {'not reached' if v.reached is None else f'{v.reached:.2f}'} |" for v in verdicts]
+    lines += ["", "## Processor time to the tuned Adam's final loss", ""]
+    lines += ["In runs of the tuned Adam; curves are looked at every eighth of a run. “–”: not reached.", ""]
+    lines += ["| problem | " + " | ".join(names) + " |", "|" + "---|" * (len(names) + 1)]
+    for v in verdicts:
+        cells = ["–" if v.reached[n] is None else f"{v.reached[n]:.2f}" for n in names]
+        lines.append(f"| {v.problem} | {' | '.join(cells)} |")
     return "\n".join(lines) + "\n"
 
 
-def profile(verdicts: Sequence[Verdict], names: Sequence[str], path: Path) -> None:
-    """Which share of the problems each optimizer solves to within a factor of the best."""
+def profiles(verdicts: Sequence[Verdict], names: Sequence[str], path: Path) -> None:
+    """Which share of the problems each optimizer solves to within a factor of the best: in loss, and in time."""
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(7, 4.2), layout="constrained")
-    axes = figure.subplots()
+    figure = Figure(figsize=(12, 4.4), layout="constrained")
+    of_loss, of_time = figure.subplots(1, 2)
     for name in names:
-        ratios = sorted(v.loss[name] / min(v.loss[n] for n in names) for v in verdicts)
-        shares = [(i + 1) / len(ratios) for i in range(len(ratios))]
         style = {"color": "black", "linewidth": 2.5} if name in FORMS else {"linewidth": 1.2}
-        dashes = "--" if name in SCHEDULED else "-"
-        axes.step([1, *ratios], [0, *shares], where="post", label=name, linestyle=dashes, **style)
-    axes.set(
-        xscale="log", xlim=(1, 30), ylim=(0, 1.02), xlabel="training loss / the best one", ylabel="share of problems"
-    )
-    axes.legend(fontsize=8)
+        style |= {"linestyle": "--" if name in SCHEDULED else "-", "where": "post", "label": name}
+        _curve(of_loss, [v.loss[name] / min(v.loss[n] for n in names) for v in verdicts], style)
+        least = [min((t for n in names if (t := v.reached[n]) is not None), default=None) for v in verdicts]
+        times = [(v.reached[name], of) for v, of in zip(verdicts, least, strict=True)]
+        _curve(of_time, [t / of if t is not None and of is not None else math.inf for t, of in times], style)
+    of_loss.set(xscale="log", xlim=(1, 30), ylabel="share of problems", xlabel="training loss / the best one")
+    of_time.set(xscale="log", xlim=(1, 8), xlabel="processor time to the tuned Adam's loss / the shortest one")
+    for axes in (of_loss, of_time):
+        axes.set_ylim(0, 1.02)
+    of_loss.legend(fontsize=8)
     figure.savefig(path, dpi=150)
+
+
+def _curve(axes: Axes, ratios: Sequence[float], style: dict[str, object]) -> None:
+    """The share of the ratios up to each."""
+    shares = [(i + 1) / len(ratios) for i in range(len(ratios))]
+    axes.step([1, *sorted(ratios)], [0, *shares], **style)
 
 
 def main() -> None:
@@ -669,7 +698,7 @@ def main() -> None:
             json.dumps([asdict(v) for v in verdicts], indent=1), encoding="utf-8"
         )
         shown = [*RIVALS, *(f for f in arguments.forms if f in ("default", "steps"))]
-        profile(verdicts, shown, suite.folder / "profile.png")
+        profiles(verdicts, shown, suite.folder / "profile.png")
 
 
 if __name__ == "__main__":

@@ -54,13 +54,23 @@ def test_ratios_are_to_the_best_rival_after_its_own_time_or_after_as_many_epochs
         equal_epochs={"default": 0.1},
         scores={},
         rates={},
-        reached=None,
+        reached={},
+        seeds={},
     )
     assert untuned.ratio(verdict, "default", ["adam"], of_time=True) == pytest.approx(0.3 / 0.4)
     assert untuned.ratio(verdict, "default", ["adam", "sgd"], of_time=True) == pytest.approx(0.5 / 0.2)
     assert untuned.ratio(verdict, "default", ["adam", "sgd"], of_time=False) == pytest.approx(0.1 / 0.2)
     assert untuned.clipped([0.001, 100.0, 1.0]) == pytest.approx(1.0)
     assert untuned.clipped([0.5, 0.5]) == pytest.approx(0.5)
+
+
+def test_the_time_to_a_loss_is_that_of_the_median_curve(untuned) -> None:
+    runs = [record(untuned, [start - 0.1 * i for i in range(8)]) for start in (0.9, 1.0, 5.0)]
+    assert untuned.time_to(0.71, runs, cost=1.2) == pytest.approx(1.2 * 4 / 8)
+    assert untuned.time_to(0.1, runs, cost=1.2) is None
+    ended_early = record(untuned, [0.9, float("inf")])
+    assert untuned.time_to(0.9, [ended_early], cost=1.0) == pytest.approx(1 / 8)
+    assert untuned.time_to(0.5, [ended_early], cost=1.0) is None
 
 
 def test_a_store_runs_nothing_twice_and_knows_the_best_rate(untuned, tmp_path) -> None:
