@@ -1,0 +1,231 @@
+"""Suggested rates for a trained body with a fresh head, against layer-wise decay: writes results/finetuning.md.
+
+    python benchmarks/finetuning.py            two tasks, three seeds: about half an hour on one core
+
+Two networks are trained, lose their heads, and learn something else: a residual network the other five classes of
+CIFAR-10, a transformer other plays of Shakespeare.  AdamW trains them at the rates of ``suggest_rates``, which is told
+the number of steps and nothing else, and at every pair of a sweep: the head's rate, and the factor by which the rate
+falls from each layer to the one before it, 1 being one rate for all.  Runs stay in results/finetuning.jsonl, and what
+is there is not run again.
+"""
+
+from __future__ import annotations
+
+import copy
+import json
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from statistics import median
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+from torch.utils.data import DataLoader, TensorDataset
+from tqdm import tqdm
+
+import newton_summary as ns
+from newton_summary_experiments import data
+from newton_summary_experiments.suite import Block, Residual, seeded, text
+from newton_summary_experiments.tasks import cross_entropy
+
+RESULTS = Path(__file__).parents[1] / "results"
+SEEDS = (0, 1, 2)
+HEAD_RATES = (3e-4, 1e-3, 3e-3, 1e-2)
+DECAYS = (1.0, 0.95, 0.85, 0.75, 0.65)
+BEFORE, STEPS, BATCH = 600, 300, 32
+BEFORE_RATE = 3e-3  # of Adam, before the head is fresh
+
+Samples = tuple[Tensor, Tensor]
+
+
+@dataclass(frozen=True)
+class Task:
+    """What a body is trained on, and what it is then fine-tuned on.
+
+    Args:
+        name: of the table.
+        make: an untrained model; its children are its layers, from the input to the head.
+        before: samples for the body.
+        after: samples to fine-tune on.
+        held: samples of the same kind, to validate on.
+        loss_fn: the loss.
+        classes: that the fresh head has.
+    """
+
+    name: str
+    make: Callable[[], nn.Sequential]
+    before: Samples
+    after: Samples
+    held: Samples
+    loss_fn: ns.measure.LossFunction
+    classes: int
+
+
+class Characters(nn.Module):
+    """Characters and their places as vectors."""
+
+    def __init__(self, width: int, length: int, characters: int = 65) -> None:
+        super().__init__()
+        self.token, self.place = nn.Embedding(characters, width), nn.Embedding(length, width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.token(x) + self.place.weight[: x.shape[1]]
+
+
+def of_characters(model: nn.Module, batch: Samples) -> Tensor:
+    return functional.cross_entropy(model(batch[0]).flatten(0, 1), batch[1].flatten())
+
+
+def _residual() -> nn.Sequential:
+    stem = nn.Sequential(nn.Conv2d(3, 12, 3, padding=1, bias=False), nn.BatchNorm2d(12), nn.ReLU())
+    pooled = nn.Sequential(Residual(24, 48, 2), nn.AdaptiveAvgPool2d(1), nn.Flatten())
+    return nn.Sequential(stem, Residual(12, 12, 1), Residual(12, 24, 2), pooled, nn.Linear(48, 5))
+
+
+def _transformer(width: int = 48, length: int = 32) -> nn.Sequential:
+    blocks = [Block(width, 4) for _ in range(3)]
+    return nn.Sequential(Characters(width, length), *blocks, nn.LayerNorm(width), nn.Linear(width, 65))
+
+
+@cache
+def tasks() -> tuple[Task, ...]:
+    """Both."""
+    (x, y), (x_held, y_held) = (data.read(data.CIFAR10).train, data.read(data.CIFAR10).validation)
+    codes = text().train[0].flatten()
+    plays = codes[: len(codes) // 32 * 32 - 32].view(-1, 32), codes[1 : len(codes) // 32 * 32 - 31].view(-1, 32)
+    first, other, last = (
+        tuple(t[part] for t in plays) for part in (slice(8000), slice(16000, 20000), slice(-1000, None))
+    )
+    return (
+        Task(
+            "residual network, five classes of CIFAR-10, then the other five",
+            _residual,
+            (x[y < 5], y[y < 5]),
+            (x[y >= 5][:3000], y[y >= 5][:3000] - 5),
+            (x_held[y_held >= 5], y_held[y_held >= 5] - 5),
+            cross_entropy,
+            5,
+        ),
+        Task("transformer, plays of Shakespeare, then others", _transformer, first, other, last, of_characters, 65),
+    )
+
+
+def batches(samples: Samples, seed: int) -> Iterator[Samples]:
+    """Without end, each epoch in an order of its own."""
+    generator = torch.Generator().manual_seed(seed)
+    while True:
+        for index in torch.randperm(len(samples[1]), generator=generator).split(BATCH):
+            if len(index) == BATCH:
+                yield samples[0][index], samples[1][index]
+
+
+def train(task: Task, model: nn.Module, optimizer: torch.optim.Optimizer, samples: Samples, seed: int, n: int) -> None:
+    stream = batches(samples, seed)
+    for _ in range(n):
+        optimizer.zero_grad()
+        task.loss_fn(model, next(stream)).backward()
+        optimizer.step()
+
+
+@torch.no_grad()
+def loss_over(task: Task, model: nn.Module, samples: Samples) -> float:
+    """The mean loss in eval mode."""
+    model.eval()
+    parts = zip(samples[0].split(500), samples[1].split(500), strict=True)
+    total = sum(len(batch[1]) * float(task.loss_fn(model, batch)) for batch in parts)
+    model.train()
+    return total / len(samples[1])
+
+
+def pretrained(task: Task, seed: int) -> nn.Sequential:
+    """A trained body with a fresh head."""
+    model = seeded(task.make)(seed)
+    train(task, model, torch.optim.Adam(model.parameters(), BEFORE_RATE), task.before, seed, BEFORE)
+    width = model[-1].in_features
+    model[-1] = seeded(lambda: nn.Linear(width, task.classes))(seed + 100)
+    return model
+
+
+def decayed(model: nn.Sequential, rate: float, decay: float) -> list[dict[str, object]]:
+    """A rate for each layer, from the head down."""
+    layers = list(reversed([layer for layer in model if any(True for _ in layer.parameters())]))
+    return [{"params": list(layer.parameters()), "lr": rate * decay**depth} for depth, layer in enumerate(layers)]
+
+
+def runs_of(task: Task, seed: int, known: Callable[[str], bool]) -> Iterator[tuple[str, dict[str, float]]]:
+    """Whatever is not known yet, by name: "suggested", or the head's rate and the decay."""
+    body = pretrained(task, seed)
+    for name in ("suggested", *(f"{rate:g}, {decay:g}" for rate in HEAD_RATES for decay in DECAYS)):
+        if known(name):
+            continue
+        model, start = copy.deepcopy(body), time.process_time()
+        if name == "suggested":
+            loader = DataLoader(TensorDataset(*task.after), BATCH, shuffle=True, drop_last=True)
+            usual = torch.optim.AdamW(model.parameters(), 1e-3)
+            groups = ns.suggest_rates(task.loss_fn, model, loader, usual, steps=STEPS, seed=seed).param_groups
+        else:
+            groups = decayed(model, *map(float, name.split(", ")))
+        found, start = time.process_time() - start, time.process_time()
+        train(task, model, torch.optim.AdamW(groups), task.after, seed + 1, STEPS)
+        trained = time.process_time() - start
+        losses = {"train": loss_over(task, model, task.after), "held": loss_over(task, model, task.held)}
+        yield name, losses | {"share": found / trained}
+
+
+def table(records: list[dict[str, object]]) -> str:
+    lines = [
+        "# Fine-tuning: suggested rates and layer-wise decay",
+        "",
+        f"A trained body with a fresh head, {STEPS} steps of AdamW in batches of {BATCH}. Losses are those at the end,",
+        "over all that it was fine-tuned on and over what was held out, medians of seeds. “Best decay” and “one rate”",
+        "are the best pair of head's rate and decay, and the best rate without a decay, of a sweep of "
+        f"{len(HEAD_RATES)} × {len(DECAYS)}, each",
+        "chosen by the loss of its own row. Time is that of the suggestion, as a share of the training that follows.",
+        "Written by",
+        "`python benchmarks/finetuning.py`.",
+        "",
+        "| task | loss | suggested | best decay | one rate | suggested / best decay | time | seeds |",
+        "|---|---|---|---|---|---|---|---|",
+    ]
+    for task in tasks():
+        of_task = [r for r in records if r["task"] == task.name]
+        seeds = {r["seed"] for r in of_task}
+        for which, shown in (("train", "training"), ("held", "held out")):
+            medians = {
+                name: median(r[which] for r in of_task if r["run"] == name) for name in {r["run"] for r in of_task}
+            }
+            ours = medians.pop("suggested")
+            best = min(medians, key=lambda name: medians[name])
+            uniform = min((name for name in medians if name.endswith(", 1")), key=lambda name: medians[name])
+            share = median(r["share"] for r in of_task if r["run"] == "suggested")
+            cells = [f"{medians[name]:.3g} ({name.replace(', ', ' × ')})" for name in (best, uniform)]
+            lines.append(
+                f"| {task.name} | {shown} | {ours:.3g} | {cells[0]} | {cells[1].split(' ×')[0]}) "
+                f"| {ours / medians[best]:.2f} | {share:.0%} | {len(seeds)} |"
+            )
+    return "\n".join(lines) + "\n"
+
+
+def main() -> None:
+    torch.set_num_threads(1)
+    path = RESULTS / "finetuning.jsonl"
+    records = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+    for seed, task in tqdm([(seed, task) for seed in SEEDS for task in tasks()], desc="tasks"):
+        done = {r["run"] for r in records if (r["task"], r["seed"]) == (task.name, seed)}
+        if len(done) == 1 + len(HEAD_RATES) * len(DECAYS):
+            continue
+        for name, numbers in runs_of(task, seed, done.__contains__):
+            short = {key: float(f"{value:.4g}") for key, value in numbers.items()}
+            records.append({"task": task.name, "seed": seed, "run": name, **short})
+            with path.open("a", encoding="utf-8") as file:
+                file.write(json.dumps(records[-1]) + "\n")
+    text_of = table(records)
+    (RESULTS / "finetuning.md").write_text(text_of, encoding="utf-8")
+    print(text_of)
+
+
+if __name__ == "__main__":
+    main()
