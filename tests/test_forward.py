@@ -350,6 +350,22 @@ REFUSED = {
 }
 
 
+def test_the_first_order_alone_takes_one_gradient():
+    class NotAsked(ForwardEngine):
+        def measure(self, *_):
+            raise AssertionError("the forward engine was asked")
+
+    case = CASES["mlp"]()
+    direction = [torch.randn_like(p) for p in case.model.parameters()]
+    summary = ns.summarize(
+        case.loss_fn, case.model, [case.batch], order=1, direction=direction, engine=AutoEngine(NotAsked())
+    )
+    gradients = torch.autograd.grad(case.loss_fn(case.model, case.batch), list(case.model.parameters()))
+    expected = torch.stack([(g * u).sum() for g, u in zip(gradients, direction, strict=True)])
+    torch.testing.assert_close(summary.gradient, expected.double())
+    assert summary.hessian is None
+
+
 @pytest.mark.parametrize("loss_fn", REFUSED, ids=lambda f: f.__name__)
 def test_refusals(loss_fn):
     with torch.random.fork_rng(devices=[]):

@@ -143,6 +143,11 @@ def test_patterns_take_parameters_in_their_order():
     }
 
 
+def test_a_group_may_have_several_patterns():
+    partition = Partition.from_patterns(small(), {"ends": ["3.*", "0.*"], "middle": ("1.*",)})
+    assert members(partition) == {"ends": (*NAMES[:2], *NAMES[4:]), "middle": NAMES[2:4]}
+
+
 def test_patterns_leave_an_empty_rest_out_and_may_share_it():
     assert Partition.from_patterns(small(), {"all": "*"}, rest="other").names == ("all",)
     joined = Partition.from_patterns(small(), {"a": "0.*", "b": "3.*"}, rest="a")
@@ -374,7 +379,7 @@ def test_what_is_no_group(groups):
 
 
 def test_a_pattern_that_matches_nothing():
-    with pytest.raises(ValueError, match=r"group 'x' is empty: its pattern '9.\*' matches no trainable parameter"):
+    with pytest.raises(ValueError, match=r"group 'x' is empty: '9.\*' matches no trainable parameter"):
         Partition.from_patterns(small(), {"x": "9.*"}, rest="other")
     with pytest.raises(ValueError, match="group 'b' is empty"):
         Partition.from_patterns(small(), {"a": "*", "b": "0.*"})

@@ -165,27 +165,35 @@ class Partition:
         return cls(_gather(pairs), model)
 
     @classmethod
-    def from_patterns(cls, model: nn.Module, patterns: Mapping[str, str], rest: str | None = None) -> Partition:
-        """Groups by shell-style patterns on parameter names; a parameter goes to the first pattern that it matches.
+    def from_patterns(
+        cls, model: nn.Module, patterns: Mapping[str, str | Sequence[str]], rest: str | None = None
+    ) -> Partition:
+        """Groups by shell-style patterns on parameter names; a parameter goes to the first group that it matches.
 
         Args:
             model: the module whose parameters are split.
-            patterns: the name of each group and its pattern, such as ``{"attention": "*.attn.*"}``.
+            patterns: the name of each group and its pattern, or several, such as
+                ``{"attention": "*.attn.*", "ends": ["embedding.*", "head.*"]}``.
             rest: the name of a last group for what no pattern matches.  It is left out when nothing remains.
 
         Raises:
-            ValueError: a pattern matches nothing that an earlier one left, or a parameter matches none and ``rest`` is
-                not given.
+            ValueError: a group's patterns match nothing that an earlier one left, or a parameter matches none and
+                ``rest`` is not given.
         """
         groups: dict[str, list[str]] = {name: [] for name in patterns}
         left: list[str] = []
         for name in trainable_parameters(model):
-            matching = (groups[group] for group, pattern in patterns.items() if fnmatch.fnmatchcase(name, pattern))
+            matching = (
+                groups[group]
+                for group, one_or_several in patterns.items()
+                for pattern in ([one_or_several] if isinstance(one_or_several, str) else one_or_several)
+                if fnmatch.fnmatchcase(name, pattern)
+            )
             next(matching, left).append(name)
         for group, members in groups.items():
             if not members:
                 raise ValueError(
-                    f"group {group!r} is empty: its pattern {patterns[group]!r} matches no trainable parameter that an "
+                    f"group {group!r} is empty: {patterns[group]!r} matches no trainable parameter that an "
                     "earlier pattern left"
                 )
         if left and rest is None:

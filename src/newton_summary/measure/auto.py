@@ -48,7 +48,7 @@ class AutoEngine:
         Raises:
             Refusal: neither can; both reasons are named.
         """
-        if order > 3:
+        if order not in (2, 3):  # the first is one gradient
             return self.nested.measure(loss, batch, partition, direction, order, third)
         try:
             return self.forward.measure(loss, batch, partition, direction, order, third)
