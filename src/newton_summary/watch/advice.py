@@ -178,9 +178,9 @@ class Advice:
         return flat | {"batches": self.batches, "status": self.status.name, "words": "; ".join(self.sentences())}
 
     def _repr_html_(self) -> str:
-        """A table for notebooks, with all sentences; factors that may as well be 1 are grey."""
+        """A table for notebooks, with all sentences; groups that they do not single out are grey."""
         rows = [
-            [Cell(text, grey=not (g.low > 1 or g.high < 1)) for text in (g.name, _times(g.alone), interval, joint)]
+            [Cell(text, grey=not tells(g.words)) for text in (g.name, _times(g.alone), interval, joint)]
             for g in self.groups
             for interval, joint in [(_interval(g.low, g.high), _times(g.joint))]
         ]
