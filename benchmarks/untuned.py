@@ -441,8 +441,12 @@ def judge(problem: Problem, baseline: Store, own: Store, forms: Sequence[str], s
     marks = sorted(set(mark_of.values()))
     loss, at_time_of, epochs, scores, rates, runs = {}, {}, {}, {}, {}, {}
     for name in RIVALS:
-        usual = name == USUAL
-        records = baseline.find(problem.name, "adam", USUAL_RATE) if usual else baseline.best(problem.name, name)
+        if name in TUNED:
+            records = baseline.best(problem.name, name)
+        elif name == USUAL:
+            records = baseline.find(problem.name, "adam", USUAL_RATE)
+        else:
+            records = baseline.find(problem.name, name)
         rates[name], runs[name] = records[0].rate, records
         loss[name] = epochs[name] = median(r.loss for r in records)
         scores[name] = median(r.validation for r in records)
