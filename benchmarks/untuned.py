@@ -45,6 +45,7 @@ RESULTS = Path(__file__).parents[1] / "results"
 SEEDS = (0, 1, 2)
 POINTS = 8
 CURVE_SAMPLES = 2000
+ROUNDING = torch.finfo(torch.float32).eps  # of a loss
 
 Maker = Callable[[nn.Module, float, int], torch.optim.Optimizer]  # from a model, a rate and the number of steps
 
@@ -476,9 +477,13 @@ def time_to(target: float, records: Sequence[Record], cost: float) -> float | No
 
 
 def ratio(verdict: Verdict, form: str, rivals: Sequence[str], of_time: bool) -> float:
-    """Our loss against that of the best of some rivals, after its own processor time or after as many epochs."""
+    """Our loss against that of the best of some rivals, after its own processor time or after as many epochs.
+
+    Below the rounding of float32 a loss is as good as the next.
+    """
     rival = min(rivals, key=lambda name: verdict.loss[name])
-    return (verdict.at_time_of[form][rival] if of_time else verdict.equal_epochs[form]) / verdict.loss[rival]
+    own = verdict.at_time_of[form][rival] if of_time else verdict.equal_epochs[form]
+    return max(own, ROUNDING) / max(verdict.loss[rival], ROUNDING)
 
 
 def clipped(ratios: Sequence[float]) -> float:
@@ -500,7 +505,7 @@ def failure(record: Record) -> str:
         return "not finite"
     if record.curve[-1] > record.initial / 2:
         return "above half the initial loss"
-    best = max(min(record.curve), torch.finfo(torch.float32).eps)
+    best = max(min(record.curve), ROUNDING)
     return "above 3 × its best" if record.curve[-1] > 3 * best else ""
 
 
@@ -643,9 +648,10 @@ def profiles(verdicts: Sequence[Verdict], names: Sequence[str], path: Path) -> N
     for name in names:
         style = {"color": "black", "linewidth": 2.5} if name in FORMS else {"linewidth": 1.2}
         style |= {"linestyle": "--" if name in SCHEDULED else "-", "where": "post", "label": name}
-        _curve(of_loss, [v.loss[name] / min(v.loss[n] for n in names) for v in verdicts], style)
-        least = [min((t for n in names if (t := v.reached[n]) is not None), default=None) for v in verdicts]
-        times = [(v.reached[name], of) for v, of in zip(verdicts, least, strict=True)]
+        best = [max(min(v.loss[n] for n in names), ROUNDING) for v in verdicts]
+        _curve(of_loss, [max(v.loss[name] / least, 1.0) for v, least in zip(verdicts, best, strict=True)], style)
+        soonest = [min((t for n in names if (t := v.reached[n]) is not None), default=None) for v in verdicts]
+        times = [(v.reached[name], of) for v, of in zip(verdicts, soonest, strict=True)]
         _curve(of_time, [t / of if t is not None and of is not None else math.inf for t, of in times], style)
     of_loss.set(xscale="log", xlim=(1, 30), ylabel="share of problems", xlabel="training loss / the best one")
     of_time.set(xscale="log", xlim=(1, 8), xlabel="processor time to the tuned Adam's loss / the shortest one")

@@ -60,6 +60,8 @@ def test_ratios_are_to_the_best_rival_after_its_own_time_or_after_as_many_epochs
     assert untuned.ratio(verdict, "default", ["adam"], of_time=True) == pytest.approx(0.3 / 0.4)
     assert untuned.ratio(verdict, "default", ["adam", "sgd"], of_time=True) == pytest.approx(0.5 / 0.2)
     assert untuned.ratio(verdict, "default", ["adam", "sgd"], of_time=False) == pytest.approx(0.1 / 0.2)
+    none = replace(verdict, loss={"adam": 0.0}, equal_epochs={"default": 1e-20})
+    assert untuned.ratio(none, "default", ["adam"], of_time=False) == 1.0, "both are below rounding"
     assert untuned.clipped([0.001, 100.0, 1.0]) == pytest.approx(1.0)
     assert untuned.clipped([0.5, 0.5]) == pytest.approx(0.5)
 
