@@ -432,6 +432,7 @@ class Verdict:
     rates: dict[str, float]
     reached: dict[str, float | None]  # processor time to the tuned Adam's final loss, in its runs; None: not reached
     seeds: dict[str, int]  # of the medians
+    stopped: dict[str, float]  # everyone's loss at the processor time of Adam's run, at the latest
 
 
 def judge(problem: Problem, baseline: Store, own: Store, forms: Sequence[str], seeds: Sequence[int]) -> Verdict:
@@ -466,7 +467,11 @@ def judge(problem: Problem, baseline: Store, own: Store, forms: Sequence[str], s
     cost = {name: 1.0 if name in forms else 1 / price[name] for name in runs}  # of a step, in ours
     reached = {name: time_to(target, found, cost[name] * price["adam"]) for name, found in runs.items()}
     seeds_of = {name: len(found) for name, found in runs.items()}
-    return Verdict(problem.name, problem.score, overheads, loss, at_time_of, epochs, scores, rates, reached, seeds_of)
+    stopped = {name: at_time(1.0, runs[name], cost[name] * price["adam"]) for name in RIVALS}
+    stopped |= {form: loss[form] for form in forms}
+    return Verdict(
+        problem.name, problem.score, overheads, loss, at_time_of, epochs, scores, rates, reached, seeds_of, stopped
+    )
 
 
 def time_to(target: float, records: Sequence[Record], cost: float) -> float | None:
@@ -476,14 +481,33 @@ def time_to(target: float, records: Sequence[Record], cost: float) -> float | No
     return next((cost * (i + 1) / POINTS for i in reached), None)
 
 
-def ratio(verdict: Verdict, form: str, rivals: Sequence[str], of_time: bool) -> float:
-    """Our loss against that of the best of some rivals, after its own processor time or after as many epochs.
+def at_time(time: float, records: Sequence[Record], cost: float) -> float:
+    """The median loss of some runs at a time, as a share of a run whose steps cost 1; between points, logarithmically.
 
-    Below the rounding of float32 a loss is as good as the next.
+    A run that is over by then counts as it ended.
     """
+    if cost <= time:
+        return median(r.loss for r in records)
+    place = POINTS * time / cost  # in points of the curve, the first of which is after an eighth of the run
+    before, share = int(place), place - int(place)
+    losses = []
+    for record in records:
+        curve = [record.initial, *record.curve, *[math.inf] * (POINTS - len(record.curve))]
+        low, high = (_floored(curve[i]) for i in (before, before + 1))
+        losses.append(low ** (1 - share) * high**share)
+    return median(losses)
+
+
+def ratio(verdict: Verdict, form: str, rivals: Sequence[str], of_time: bool) -> float:
+    """Our loss against that of the best of some rivals, after its own processor time or after as many epochs."""
     rival = min(rivals, key=lambda name: verdict.loss[name])
     own = verdict.at_time_of[form][rival] if of_time else verdict.equal_epochs[form]
-    return max(own, ROUNDING) / max(verdict.loss[rival], ROUNDING)
+    return _floored(own) / _floored(verdict.loss[rival])
+
+
+def _floored(loss: float) -> float:
+    """Below the rounding of float32 a loss is as good as the next."""
+    return max(loss, ROUNDING)
 
 
 def clipped(ratios: Sequence[float]) -> float:
@@ -505,7 +529,7 @@ def failure(record: Record) -> str:
         return "not finite"
     if record.curve[-1] > record.initial / 2:
         return "above half the initial loss"
-    best = max(min(record.curve), ROUNDING)
+    best = _floored(min(record.curve))
     return "above 3 × its best" if record.curve[-1] > 3 * best else ""
 
 
@@ -610,7 +634,8 @@ def table(verdicts: Sequence[Verdict], forms: Sequence[str], suite: Suite) -> st
         timed = title == "equal processor time"
         lines += ["", f"## Ratios of losses at {title}", ""]
         lines += [
-            "Geometric means over the problems, each ratio clipped to [1/3, 3]; the worst problem in brackets.",
+            "Geometric means over the problems, each ratio clipped to [1/3, 3]; the worst problem in brackets. Losses",
+            "below the rounding of float32, 1.2e-7, count as that.",
             *(
                 ["The processor time is that of each rival's own run; ours never takes more steps than the rival."]
                 * timed
@@ -625,6 +650,12 @@ def table(verdicts: Sequence[Verdict], forms: Sequence[str], suite: Suite) -> st
                 ratios = [ratio(v, form, rivals, timed) for v in verdicts]
                 cells.append(f"{clipped(ratios):.2f} ({max(ratios):.2f})")
             lines.append(f"| {form} | {' | '.join(cells)} |")
+    lines += ["", "## Ratios of losses where all stop at the processor time of Adam's run", ""]
+    lines += ["A rival whose steps take longer has then taken fewer; one whose steps take less ends its run.", ""]
+    lines += ["| ours | " + " | ".join(RIVALS) + " |", "|" + "---|" * (len(RIVALS) + 1)]
+    for form in forms:
+        ratios = {n: [_floored(v.stopped[form]) / _floored(v.stopped[n]) for v in verdicts] for n in RIVALS}
+        lines.append(f"| {form} | {' | '.join(f'{clipped(r):.2f} ({max(r):.2f})' for r in ratios.values())} |")
     lines += ["", "## Validation", "", "Accuracy; of problems in italics the loss.", ""]
     lines += ["| problem | " + " | ".join(names) + " |", "|" + "---|" * (len(names) + 1)]
     for v in verdicts:
@@ -648,7 +679,7 @@ def profiles(verdicts: Sequence[Verdict], names: Sequence[str], path: Path) -> N
     for name in names:
         style = {"color": "black", "linewidth": 2.5} if name in FORMS else {"linewidth": 1.2}
         style |= {"linestyle": "--" if name in SCHEDULED else "-", "where": "post", "label": name}
-        best = [max(min(v.loss[n] for n in names), ROUNDING) for v in verdicts]
+        best = [_floored(min(v.loss[n] for n in names)) for v in verdicts]
         _curve(of_loss, [max(v.loss[name] / least, 1.0) for v, least in zip(verdicts, best, strict=True)], style)
         soonest = [min((t for n in names if (t := v.reached[n]) is not None), default=None) for v in verdicts]
         times = [(v.reached[name], of) for v, of in zip(verdicts, soonest, strict=True)]

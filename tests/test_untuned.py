@@ -56,6 +56,7 @@ def test_ratios_are_to_the_best_rival_after_its_own_time_or_after_as_many_epochs
         rates={},
         reached={},
         seeds={},
+        stopped={},
     )
     assert untuned.ratio(verdict, "default", ["adam"], of_time=True) == pytest.approx(0.3 / 0.4)
     assert untuned.ratio(verdict, "default", ["adam", "sgd"], of_time=True) == pytest.approx(0.5 / 0.2)
@@ -73,6 +74,13 @@ def test_the_time_to_a_loss_is_that_of_the_median_curve(untuned) -> None:
     ended_early = record(untuned, [0.9, float("inf")])
     assert untuned.time_to(0.9, [ended_early], cost=1.0) == pytest.approx(1 / 8)
     assert untuned.time_to(0.5, [ended_early], cost=1.0) is None
+
+
+def test_a_slower_rival_has_taken_fewer_steps_at_a_time(untuned) -> None:
+    run = record(untuned, [2.0 * 0.5**i for i in range(1, 9)])  # it begins at 2, and halves from point to point
+    assert untuned.at_time(1.0, [run], cost=0.5) == run.loss
+    assert untuned.at_time(1.0, [run], cost=2.0) == pytest.approx(2.0 * 0.5**4)
+    assert untuned.at_time(1.0, [run], cost=16.0) == pytest.approx(2.0 * 0.5**0.5)
 
 
 def test_a_store_runs_nothing_twice_and_knows_the_best_rate(untuned, tmp_path) -> None:
