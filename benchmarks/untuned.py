@@ -492,9 +492,13 @@ def at_time(time: float, records: Sequence[Record], cost: float) -> float:
     before, share = int(place), place - int(place)
     losses = []
     for record in records:
-        curve = [record.initial, *record.curve, *[math.inf] * (POINTS - len(record.curve))]
+        if not math.isfinite(record.loss):
+            losses.append(math.inf)
+            continue
+        curve = [record.initial, *record.curve]
         low, high = (_floored(curve[i]) for i in (before, before + 1))
-        losses.append(low ** (1 - share) * high**share)
+        whole = _floored(record.loss) / _floored(record.curve[-1])  # the curve is over a part of the training set
+        losses.append(low ** (1 - share) * high**share * whole)
     return median(losses)
 
 

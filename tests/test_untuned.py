@@ -81,6 +81,7 @@ def test_a_slower_rival_has_taken_fewer_steps_at_a_time(untuned) -> None:
     assert untuned.at_time(1.0, [run], cost=0.5) == run.loss
     assert untuned.at_time(1.0, [run], cost=2.0) == pytest.approx(2.0 * 0.5**4)
     assert untuned.at_time(1.0, [run], cost=16.0) == pytest.approx(2.0 * 0.5**0.5)
+    assert untuned.at_time(1.0, [record(untuned, [1.0, math.inf])], cost=2.0) == math.inf
 
 
 def test_a_store_runs_nothing_twice_and_knows_the_best_rate(untuned, tmp_path) -> None:
