@@ -241,3 +241,12 @@ def test_a_loss_may_take_its_batch_apart() -> None:
         ns.summarize(loss_fn, model, [batch], engine=engine)
     assert batch.keys() == before.keys()
     assert all(batch[key] is before[key] for key in batch)
+
+
+def test_objects_that_lead_back_to_themselves_are_moved() -> None:
+    class Node:
+        def __init__(self) -> None:
+            self.x, self.owner = torch.ones(2), self
+
+    moved = to_device(Node(), torch.device("meta"))
+    assert moved.x.device.type == "meta"

@@ -63,7 +63,8 @@ def content(t: Tensor) -> Any:
 def shallow(value: Any) -> Any:
     """What a value is and holds, with the identities of what is inside."""
     if isinstance(value, Tensor):
-        return id(value), value._version, value.requires_grad, content(value)
+        gradient = id(value.grad) if value.is_leaf and value.grad is not None else None
+        return id(value), value._version, value.requires_grad, gradient, content(value)
     if isinstance(value, list | tuple | set):
         return type(value), id(value), [shallow(v) for v in value]
     if isinstance(value, Mapping):
@@ -395,6 +396,18 @@ def a_batch_taken_apart() -> User:
     return User(perceptron(), loss_fn, {"x": x, "y": y, "extra": ["a"], "more": UserDict(n=3)})
 
 
+def a_batch_that_gets_gradients() -> User:
+    """As losses with a penalty on gradients by their input have it; one is kept by the batch itself."""
+
+    def loss_fn(model, batch) -> Tensor:
+        x, z = (t.requires_grad_(True) for t in (batch[0], batch[2]))
+        (model(z).square().mean()).backward()
+        (slope,) = torch.autograd.grad(model(x).sum(), x, create_graph=True)
+        return squared_error(model, batch) + slope.square().mean() + model(z.detach() + 0.1 * z.grad).mean()
+
+    return User(perceptron(), loss_fn, (*data(), normal(6, 4)))
+
+
 def a_loss_of_gradients() -> User:
     def loss_fn(model, batch) -> Tensor:
         loss = squared_error(model, batch)
@@ -479,6 +492,7 @@ OWN = [
     gradients_switched_by_the_loss,
     buffers_bound_anew,
     a_batch_taken_apart,
+    a_batch_that_gets_gradients,
     a_loss_of_gradients,
     frozen_and_evaluating_parts,
     complex_parameters,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dis
 import functools
+import itertools
 import operator
 import random
 import sys
@@ -16,6 +17,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.utils.data import DataLoader, Dataset, Sampler
 
 _CONTAINERS = (list, dict, set, deque, Counter, defaultdict, OrderedDict)
 _GENERATORS = (torch.Generator, np.random.Generator, np.random.RandomState, random.Random)
@@ -238,6 +240,46 @@ def _refill(value: Any, before: Any) -> None:
         value.update(before) if isinstance(value, set) else value.extend(before)
 
 
+def generators_behind(data: Any) -> list[Any]:
+    """The generators of random numbers that batches are drawn or changed with: of a loader, its samplers and data set.
+
+    Args:
+        data: an iterable of batches.
+
+    Example:
+        >>> loader = DataLoader(TensorDataset(torch.ones(3)), generator=torch.Generator())
+        >>> len(generators_behind(loader))
+        1
+    """
+    found: list[Any] = []
+    seen: set[int] = set()
+    known: set[int] = set()
+    waiting = [data]
+    for thing in waiting:  # which grows
+        if id(thing) in known:
+            continue
+        known.add(id(thing))
+        if isinstance(thing, DataLoader | Dataset | Sampler):  # torch's own among them
+            waiting += [value for value in getattr(thing, "__dict__", {}).values() if type(value) not in _ATOMS]
+        elif type(thing) in (list, tuple, dict):
+            values = thing.values() if isinstance(thing, dict) else thing
+            waiting += [value for value in itertools.islice(values, _WIDTH) if type(value) not in _ATOMS]
+        else:
+            _collect(thing, _DEPTH + 2, seen, found, True)
+    return [g for g in found if isinstance(g, _GENERATORS)]
+
+
+def reseed(generator: Any, seed: int) -> None:
+    """Begins a generator anew."""
+    if isinstance(generator, torch.Generator):
+        generator.manual_seed(seed)
+    elif isinstance(generator, np.random.Generator):
+        bits = generator.bit_generator
+        bits.state = type(bits)(seed).state
+    else:
+        generator.seed(seed)
+
+
 def generator_rewinds(objects: list[Any]) -> list[Callable[[], None]]:
     """For each generator among some objects a function that takes it back to where it is now."""
     return [_rewind(g) for g in objects if isinstance(g, _GENERATORS)]
@@ -247,6 +289,8 @@ def _rewind(generator: Any) -> Callable[[], None]:
     if isinstance(generator, torch.Generator):
         state = generator.get_state()
         return lambda: _discard(generator.set_state(state))
+    if isinstance(generator, random.SystemRandom):
+        return lambda: None  # it has no state
     if isinstance(generator, random.Random):
         return functools.partial(generator.setstate, generator.getstate())
     if isinstance(generator, np.random.RandomState):

@@ -39,17 +39,31 @@ def fresh(batch: Any) -> Any:
 
 def to_device(batch: Any, device: torch.device) -> Any:
     """The batch on a device; objects that know how to move, such as packed sequences, do so by themselves."""
-    if not isinstance(batch, Tensor | nn.Module) and callable(getattr(batch, "to", None)):
-        return batch.to(device)
-    parts = _parts(batch)
-    if parts is None:
-        return batch.to(device) if isinstance(batch, Tensor) else batch
-    return _rebuilt(batch, parts, [to_device(value, device) for _, value in parts])
+
+    def moved(value: Any) -> Any:
+        knows_how = not isinstance(value, Tensor | nn.Module) and callable(getattr(value, "to", None))
+        return value.to(device) if knows_how else _NOTHING
+
+    return _mapped(batch, lambda t: t.to(device), {}, moved)
 
 
 def tensors_of(batch: Any) -> list[tuple[str, Tensor]]:
     """Every tensor in a batch, and where it is: ``[0]``, ``['x']``, ``.y``."""
     return [(path, value) for path, value in _leaves(batch, "", set()) if isinstance(value, Tensor)]
+
+
+def kept(batch: Any) -> Callable[[], None]:
+    """A function that gives tensors of a batch back whether they take gradients, and the gradients that they have."""
+    before = [(t, t.requires_grad, t.grad) for _, t in tensors_of(batch) if t.is_leaf]
+
+    def restore() -> None:
+        for tensor, requires_grad, gradient in before:
+            if tensor.requires_grad != requires_grad:
+                tensor.requires_grad_(requires_grad)
+            if tensor.grad is not gradient:
+                tensor.grad = gradient
+
+    return restore
 
 
 def batch_size(batch: Any, given: SizeOf = None) -> int:
@@ -131,18 +145,39 @@ def _listed(found: Mapping[str, int]) -> str:
 
 def _rows(batch: Any) -> dict[str, int]:
     """Numbers of rows, by where they are: of tensors, or where there are none of lists of plain values."""
-    rows = {path: len(t) for path, t in tensors_of(batch) if t.dim() > 0 and len(t)}
+    rows = {path: t.size(0) for path, t in tensors_of(batch) if t.dim() > 0 and t.size(0)}
     return rows or {path: len(v) for path, v in _leaves(batch, "", set()) if isinstance(v, list) and v}
 
 
 def cut(batch: Any, slices: int, size: int) -> list[Any]:
-    """A batch in parts of nearly equal size: slices of what has a row for each of its samples."""
+    """A batch in parts of nearly equal size: slices of what has a row for each of its samples.
+
+    Raises:
+        ValueError: torch cannot cut one of its tensors.
+    """
     count = min(slices, size)
     bounds = [(part * size // count, (part + 1) * size // count) for part in range(count)]
-    return [
-        map_tensors(batch, lambda t, a=a, b=b: t[a:b] if t.dim() > 0 and len(t) == size else t)  # type: ignore[misc]
-        for a, b in bounds
-    ]
+    return [section(batch, start, end, size) for start, end in bounds]
+
+
+def section(batch: Any, start: int, end: int, size: int) -> Any:
+    """The samples of a batch from one on, up to another."""
+
+    def rows(t: Tensor) -> Tensor:
+        if t.dim() == 0 or t.size(0) != size:
+            return t
+        try:
+            if t.layout is torch.sparse_coo:
+                return t.index_select(0, torch.arange(start, end, device=t.device))
+            return t[start:end]
+        except RuntimeError as error:
+            kind = "a nested tensor" if t.is_nested else f"a tensor of layout {t.layout}"
+            raise ValueError(
+                f"slices=: torch cannot cut {kind}, which the batch has, along its first dimension: pass smaller "
+                "batches instead"
+            ) from error
+
+    return map_tensors(batch, rows)
 
 
 # Walking --------------------------------------------------------------------------------------------------------------
@@ -176,15 +211,27 @@ def _has_attributes(value: Any) -> bool:
     return not library and isinstance(getattr(value, "__dict__", None), dict)
 
 
-def _mapped(value: Any, function: Callable[[Tensor], Tensor], known: dict[int, Any]) -> Any:
+_NOTHING = object()
+
+
+def _mapped(
+    value: Any,
+    function: Callable[[Tensor], Tensor],
+    known: dict[int, Any],
+    first: Callable[[Any], Any] = lambda _: _NOTHING,
+) -> Any:
+    """See :func:`map_tensors`; ``first`` may have an answer of its own for a container or an object."""
     if isinstance(value, Tensor):
         return function(value)
+    answer = first(value)
+    if answer is not _NOTHING:
+        return answer
     parts = _parts(value)
     if parts is None:
         return list(value) if type(value) is list else value
     if id(value) not in known:
         known[id(value)] = value  # a circle leads back to what it was
-        known[id(value)] = _rebuilt(value, parts, [_mapped(v, function, known) for _, v in parts])
+        known[id(value)] = _rebuilt(value, parts, [_mapped(v, function, known, first) for _, v in parts])
     return known[id(value)]
 
 

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from newton_summary.measure.attributes import Attributes, generator_rewinds, owners
-from newton_summary.measure.batches import fresh
+from newton_summary.measure.batches import fresh, kept
 from newton_summary.measure.composed import Composed
 from newton_summary.measure.journal import Journal, is_recurrent, watching
 from newton_summary.partition import Partition, unwrap
@@ -67,14 +67,16 @@ class Loss:
         else:
             watched = journal
         modules, objects = owners(self.model, self.loss_fn)
-        attributes = Attributes(modules, objects)
+        attributes, own = Attributes(modules, objects), fresh(batch)
+        restore_batch = kept(own)
         try:
             with without_hooks([p for m in modules for p in m._parameters.values() if p is not None]):
                 with watched, Composed() if differentiable else contextlib.nullcontext():
-                    value = scalar(self.loss_fn(self.model, fresh(batch)))
+                    value = scalar(self.loss_fn(self.model, own))
                 yield value
         finally:
             attributes.restore()
+            restore_batch()
             journal.undo()
 
     def value(self, batch: Any) -> float:

@@ -51,7 +51,7 @@ class Rehearsal:
         """
         with without_hooks(self._parameters):
             with watching(self._journal, self.loss.model):
-                value = scalar(self.loss.loss_fn(self.loss.model, map_tensors(batch, Tensor.clone)))
+                value = scalar(self.loss.loss_fn(self.loss.model, map_tensors(batch, _copy)))
             gradients = gradients_of(value, self._parameters)
         for p, gradient in zip(self._parameters, gradients, strict=True):
             p.grad = None if gradient is None else gradient.clone()  # which may be a view, of another one even
@@ -60,6 +60,13 @@ class Rehearsal:
     def step(self) -> None:
         """Takes the shadow's step."""
         take_step(self.optimizer)
+
+
+def _copy(tensor: Tensor) -> Tensor:
+    """A tensor of the same content; one that gets gradients of its own, where this one does."""
+    if tensor.requires_grad and tensor.is_leaf:
+        return tensor.detach().clone().requires_grad_()
+    return tensor.clone()
 
 
 @contextlib.contextmanager
