@@ -579,3 +579,119 @@ def test_random_states_are_rewound_and_restored(kind, spare):
         assert _draw() == first
     finally:
         np.random.set_bit_generator(usual)
+
+
+class Noisy(Dataset):
+    """Sample i with noise from generators of its own, of every kind, some of them further inside."""
+
+    def __init__(self):
+        self.torch, self.numpy = torch.Generator().manual_seed(1), np.random.default_rng(1)
+        self.transforms = [Scaling(), Scaling()]
+
+    @property
+    def generators(self):
+        return [self.torch, self.numpy, *(one.random for one in self.transforms)]
+
+    def __len__(self):
+        return N
+
+    def __getitem__(self, i):
+        x = i + 0.1 * torch.rand(3, dtype=torch.float64, generator=self.torch) + 0.01 * self.numpy.normal()
+        for transform in self.transforms:
+            x = transform(x)
+        return x
+
+
+class Scaling:
+    def __init__(self):
+        self.random = random.Random(1)
+
+    def __call__(self, x):
+        return x * (1 + 0.1 * self.random.random())
+
+
+class NoisyIterable(IterableDataset):
+    def __init__(self):
+        self.samples = Noisy()
+
+    def __iter__(self):
+        return (self.samples[i] for i in range(N))
+
+
+class Shuffled:
+    """No loader of torch's."""
+
+    def __init__(self):
+        self.samples = Noisy()
+
+    def __iter__(self):
+        order = self.samples.numpy.permutation(N)
+        return (torch.stack([self.samples[i] for i in order[k : k + 2]]) for k in range(0, N, 2))
+
+
+def collating(samples):
+    return lambda items: samples.transforms[0](torch.stack(items))
+
+
+OWN_GENERATORS = {
+    "a data set": lambda samples: DataLoader(samples, batch_size=2, shuffle=True),
+    "a subset of it": lambda samples: DataLoader(
+        Subset(torch.utils.data.ConcatDataset([samples, samples]), range(N)), batch_size=2
+    ),
+    "the function that collates": lambda samples: DataLoader(
+        torch.arange(float(N), dtype=torch.float64)[:, None] * torch.ones(3),
+        batch_size=2,
+        collate_fn=collating(samples),
+    ),
+    "an iterable data set": lambda samples: DataLoader(_over(NoisyIterable(), samples), batch_size=2),
+    "an iterable": lambda samples: _over(Shuffled(), samples),
+}
+
+
+def _over(data, samples):
+    data.samples = samples
+    return data
+
+
+def _states(generators):
+    return [
+        g.get_state().tolist()
+        if isinstance(g, torch.Generator)
+        else g.getstate()
+        if isinstance(g, random.Random)
+        else repr(g.bit_generator.state)
+        for g in generators
+    ]
+
+
+@pytest.mark.parametrize("name", OWN_GENERATORS)
+def test_generators_that_the_data_owns_stay_where_they_are(name) -> None:
+    samples = Noisy()
+    data = OWN_GENERATORS[name](samples)
+    before = _states(samples.generators)
+    stream, twin = BatchStream(data, seed=3), BatchStream(data, seed=3)
+    read = [stream.next(CPU) for _ in range(8)]
+    assert _states(samples.generators) == before
+    list(data)  # the loop that trains
+    between = _states(samples.generators)
+    assert between != before
+    twin.load_state_dict({"seed": 3, "epoch": 0, "position": 3})
+    again = [twin.next(CPU) for _ in range(3)]
+    assert all(torch.equal(a, b) for a, b in zip(read[3:], again, strict=False))
+    assert not torch.equal(read[0], read[1])
+    model = nn.Linear(3, 1).double()
+    ns.summarize(lambda m, x: m(x).square().mean(), model, data)
+    assert _states(samples.generators) == between
+
+
+def test_both_passes_over_data_with_generators_of_its_own_see_the_same() -> None:
+    torch.manual_seed(0)
+    samples, model, seen = Noisy(), nn.Linear(3, 1).double(), []
+
+    def loss_fn(m, x):
+        seen.append(x.clone())
+        return m(x).square().mean()
+
+    ns.summarize(loss_fn, model, DataLoader(samples, batch_size=N), engine="nested")
+    assert len(seen) > 1
+    assert all(torch.equal(x, seen[0]) for x in seen)

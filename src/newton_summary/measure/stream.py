@@ -13,6 +13,7 @@ import torch
 from torch.utils.data import BatchSampler, DataLoader, Dataset, IterableDataset, RandomSampler, SequentialSampler
 
 from newton_summary._checks import check_batches, check_not_negative
+from newton_summary.measure.attributes import generator_rewinds, generators_behind, reseed
 from newton_summary.measure.batches import to_device
 from newton_summary.measure.loss import preserved_randomness
 
@@ -67,6 +68,7 @@ class BatchStream:
         self.rank, self.count = rank, count
         self.epoch, self.position = 0, 0
         self._batches: Iterator[Any] | None = None
+        self._generators: list[Any] = []  # those that the data owns
         samples: Any = data.dataset if isinstance(data, DataLoader) else data
         if _is_sized(samples) and len(samples) == 0:
             raise ValueError("curvature_data is empty")
@@ -81,8 +83,15 @@ class BatchStream:
         Raises:
             ValueError: a whole pass over the data gives no batch.
         """
-        with preserved_randomness() if rewind is None else contextlib.nullcontext():
-            batch = self._advance()
+        if self._batches is None:
+            self._generators = generators_behind(self.data)
+        rewinds = generator_rewinds(self._generators)
+        try:
+            with preserved_randomness() if rewind is None else contextlib.nullcontext():
+                batch = self._advance()
+        finally:
+            for one in rewinds:
+                one()
         if rewind is not None:
             rewind()
         return to_device(batch, device)
@@ -117,11 +126,13 @@ class BatchStream:
         return batch
 
     def _reseed(self, position: int) -> None:
-        """Makes what a dataset draws (augmentations) a function of the position in the stream."""
+        """Makes what a dataset draws (augmentations), of whatever generator, a function of the position."""
         seed = self._seed_at(position)
         random.seed(seed)
         np.random.seed(seed)  # noqa: NPY002  (datasets draw from the legacy state)
         torch.default_generator.manual_seed(seed)
+        for generator in self._generators:
+            reseed(generator, seed)
 
     def _seed_at(self, position: int) -> int:
         return int(np.random.SeedSequence((self.seed, self.epoch, position)).generate_state(1)[0])
