@@ -993,6 +993,39 @@ def test_a_parameter_unfrozen_in_between_is_named() -> None:
     step()  # once is enough
 
 
+def test_a_parameter_that_comes_later_is_named() -> None:
+    """A head that is replaced, pruning, adapters."""
+    model, batches = network(4, 3, 1), regression()
+    optimizer = ns.NewtonSummary(model, squared_error, curvature_data=batches)
+    other = torch.optim.SGD(model.parameters(), lr=0.01)
+    monitor = ns.Monitor(model, squared_error, optimizer=other, every=1)
+
+    def steps(count: int) -> None:
+        for _ in range(count):
+            optimizer.zero_grad()
+            squared_error(model, batches[0]).backward()
+            monitor.measure([batches[0]])
+            optimizer.step()
+
+    steps(1)
+    model[0].extra = nn.Linear(2, 2).double().requires_grad_(False)
+    model[0].bias = nn.Parameter(torch.zeros(3, dtype=torch.float64))
+    with pytest.warns(UserWarning, match="'0.bias'.*did not have it when that was made; make a new one") as caught:
+        steps(10)
+    found = {str(w.message).split(" is not ")[1].split(":")[0] for w in caught}
+    assert found == {"measured by this Monitor", "trained by this optimizer"}
+    assert len(caught) == 2
+    steps(10)  # once is enough
+    model[0].extra.weight.requires_grad_(True)
+    with pytest.warns(UserWarning, match="'0.extra.weight'.*: it was frozen when that was made") as caught:
+        steps(1)
+    assert len(caught) == 2
+    twin_model, twin = copy.deepcopy((model, optimizer))
+    twin.zero_grad()
+    squared_error(twin_model, batches[0]).backward()
+    twin.step()  # a copy knows the same parameters, those of the copy
+
+
 # 16: losses that are shifted ------------------------------------------------------------------------------------------
 
 

@@ -1,4 +1,4 @@
-"""Parameters that are frozen when something is made of a model, and may be unfrozen later without its knowing."""
+"""Parameters that are left out when something is made of a model, and come in later without its knowing."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from torch import nn
 
 
 class Frozen:
-    """The frozen parameters of a model.
+    """The frozen parameters of a model, and those that it does not have yet.
 
     Args:
         model: the module.
@@ -28,15 +28,32 @@ class Frozen:
 
     def __init__(self, model: nn.Module, who: str) -> None:
         self.who = who
+        self._model = model
+        self._known = list(model.parameters())
         self._parameters = {name: p for name, p in model.named_parameters() if not p.requires_grad}
 
     def warn(self) -> None:
-        """Says, once, which of them take gradients now."""
+        """Says, once, which of those that were frozen take gradients now."""
         found = [name for name, p in self._parameters.items() if p.requires_grad]
         for name in found:
-            shape = tuple(self._parameters.pop(name).shape)
-            warnings.warn(
-                f"parameter {name!r}, of shape {shape}, is not {self.who}: it was frozen when that was made; make a "
-                "new one to take it in",
-                stacklevel=5,
-            )
+            self._say(name, self._parameters.pop(name), "it was frozen when that was made")
+
+    def warn_of_new(self) -> None:
+        """Says, once, which parameters the model has got, too; this goes through the model, and takes a while."""
+        self.warn()
+        known = {id(p) for p in self._known}
+        for name, p in self._model.named_parameters():
+            if id(p) in known:
+                continue
+            self._known.append(p)
+            if p.requires_grad:
+                self._say(name, p, "the model did not have it when that was made")
+            else:
+                self._parameters[name] = p
+
+    def _say(self, name: str, parameter: nn.Parameter, why: str) -> None:
+        warnings.warn(
+            f"parameter {name!r}, of shape {tuple(parameter.shape)}, is not {self.who}: {why}; make a new one to take "
+            "it in",
+            stacklevel=6,
+        )

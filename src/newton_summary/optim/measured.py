@@ -28,6 +28,8 @@ from newton_summary.summary import Summary
 
 logger = logging.getLogger(__name__)
 
+_LOOK_FOR_NEW = 10  # every so many steps, parameters that the model has got since are looked for
+
 
 class MeasuredOptimizer(torch.optim.Optimizer):
     """Steps θ ← θ − λ_1 η_s u for every group s, with rates η from a rule.
@@ -163,7 +165,7 @@ class MeasuredOptimizer(torch.optim.Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 value = closure()
-        self._frozen.warn()
+        self._frozen.warn() if self._taken % _LOOK_FOR_NEW else self._frozen.warn_of_new()
         self._forget_stale_gradients()
         if all(p.grad is None for p in self.partition.parameters):
             return value

@@ -312,7 +312,7 @@ class Monitor:
                 f"rehearse() trains in one process, and this is one of {self._processes.count}: rehearse in a plain "
                 "script, from a checkpoint"
             )
-        self._frozen.warn()
+        self._frozen.warn_of_new()
         return rehearse(
             self._loss, self.optimizer, self.partition, batches, steps=steps, seed=seed, before_step=before_step
         )
@@ -320,7 +320,7 @@ class Monitor:
     @torch.no_grad()
     def _measured(self, batches: Sequence[Any]) -> _Measured:
         """Measures on this process's batches."""
-        self._frozen.warn()
+        self._frozen.warn_of_new()
         device = self.partition.device
         randomness = _Randomness(device, self._loss.generators())
         if not batches:
