@@ -952,3 +952,28 @@ def test_where_the_model_has_no_minimum_the_target_is_taken() -> None:
     assert not ns.solve.cubic(ns.solve.shrink(summary, 0.5)).ok
     assert rule.update(summary) is Status.SOLVED
     assert rule.rates.tolist() == pytest.approx([0.5, 0.5])  # (1 + 0.5) / |4 − 1|
+
+
+@pytest.mark.parametrize("layout", [torch.sparse_coo, torch.sparse_csr])
+@pytest.mark.filterwarnings("ignore:Sparse CSR tensor support is in beta")
+def test_sparse_batches_train_as_dense_ones(layout) -> None:
+    losses = []
+    for sparse in (False, True):
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.Linear(6, 4), nn.Tanh(), nn.Linear(4, 1)).double()
+        x, y = torch.randn(5, 8, 6, dtype=DTYPE).relu(), torch.randn(5, 8, 1, dtype=DTYPE)
+        batches = [(b.to_sparse(layout=layout) if sparse else b, c) for b, c in zip(x, y, strict=True)]
+
+        def error(model, batch):
+            hidden = batch[0] @ model[0].weight.t() + model[0].bias
+            return (model[2](hidden.tanh()) - batch[1]).square().mean()
+
+        optimizer = ns.NewtonSummary(model, error, curvature_data=batches)
+        for batch in batches:
+            optimizer.zero_grad()
+            losses.append(error(model, batch))
+            losses[-1].backward()
+            optimizer.step()
+    dense, found = torch.stack(losses).detach().chunk(2)
+    assert dense[-1] != dense[0]
+    assert torch.allclose(found, dense, rtol=1e-3)  # another side of a matrix may be worth a factor

@@ -6,6 +6,7 @@ from collections import defaultdict
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from newton_summary.optim.cadence import CALL, GRADIENT, Price
@@ -37,8 +38,8 @@ class Work(Price):
         result = out[0] if isinstance(out, (tuple, list)) and out else out
         if isinstance(result, Tensor):
             flat = [a for arg in args for a in (arg if isinstance(arg, (tuple, list)) else [arg])]
-            for place in {a.data_ptr() for a in flat if isinstance(a, Tensor)} - {result.data_ptr()}:
-                number = self._numbers.get(place)
+            for place in {_place(a) for a in flat if isinstance(a, Tensor)} - {_place(result)}:
+                number = None if place is None else self._numbers.get(place)
                 if number is not None:
                     self._meet(number, result, func)
         return out
@@ -49,6 +50,11 @@ class Work(Price):
         self.rows[number] += rows
         if any(name in str(func) for name in _FUSED):
             self.operations += int(2 * rows * parameter.numel())
+
+
+def _place(tensor: Tensor) -> int | None:
+    """Where a tensor lies; nothing for sparse ones, which lie in several places."""
+    return tensor.data_ptr() if tensor.layout is torch.strided else None
 
 
 def affordable_sides(
