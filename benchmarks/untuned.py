@@ -5,8 +5,9 @@
     python benchmarks/untuned.py judge --quick     one seed of five cheap problems
     python benchmarks/untuned.py robust        batch sizes, periods of comparisons, initial weights (hours; resumable)
 
-The nine problems are those on which the defaults were chosen; ``--suite held-out`` takes eleven others, and
-results/held-out/.  ``--problems`` and ``--forms`` choose.  A run is a Record; what was run stays in *.jsonl there.
+The nine problems are those on which the defaults were chosen; ``--suite held-out`` takes eleven others, which the
+first edition of the default had not seen, and results/held-out/.  ``--problems`` and ``--forms`` choose.  A run is a
+Record; what was run stays in *.jsonl there.
 Needs ``pip install 'newton-summary-experiments[benchmarks]'``.
 """
 
@@ -86,7 +87,7 @@ SUITES = {
         ),
         Suite(
             "held-out",
-            "Nothing tuned, against tuned, on problems on which nothing was chosen",
+            "Nothing tuned, against tuned, on eleven more problems",
             HELD_OUT,
             quick=("hinge", "factors", "friedman1", "friedman2", "cancer"),
         ),
@@ -683,15 +684,17 @@ def profiles(verdicts: Sequence[Verdict], names: Sequence[str], path: Path) -> N
     for name in names:
         style = {"color": "black", "linewidth": 2.5} if name in FORMS else {"linewidth": 1.2}
         style |= {"linestyle": "--" if name in SCHEDULED else "-", "where": "post", "label": name}
-        best = [_floored(min(v.loss[n] for n in names)) for v in verdicts]
-        _curve(of_loss, [max(v.loss[name] / least, 1.0) for v, least in zip(verdicts, best, strict=True)], style)
+        best = [_floored(min(v.stopped[n] for n in names)) for v in verdicts]
+        _curve(of_loss, [_floored(v.stopped[name]) / least for v, least in zip(verdicts, best, strict=True)], style)
         soonest = [min((t for n in names if (t := v.reached[n]) is not None), default=None) for v in verdicts]
         times = [(v.reached[name], of) for v, of in zip(verdicts, soonest, strict=True)]
         _curve(of_time, [t / of if t is not None and of is not None else math.inf for t, of in times], style)
-    of_loss.set(xscale="log", xlim=(1, 30), ylabel="share of problems", xlabel="training loss / the best one")
-    of_time.set(xscale="log", xlim=(1, 8), xlabel="processor time to the tuned Adam's loss / the shortest one")
-    for axes in (of_loss, of_time):
-        axes.set_ylim(0, 1.02)
+    of_loss.set(ylabel="share of problems", xlabel="training loss at the processor time of Adam's run / the best one")
+    of_time.set(xlabel="processor time to the tuned Adam's loss / the shortest one")
+    for axes, ticks in ((of_loss, (1, 2, 5, 10, 30)), (of_time, (1, 2, 4, 8))):
+        axes.set(xscale="log", xlim=(1, ticks[-1]), ylim=(0, 1.02))
+        axes.set_xticks(ticks, labels=[f"{tick}×" for tick in ticks])
+        axes.set_xticks([], minor=True)
     of_loss.legend(fontsize=8)
     figure.savefig(path, dpi=150)
 
