@@ -166,3 +166,18 @@ def test_nested_batches_are_measured_whole(layout) -> None:
     assert torch.allclose(measured.hessian, expected.hessian, rtol=1e-10)
     with pytest.raises(ValueError, match=r"cannot cut a nested tensor.*pass smaller batches"):
         ns.summarize(loss_fn, model, [(nested, y[:2])], slices=2)
+
+
+def test_a_later_batch_is_checked_too() -> None:
+    """A mean over tokens is that over slices only where these have as many."""
+    _, (x, _) = small()
+    head = nn.Sequential(nn.Linear(4, 3)).double()
+    full = torch.zeros(6, dtype=torch.long)
+    padded = torch.tensor([0, -100, -100, 1, 2, 0])
+
+    def loss_fn(model, batch):
+        return nn.functional.cross_entropy(model(batch[0]), batch[1])
+
+    ns.summarize(loss_fn, head, [(x, full)], slices=2)
+    with pytest.raises(ValueError, match="slices=2: the mean loss"):
+        ns.summarize(loss_fn, head, [(x, full), (x, padded)], slices=2)

@@ -65,6 +65,8 @@ def shallow(value: Any) -> Any:
     if isinstance(value, Tensor):
         gradient = id(value.grad) if value.is_leaf and value.grad is not None else None
         return id(value), value._version, value.requires_grad, gradient, content(value)
+    if isinstance(value, np.ndarray):
+        return id(value), value.tobytes()
     if isinstance(value, list | tuple | set):
         return type(value), id(value), [shallow(v) for v in value]
     if isinstance(value, Mapping):
@@ -408,6 +410,20 @@ def a_batch_that_gets_gradients() -> User:
     return User(perceptron(), loss_fn, (*data(), normal(6, 4)))
 
 
+def a_batch_of_arrays() -> User:
+    """It is written to by numpy, by torch, and holds a generator."""
+    generator = torch.Generator().manual_seed(1)
+
+    def loss_fn(model, batch) -> Tensor:
+        x, y, own = batch
+        x *= 0.9
+        seen = torch.from_numpy(y).mul_(0.5)
+        noise = torch.randn(6, 4, dtype=torch.float64, generator=own)
+        return squared_error(model, (torch.from_numpy(x.copy()) + noise, seen.clone()))
+
+    return User(perceptron(), loss_fn, (*(t.numpy() for t in data()), generator), generators=[generator])
+
+
 def a_loss_of_gradients() -> User:
     def loss_fn(model, batch) -> Tensor:
         loss = squared_error(model, batch)
@@ -493,6 +509,7 @@ OWN = [
     buffers_bound_anew,
     a_batch_taken_apart,
     a_batch_that_gets_gradients,
+    a_batch_of_arrays,
     a_loss_of_gradients,
     frozen_and_evaluating_parts,
     complex_parameters,

@@ -238,7 +238,8 @@ class _Pieces:
 
     def __init__(self, loss: Loss, batches: Iterable[Any], slices: int, given: SizeOf, progress: bool) -> None:
         self.loss, self.batches, self.slices, self.given, self.progress = loss, batches, slices, given, progress
-        self._is_checked = False
+        self._is_first = True
+        self._is_checkable = True  # a random loss is not
         self._differentiates = False  # whether the loss needs its own graph
 
     def each(self, what: str) -> Iterator[tuple[Any, int]]:
@@ -251,7 +252,7 @@ class _Pieces:
                 continue
             parts = cut(fresh(batch), self.slices, size)
             counts = [(i + 1) * size // len(parts) - i * size // len(parts) for i in range(len(parts))]
-            if not self._is_checked:
+            if self._is_checkable:
                 self._check(batch, parts, counts)
             yield from zip(parts, counts, strict=True)
 
@@ -259,29 +260,33 @@ class _Pieces:
         """Raises where a batch is not what was cut: its loss is not the mean over its slices.
 
         Values are compared on the whole batch, without the memory that a gradient takes; gradients, which may differ
-        where values do not (behind a last layer of zeros), on the first two slices together.  Dropout is left out.
+        where values do not (behind a last layer of zeros), on the first two slices together.  Dropout is left out.  Of
+        later batches, values are compared: a mean over what samples have several of is that of its slices by chance.
         """
-        self._is_checked = True
         with self.loss.undisturbed() as rewind, _without_dropout(self.loss.model):
-            whole = [self._value(batch, rewind, again) for again in (False, True)]
-            if whole[0] != whole[1]:
-                return  # random: there is nothing to compare
+            whole = self._value(batch, rewind)
+            if self._is_first and whole != self._value(batch):
+                self._is_checkable = False
+                return  # there is nothing to compare
             try:
-                values = [self._value(part, rewind, False) for part in parts]
-                gradients = [self._gradient(part, rewind) for part in parts[:2]]
-                joint = self._gradient(section(fresh(batch), 0, sum(counts[:2]), sum(counts)), rewind)
+                values = [self._value(part, rewind) for part in parts]
+                if self._is_first:
+                    gradients = [self._gradient(part, rewind) for part in parts[:2]]
+                    joint = self._gradient(section(fresh(batch), 0, sum(counts[:2]), sum(counts)), rewind)
             except Exception as error:
                 raise ValueError(
                     f"slices={self.slices}: the loss cannot be computed on slices along the first dimension "
                     f"({type(error).__name__}: {error}): pass smaller batches instead"
                 ) from error
         mean = sum(v * n for v, n in zip(values, counts, strict=True)) / sum(counts)
-        if abs(mean - whole[0]) > self._same * max(abs(whole[0]), *(abs(v) for v in values)):
+        if abs(mean - whole) > self._same * max(abs(whole), *(abs(v) for v in values)):
             raise ValueError(
                 f"slices={self.slices}: the mean loss over slices along the first dimension is {mean:.6g}, that of the "
-                f"batch {whole[0]:.6g}: pass smaller batches instead"
+                f"batch {whole:.6g}: pass smaller batches instead"
             )
-        self._check_gradients(gradients, joint, counts)
+        if self._is_first:
+            self._check_gradients(gradients, joint, counts)
+        self._is_first = False
 
     def _check_gradients(
         self, gradients: Sequence[Sequence[Tensor]], joint: Sequence[Tensor], counts: Sequence[int]
@@ -307,10 +312,9 @@ class _Pieces:
             coarsest = max(coarsest, torch.finfo(torch.get_autocast_dtype(device)).eps)
         return _SAME_AS[coarsest > 1e-10, coarsest > 1e-5]
 
-    def _value(self, batch: Any, rewind: Callable[[], None], again: bool) -> float:
+    def _value(self, batch: Any, rewind: Callable[[], None] = lambda: None) -> float:
         """The loss without its graph; where it does not stand that, because it differentiates, with it."""
-        if not again:
-            rewind()
+        rewind()
         if not self._differentiates:
             try:
                 with torch.no_grad():

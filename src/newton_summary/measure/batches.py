@@ -13,8 +13,11 @@ from collections import Counter
 from collections.abc import Callable, Mapping, MutableMapping, Sequence
 from typing import Any, TypeAlias
 
+import numpy as np
 import torch
 from torch import Tensor, nn
+
+from newton_summary.measure.attributes import generator_rewinds
 
 SizeOf: TypeAlias = int | Callable[[Any], int] | None
 """The number of samples in every batch, or what gives it; nothing where the tensors tell."""
@@ -53,10 +56,21 @@ def tensors_of(batch: Any) -> list[tuple[str, Tensor]]:
 
 
 def kept(batch: Any) -> Callable[[], None]:
-    """A function that gives tensors of a batch back whether they take gradients, and the gradients that they have."""
-    before = [(t, t.requires_grad, t.grad) for _, t in tensors_of(batch) if t.is_leaf]
+    """A function that gives what is in a batch back what a loss changes there, besides what tensors hold.
+
+    That is whether tensors take gradients, the gradients that they have, what arrays of numpy hold, and where
+    generators of random numbers are.
+    """
+    leaves = [value for _, value in _leaves(batch, "", set())]
+    before = [(t, t.requires_grad, t.grad) for t in leaves if isinstance(t, Tensor) and t.is_leaf]
+    arrays = [(a, a.copy()) for a in leaves if isinstance(a, np.ndarray) and a.flags.writeable]
+    rewinds = generator_rewinds(leaves)
 
     def restore() -> None:
+        for array, content in arrays:
+            np.copyto(array, content)
+        for rewind in rewinds:
+            rewind()
         for tensor, requires_grad, gradient in before:
             if tensor.requires_grad != requires_grad:
                 tensor.requires_grad_(requires_grad)

@@ -12,7 +12,7 @@ from torch.autograd.grad_mode import _unsafe_preserve_version_counter  # nothing
 
 from newton_summary.measure import Loss
 from newton_summary.measure.attributes import Attributes, owners
-from newton_summary.measure.batches import map_tensors
+from newton_summary.measure.batches import kept, map_tensors
 from newton_summary.measure.journal import Journal, watching
 from newton_summary.measure.loss import gradients_of, scalar, without_hooks
 from newton_summary.measure.next_step import shadow_of
@@ -49,10 +49,14 @@ class Rehearsal:
 
         What a forward pass changes stays changed, as in training; the batch does not.
         """
-        with without_hooks(self._parameters):
-            with watching(self._journal, self.loss.model):
-                value = scalar(self.loss.loss_fn(self.loss.model, map_tensors(batch, _copy)))
-            gradients = gradients_of(value, self._parameters)
+        restore_batch = kept(batch)
+        try:
+            with without_hooks(self._parameters):
+                with watching(self._journal, self.loss.model):
+                    value = scalar(self.loss.loss_fn(self.loss.model, map_tensors(batch, _copy)))
+                gradients = gradients_of(value, self._parameters)
+        finally:
+            restore_batch()
         for p, gradient in zip(self._parameters, gradients, strict=True):
             p.grad = None if gradient is None else gradient.clone()  # which may be a view, of another one even
         return float(value.detach())
