@@ -247,7 +247,7 @@ def generators_behind(data: Any) -> list[Any]:
         data: an iterable of batches.
 
     Example:
-        >>> loader = DataLoader(TensorDataset(torch.ones(3)), generator=torch.Generator())
+        >>> loader = DataLoader([1.0, 2.0], generator=torch.Generator())
         >>> len(generators_behind(loader))
         1
     """
