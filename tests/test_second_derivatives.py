@@ -280,3 +280,39 @@ def test_the_loss_along_a_step_moves_views_made_before() -> None:
         expected.append(loss_fn(model, x).item())
     assert losses[0].tolist() == pytest.approx(expected, rel=1e-12)
     assert expected[0] != expected[1]
+
+
+# Called past the functions that are composed -------------------------------------------------------------------------
+
+NATIVE = {
+    "layer": lambda y: torch.native_layer_norm(y, [4], None, None, 1e-5)[0],
+    "batch": lambda y: torch.native_batch_norm(y, None, None, None, None, True, 0.1, 1e-5)[0],
+    "batch, as exported": lambda y: torch.ops.aten._batch_norm_with_update(
+        y, torch.ones(4).double(), None, torch.zeros(4).double(), torch.ones(4).double(), 0.1, 1e-5
+    )[0],
+}
+
+
+@pytest.mark.parametrize("name", NATIVE)
+@pytest.mark.parametrize("engine", [ForwardEngine, NestedEngine])
+def test_native_normalisations_are_exact_or_refused_in_the_third_order(name, engine) -> None:
+    model, x = network(), normal(6, 4, seed=1)
+
+    def by(normalise):
+        return lambda m, b: (normalise(m(b)) * normal(6, 4, seed=2)).sin().mean()
+
+    def plain(y):
+        dims = [1] if name == "layer" else [0]
+        mean = y.mean(dims, keepdim=True)
+        return (y - mean) / ((y - mean).square().mean(dims, keepdim=True) + 1e-5).sqrt()
+
+    u = [normal(*p.shape, seed=i) for i, p in enumerate(model.parameters())]
+    expected = ns.summarize(by(plain), model, [x], direction=u, engine=NestedEngine())
+    second = ns.summarize(by(NATIVE[name]), model, [x], direction=u, order=2, engine=NestedEngine())
+    torch.testing.assert_close(second.hessian, expected.hessian)
+    if engine is NestedEngine or name == "batch, as exported":
+        with pytest.raises(Refusal, match="lack terms" if engine is NestedEngine else "batch_norm_with_update"):
+            ns.summarize(by(NATIVE[name]), model, [x], direction=u, engine=engine())
+    else:
+        got = ns.summarize(by(NATIVE[name]), model, [x], direction=u, engine=engine())
+        torch.testing.assert_close(got.third, expected.third)

@@ -50,6 +50,15 @@ def _is_once_differentiable(node: Any) -> bool:
     return code is not None and code.co_qualname == "once_differentiable.<locals>.wrapper"
 
 
+_NORMALISATIONS = ("NativeLayerNorm", "NativeBatchNorm", "BatchNormWithUpdate")
+
+
+def forgetful(value: Tensor) -> list[str]:
+    """Normalisations behind a value whose third derivatives lack terms, because they were called past what composes."""
+    found = (node for node in nodes(value) if type(node).__name__.startswith(_NORMALISATIONS))
+    return [type(node).__name__ for node in found if getattr(node, "_saved_training", True)]
+
+
 def scaled_by_frequency(value: Tensor) -> list[str]:
     """The functions behind a value whose gradients are divided by how often a row was looked up, by name."""
     return [type(node).__name__ for node in nodes(value) if getattr(node, "_saved_scale_grad_by_freq", False)]

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from newton_summary.measure.autograd import (
+    forgetful,
     has_kinks,
     once_differentiable,
     own_derivatives,
@@ -147,6 +148,8 @@ class _Nesting:
         self._checked = checked and len(self.partition) > 1
         if self.order > 1:
             _check_not_scaled(value)
+            if self.order > 2:
+                _check_remembered(value)
         if self.order > 0:
             self._descend(value, ())
         return self.tensors
@@ -228,6 +231,16 @@ def _check_not_scaled(value: Tensor) -> None:
     if scaled:
         raise Refusal(
             f"scale_grad_by_freq=True makes of {scaled[0]} no derivative: set it to False where the loss is measured"
+        )
+
+
+def _check_remembered(value: Tensor) -> None:
+    """Raises where third derivatives of a loss would lack terms."""
+    names = forgetful(value)
+    if names:
+        raise Refusal(
+            f"third derivatives behind {names[0]} lack terms in autograd: use engine='forward', or normalise by a "
+            "module or function of torch.nn"
         )
 
 
