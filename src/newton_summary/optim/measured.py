@@ -165,7 +165,8 @@ class MeasuredOptimizer(torch.optim.Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 value = closure()
-        self._frozen.warn() if self._taken % _LOOK_FOR_NEW else self._frozen.warn_of_new()
+        look = self._frozen.warn if self._taken % _LOOK_FOR_NEW else self._frozen.warn_of_new
+        look()
         self._forget_stale_gradients()
         if all(p.grad is None for p in self.partition.parameters):
             return value
