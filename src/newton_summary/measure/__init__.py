@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from newton_summary._checks import check_batches, check_count
-from newton_summary.measure.attributes import generator_rewinds, generators_behind
+from newton_summary.measure.attributes import generator_rewind, generators_behind
 from newton_summary.measure.auto import AUTO, FORWARD, AutoEngine
 from newton_summary.measure.batches import BatchSizes, SizeOf, cut, fresh, section
 from newton_summary.measure.forward import ForwardEngine
@@ -292,11 +292,12 @@ class _Pieces:
         self, gradients: Sequence[Sequence[Tensor]], joint: Sequence[Tensor], counts: Sequence[int]
     ) -> None:
         """Raises where the gradient on some slices together is not the mean of theirs."""
+        tolerance = 10 * self._same
         shares = [n / sum(counts[:2]) for n in counts[:2]]
         largest = max((float(g.abs().max()) for own in (*gradients, joint) for g in own if g.numel()), default=0.0)
         for number, expected in enumerate(joint):
             mean = sum((own[number] * share for own, share in zip(gradients, shares, strict=True)), 0 * expected)
-            if expected.numel() and float((mean - expected).abs().max()) > 10 * self._same * largest:
+            if expected.numel() and float((mean - expected).abs().max()) > tolerance * largest:
                 name, shape = list(self.loss.model.named_parameters())[number][0], tuple(expected.shape)
                 raise ValueError(
                     f"slices={self.slices}: the mean gradient over slices along the first dimension is not that of "
@@ -362,13 +363,12 @@ def _ordinary(value: Any) -> Any:
 @contextlib.contextmanager
 def _rewinding(batches: Iterable[Any], device: torch.device) -> Iterator[None]:
     """Restores random states afterwards, those that batches are drawn with too: each pass sees the same batches."""
-    rewinds = generator_rewinds(generators_behind(batches))
+    rewind = generator_rewind(generators_behind(batches))
     try:
         with preserved_randomness({device}):
             yield
     finally:
-        for rewind in rewinds:
-            rewind()
+        rewind()
 
 
 def _check_finite(loss: Tensor) -> None:

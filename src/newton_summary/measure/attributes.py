@@ -280,9 +280,15 @@ def reseed(generator: Any, seed: int) -> None:
         generator.seed(seed)
 
 
-def generator_rewinds(objects: list[Any]) -> list[Callable[[], None]]:
-    """For each generator among some objects a function that takes it back to where it is now."""
-    return [_rewind(g) for g in objects if isinstance(g, _GENERATORS)]
+def generator_rewind(objects: list[Any]) -> Callable[[], None]:
+    """A function that takes the generators among some objects back to where they are now."""
+    rewinds = [_rewind(g) for g in objects if isinstance(g, _GENERATORS)]
+
+    def rewind() -> None:
+        for one in rewinds:
+            one()
+
+    return rewind
 
 
 def _rewind(generator: Any) -> Callable[[], None]:

@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from newton_summary.measure.attributes import generator_rewinds
+from newton_summary.measure.attributes import generator_rewind
 
 SizeOf: TypeAlias = int | Callable[[Any], int] | None
 """The number of samples in every batch, or what gives it; nothing where the tensors tell."""
@@ -64,13 +64,12 @@ def kept(batch: Any) -> Callable[[], None]:
     leaves = [value for _, value in _leaves(batch, "", set())]
     before = [(t, t.requires_grad, t.grad) for t in leaves if isinstance(t, Tensor) and t.is_leaf]
     arrays = [(a, a.copy()) for a in leaves if isinstance(a, np.ndarray) and a.flags.writeable]
-    rewinds = generator_rewinds(leaves)
+    rewind = generator_rewind(leaves)
 
     def restore() -> None:
         for array, content in arrays:
             np.copyto(array, content)
-        for rewind in rewinds:
-            rewind()
+        rewind()
         for tensor, requires_grad, gradient in before:
             if tensor.requires_grad != requires_grad:
                 tensor.requires_grad_(requires_grad)

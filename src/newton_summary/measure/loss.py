@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from newton_summary.measure.attributes import Attributes, generator_rewinds, owners
+from newton_summary.measure.attributes import Attributes, generator_rewind, owners
 from newton_summary.measure.batches import fresh, kept
 from newton_summary.measure.composed import Composed
 from newton_summary.measure.journal import Journal, is_recurrent, watching
@@ -41,9 +41,9 @@ class Loss:
         """The accelerators that parameters of the model are on."""
         return {p.device for p in self.model.parameters() if p.device.type not in ("cpu", "meta")}
 
-    def generators(self) -> list[Callable[[], None]]:
-        """For each generator of random numbers that the model or the loss owns, a function that takes it back here."""
-        return generator_rewinds(owners(self.model, self.loss_fn)[1])
+    def generator_rewind(self) -> Callable[[], None]:
+        """A function that takes the generators of random numbers that the model or the loss owns back to here."""
+        return generator_rewind(owners(self.model, self.loss_fn)[1])
 
     @contextlib.contextmanager
     def evaluated(self, batch: Any, journal: Journal | None = None, differentiable: bool = False) -> Iterator[Tensor]:
@@ -142,7 +142,7 @@ class Loss:
             differentiable: whether attention and recurrent layers use kernels that are differentiable twice.
             rewind: restores the random states, where a block around this one does; else they are saved here.
         """
-        rewinds = self.generators()
+        rewind_generators = self.generator_rewind()
         with (
             preserved_randomness(self.devices) if rewind is None else contextlib.nullcontext(rewind) as rewind,
             torch.inference_mode(False),
@@ -156,14 +156,12 @@ class Loss:
 
             def rewind_all() -> None:
                 rewind()
-                for one in rewinds:
-                    one()
+                rewind_generators()
 
             try:
                 yield rewind_all
             finally:
-                for one in rewinds:
-                    one()
+                rewind_generators()
 
 
 @contextlib.contextmanager

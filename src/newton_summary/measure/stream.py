@@ -13,7 +13,7 @@ import torch
 from torch.utils.data import BatchSampler, DataLoader, Dataset, IterableDataset, RandomSampler, SequentialSampler
 
 from newton_summary._checks import check_batches, check_not_negative
-from newton_summary.measure.attributes import generator_rewinds, generators_behind, reseed
+from newton_summary.measure.attributes import generator_rewind, generators_behind, reseed
 from newton_summary.measure.batches import to_device
 from newton_summary.measure.loss import preserved_randomness
 
@@ -85,13 +85,12 @@ class BatchStream:
         """
         if self._batches is None:
             self._generators = generators_behind(self.data)
-        rewinds = generator_rewinds(self._generators)
+        rewind_generators = generator_rewind(self._generators)
         try:
             with preserved_randomness() if rewind is None else contextlib.nullcontext():
                 batch = self._advance()
         finally:
-            for one in rewinds:
-                one()
+            rewind_generators()
         if rewind is not None:
             rewind()
         return to_device(batch, device)

@@ -322,7 +322,7 @@ class Monitor:
         """Measures on this process's batches."""
         self._frozen.warn_of_new()
         device = self.partition.device
-        randomness = _Randomness(device, self._loss.generators())
+        randomness = _Randomness(device, self._loss.generator_rewind())
         if not batches:
             raise ValueError("there are no batches to measure on")
         u = next_step(self.optimizer, self.partition.parameters)
@@ -472,15 +472,14 @@ class _Measured:
 class _Randomness:
     """The random states that a measurement started from, so that the loss after the step meets the same dropout."""
 
-    def __init__(self, device: torch.device, generators: Sequence[Callable[[], None]]) -> None:
+    def __init__(self, device: torch.device, rewind_generators: Callable[[], None]) -> None:
         self.device = device
-        self.generators = generators
+        self.rewind_generators = rewind_generators
         self.host = torch.get_rng_state()
         self.own = None if device.type == "cpu" else torch.get_device_module(device).get_rng_state(device)
 
     def restore(self) -> None:
-        for rewind in self.generators:
-            rewind()
+        self.rewind_generators()
         torch.set_rng_state(self.host)
         if self.own is not None:
             torch.get_device_module(self.device).set_rng_state(self.own, self.device)
