@@ -192,6 +192,19 @@ def adam(model: nn.Module, rates: dict[str, float]) -> torch.optim.Adam:
     return torch.optim.Adam({"params": p, "lr": rates[name], "name": name} for name, p in layers_of(model).items())
 
 
+def take_steps(
+    loss_fn: ns.measure.LossFunction,
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    batches: Iterator[tuple[Tensor, Tensor]],
+    steps: int,
+) -> None:
+    for _ in range(steps):
+        optimizer.zero_grad()
+        loss_fn(model, next(batches)).backward()
+        optimizer.step()
+
+
 def train(
     network: Small,
     model: nn.Module,
@@ -200,10 +213,7 @@ def train(
     steps: int,
 ) -> float:
     """The loss over the samples after so many steps; infinite where it is not finite."""
-    for _ in range(steps):
-        optimizer.zero_grad()
-        network.loss_fn(model, next(batches)).backward()
-        optimizer.step()
+    take_steps(network.loss_fn, model, optimizer, batches, steps)
     loss = network.full_loss(model)
     return loss if math.isfinite(loss) else math.inf
 

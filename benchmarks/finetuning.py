@@ -17,21 +17,20 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import cache
-from pathlib import Path
 from statistics import median
 
 import torch
+from acting import Small, next_character, take_steps
 from torch import Tensor, nn
-from torch.nn import functional
 from torch.utils.data import DataLoader, TensorDataset
 from tqdm import tqdm
+from untuned import RESULTS, evaluate
 
 import newton_summary as ns
 from newton_summary_experiments import data
 from newton_summary_experiments.suite import Block, Residual, seeded, text
 from newton_summary_experiments.tasks import cross_entropy
 
-RESULTS = Path(__file__).parents[1] / "results"
 SEEDS = (0, 1, 2)
 HEAD_RATES = (3e-4, 1e-3, 3e-3, 1e-2)
 DECAYS = (1.0, 0.95, 0.85, 0.75, 0.65)
@@ -75,10 +74,6 @@ class Characters(nn.Module):
         return self.token(x) + self.place.weight[: x.shape[1]]
 
 
-def of_characters(model: nn.Module, batch: Samples) -> Tensor:
-    return functional.cross_entropy(model(batch[0]).flatten(0, 1), batch[1].flatten())
-
-
 def _residual() -> nn.Sequential:
     stem = nn.Sequential(nn.Conv2d(3, 12, 3, padding=1, bias=False), nn.BatchNorm2d(12), nn.ReLU())
     pooled = nn.Sequential(Residual(24, 48, 2), nn.AdaptiveAvgPool2d(1), nn.Flatten())
@@ -109,35 +104,13 @@ def tasks() -> tuple[Task, ...]:
             cross_entropy,
             5,
         ),
-        Task("transformer, plays of Shakespeare, then others", _transformer, first, other, last, of_characters, 65),
+        Task("transformer, plays of Shakespeare, then others", _transformer, first, other, last, next_character, 65),
     )
 
 
-def batches(samples: Samples, seed: int) -> Iterator[Samples]:
-    """Without end, each epoch in an order of its own."""
-    generator = torch.Generator().manual_seed(seed)
-    while True:
-        for index in torch.randperm(len(samples[1]), generator=generator).split(BATCH):
-            if len(index) == BATCH:
-                yield samples[0][index], samples[1][index]
-
-
 def train(task: Task, model: nn.Module, optimizer: torch.optim.Optimizer, samples: Samples, seed: int, n: int) -> None:
-    stream = batches(samples, seed)
-    for _ in range(n):
-        optimizer.zero_grad()
-        task.loss_fn(model, next(stream)).backward()
-        optimizer.step()
-
-
-@torch.no_grad()
-def loss_over(task: Task, model: nn.Module, samples: Samples) -> float:
-    """The mean loss in eval mode."""
-    model.eval()
-    parts = zip(samples[0].split(500), samples[1].split(500), strict=True)
-    total = sum(len(batch[1]) * float(task.loss_fn(model, batch)) for batch in parts)
-    model.train()
-    return total / len(samples[1])
+    batches = Small(task.name, seeded(task.make), samples, task.loss_fn, BATCH).batches(seed)
+    take_steps(task.loss_fn, model, optimizer, batches, n)
 
 
 def pretrained(task: Task, seed: int) -> nn.Sequential:
@@ -171,7 +144,7 @@ def runs_of(task: Task, seed: int, known: Callable[[str], bool]) -> Iterator[tup
         found, start = time.process_time() - start, time.process_time()
         train(task, model, torch.optim.AdamW(groups), task.after, seed + 1, STEPS)
         trained = time.process_time() - start
-        losses = {"train": loss_over(task, model, task.after), "held": loss_over(task, model, task.held)}
+        losses = {"train": evaluate(task, model, task.after), "held": evaluate(task, model, task.held)}
         yield name, losses | {"share": found / trained}
 
 
@@ -184,8 +157,7 @@ def table(records: list[dict[str, object]]) -> str:
         "are the best pair of head's rate and decay, and the best rate without a decay, of a sweep of "
         f"{len(HEAD_RATES)} × {len(DECAYS)}, each",
         "chosen by the loss of its own row. Time is that of the suggestion, as a share of the training that follows.",
-        "Written by",
-        "`python benchmarks/finetuning.py`.",
+        "Written by `python benchmarks/finetuning.py`.",
         "",
         "| task | loss | suggested | best decay | one rate | suggested / best decay | time | seeds |",
         "|---|---|---|---|---|---|---|---|",
@@ -195,7 +167,8 @@ def table(records: list[dict[str, object]]) -> str:
         seeds = {r["seed"] for r in of_task}
         for which, shown in (("train", "training"), ("held", "held out")):
             medians = {
-                name: median(r[which] for r in of_task if r["run"] == name) for name in {r["run"] for r in of_task}
+                name: median(r[which] for r in of_task if r["run"] == name)
+                for name in dict.fromkeys(r["run"] for r in of_task)
             }
             ours = medians.pop("suggested")
             best = min(medians, key=lambda name: medians[name])
