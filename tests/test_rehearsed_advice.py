@@ -12,18 +12,8 @@ import torch
 from torch import nn
 
 import newton_summary as ns
-from newton_summary.watch.rehearsed_advice import (
-    HELD_OUT,
-    MOST_CHANGES,
-    SURE,
-    Outcome,
-    RehearsedAdvice,
-    RehearsedGroup,
-    Trial,
-    candidates,
-    confirmed,
-    follow,
-)
+from newton_summary.watch.rate_search import MOST_CHANGES, SURE, Outcome, Trial, candidates, confirmed, follow
+from newton_summary.watch.rehearsed_advice import HELD_OUT, RehearsedAdvice, RehearsedGroup
 
 
 def loss_fn(model, batch):
