@@ -9,7 +9,6 @@ there is not run again.
 from __future__ import annotations
 
 import copy
-import json
 import math
 import textwrap
 import time
@@ -17,6 +16,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+import jsonl
 import numpy as np
 import torch
 from torch import Tensor, nn
@@ -323,30 +323,24 @@ class _Batches:
 
 def cases() -> list[Case]:
     """All, of which those that are still missing are run."""
-    lines = CASES.read_text(encoding="utf-8").splitlines() if CASES.exists() else []
-    rows = [json.loads(line) for line in lines]
+    rows = jsonl.read(CASES)
     rates = {row["network"]: row["rate"] for row in rows if "rate" in row}
     done = {(c.network, c.moment, c.setting): c for c in (Case(**row) for row in rows if "rate" not in row)}
     for network in networks():
         if network.name not in rates:
             rates[network.name] = tuned(network)
-            _keep({"network": network.name, "rate": rates[network.name]})
+            jsonl.append(CASES, {"network": network.name, "rate": rates[network.name]})
         for moment in MOMENTS:
             for setting in SETTINGS:
                 if (network.name, moment, setting) not in done:
                     case = done[network.name, moment, setting] = run(network, rates[network.name], moment, setting)
-                    _keep(asdict(case))
+                    jsonl.append(CASES, asdict(case))
                     print(
                         f"{case.ratio:.3f} {case.left:.4g} → {case.acted:.4g}, oracle {case.oracle:.4g}",
                         case,
                         flush=True,
                     )
     return list(done.values())
-
-
-def _keep(row: dict[str, object]) -> None:
-    with CASES.open("a", encoding="utf-8") as file:
-        file.write(json.dumps(row, ensure_ascii=False) + "\n")
 
 
 # The page -------------------------------------------------------------------------------------------------------------

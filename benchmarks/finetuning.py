@@ -12,13 +12,13 @@ is there is not run again.
 from __future__ import annotations
 
 import copy
-import json
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import cache
 from statistics import median
 
+import jsonl
 import torch
 from acting import Small, next_character, take_steps
 from torch import Tensor, nn
@@ -185,17 +185,14 @@ def table(records: list[dict[str, object]]) -> str:
 def main() -> None:
     torch.set_num_threads(1)
     path = RESULTS / "finetuning.jsonl"
-    records = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+    runs = jsonl.read(path)
     for seed, task in tqdm([(seed, task) for seed in SEEDS for task in tasks()], desc="tasks"):
-        done = {r["run"] for r in records if (r["task"], r["seed"]) == (task.name, seed)}
+        done = {r["run"] for r in runs if (r["task"], r["seed"]) == (task.name, seed)}
         if len(done) == 1 + len(HEAD_RATES) * len(DECAYS):
             continue
         for name, numbers in runs_of(task, seed, done.__contains__):
-            short = {key: float(f"{value:.4g}") for key, value in numbers.items()}
-            records.append({"task": task.name, "seed": seed, "run": name, **short})
-            with path.open("a", encoding="utf-8") as file:
-                file.write(json.dumps(records[-1]) + "\n")
-    text_of = table(records)
+            jsonl.append(path, {"task": task.name, "seed": seed, "run": name, **numbers}, digits=4)
+    text_of = table(jsonl.read(path))
     (RESULTS / "finetuning.md").write_text(text_of, encoding="utf-8")
     print(text_of)
 

@@ -11,12 +11,12 @@ in results/suggestion.jsonl, and not run again.
 from __future__ import annotations
 
 import argparse
-import json
 import math
 import time
 from pathlib import Path
 from statistics import geometric_mean, median
 
+import jsonl
 import torch
 from torch import nn
 from torch.utils.data import DataLoader
@@ -86,17 +86,14 @@ def main() -> None:
     parser.add_argument("--problems", nargs="+", metavar="NAME", help="default: all")
     chosen = parser.parse_args().problems
     torch.set_num_threads(1)
-    lines = STORE.read_text(encoding="utf-8").splitlines() if STORE.exists() else []
-    known = {(r["problem"], r["seed"]): r for r in map(json.loads, lines)}
+    known = {(r["problem"], r["seed"]): r for r in jsonl.read(STORE)}
     every = [(suite, p) for suite in SUITES.values() for p in suite.problems.values()]
     todo = [(p, seed) for seed in SEEDS for _, p in every if chosen is None or p.name in chosen]
     for problem, seed in tqdm(todo, desc="suggestions"):
         if (problem.name, seed) not in known:
             found = {"problem": problem.name, "seed": seed, **case(problem, seed)}
             known[problem.name, seed] = found
-            with STORE.open("a", encoding="utf-8") as file:
-                file.write(json.dumps({k: float(f"{v:.4g}") if isinstance(v, float) else v for k, v in found.items()}))
-                file.write("\n")
+            jsonl.append(STORE, found, digits=4)
     text = [
         "# Suggested learning rates",
         "",

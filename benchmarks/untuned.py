@@ -25,6 +25,7 @@ from pathlib import Path
 from statistics import geometric_mean, median
 from typing import TYPE_CHECKING
 
+import jsonl
 import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
@@ -261,9 +262,7 @@ class Store:
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        path.parent.mkdir(parents=True, exist_ok=True)
-        lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
-        self.records = [Record(**json.loads(line)) for line in lines]
+        self.records = [Record(**row) for row in jsonl.read(path)]
 
     def find(self, problem: str, optimizer: str, rate: float | None = None) -> list[Record]:
         found = (r for r in self.records if (r.problem, r.optimizer) == (problem, optimizer))
@@ -275,9 +274,7 @@ class Store:
                 return record
         record = run(problem, name, make, rate, seed, **options)
         self.records.append(record)
-        numbers = {k: [_short(x) for x in v] if isinstance(v, list) else _short(v) for k, v in asdict(record).items()}
-        with self.path.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(numbers) + "\n")
+        jsonl.append(self.path, asdict(record), digits=5)
         return record
 
     def rates(self, problem: str, optimizer: str, seeds: int) -> dict[float, float]:
@@ -289,10 +286,6 @@ class Store:
         """The records of the best rate."""
         medians = self.rates(problem, optimizer, len(SEEDS))
         return self.find(problem, optimizer, min(medians, key=lambda rate: medians[rate]))
-
-
-def _short(value: object) -> object:
-    return float(f"{value:.5g}") if isinstance(value, float) else value
 
 
 def search(store: Store, problem: Problem, name: str) -> None:
