@@ -11,14 +11,14 @@ from __future__ import annotations
 import copy
 import math
 import textwrap
-import time
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import jsonl
 import numpy as np
 import torch
+from clock import Clock, results_of
 from torch import Tensor, nn
 from torch.nn import functional
 
@@ -61,6 +61,11 @@ class Small:
             for index in order.split(self.batch_size)[: len(order) // self.batch_size]:
                 yield self.samples[0][index], self.samples[1][index]
 
+    def on(self, device: torch.device) -> Small:
+        """The same on a device."""
+        x, y = self.samples
+        return replace(self, make=lambda seed: self.make(seed).to(device), samples=(x.to(device), y.to(device)))
+
     @torch.no_grad()
     def full_loss(self, model: nn.Module, most: int = 1000, at_once: int = 250) -> float:
         """The mean loss of the first thousand samples, in the mode that the model is trained in."""
@@ -96,7 +101,7 @@ class Padded(nn.Module):
         self.head = nn.Linear(width, 65)
 
     def forward(self, x: Tensor) -> Tensor:
-        later = torch.ones(x.shape[1], x.shape[1], dtype=torch.bool).triu(1)
+        later = torch.ones(x.shape[1], x.shape[1], dtype=torch.bool, device=x.device).triu(1)
         hidden = self.token(x) + self.position.weight[: x.shape[1]]
         return self.head(self.layers(hidden, mask=later, src_key_padding_mask=x == self.PAD))
 
@@ -246,7 +251,7 @@ class Case:
         oracle: the lowest at any of the grid.
         best: the factors that it had.
         words: the advice.
-        seconds: of processor time for the rehearsal, and of the 200 steps.
+        seconds: of processor time (on an accelerator, of the clock) for the rehearsal, and of the 200 steps.
     """
 
     network: str
@@ -274,7 +279,7 @@ class Case:
         return (self.left - self.acted) / (self.left - self.oracle)
 
 
-def run(network: Small, rate: float, moment: int, setting: str) -> Case:
+def run(network: Small, rate: float, moment: int, setting: str, clock: Clock) -> Case:
     number = MOMENTS.index(moment) * len(SETTINGS) + SETTINGS.index(setting)
     seed = 1000 * (number + 1)
     model = network.make(seed)
@@ -286,9 +291,9 @@ def run(network: Small, rate: float, moment: int, setting: str) -> Case:
     train(network, model, optimizer, network.batches(seed), moment)
     partition = ns.Partition({name: list(ps) for name, ps in layers_of(model).items()}, model)
     monitor = ns.Monitor(model, network.loss_fn, optimizer=optimizer, partition=partition)
-    start = time.process_time()
+    start = clock.now()
     advice = monitor.rehearse(_Batches(network, seed + 1))
-    rehearsed = time.process_time() - start
+    rehearsed = clock.now() - start
 
     def after(factors: dict[str, float]) -> float:
         twin = copy.deepcopy(model)
@@ -298,9 +303,9 @@ def run(network: Small, rate: float, moment: int, setting: str) -> Case:
             group["lr"] *= factors.get(group["name"], 1.0)
         return train(network, twin, other, network.batches(seed + 2), AFTER)
 
-    start = time.process_time()
+    start = clock.now()
     left = after({})
-    taken = time.process_time() - start
+    taken = clock.now() - start
     grid = {f"all × {f:g}": after(dict.fromkeys(layers, f)) for f in GRID}
     grid |= {f"{layer} × {f:g}": after({layer: f}) for f in GRID}
     grid["as they are"] = left
@@ -321,20 +326,23 @@ class _Batches:
         return (next(batches) for _ in range(len(self.network.samples[1]) // self.network.batch_size))
 
 
-def cases() -> list[Case]:
+def cases(clock: Clock) -> list[Case]:
     """All, of which those that are still missing are run."""
-    rows = jsonl.read(CASES)
+    path = results_of(CASES, clock.device.type)
+    rows = jsonl.read(path)
     rates = {row["network"]: row["rate"] for row in rows if "rate" in row}
     done = {(c.network, c.moment, c.setting): c for c in (Case(**row) for row in rows if "rate" not in row)}
-    for network in networks():
+    for network in (small.on(clock.device) for small in networks()):
         if network.name not in rates:
             rates[network.name] = tuned(network)
-            jsonl.append(CASES, {"network": network.name, "rate": rates[network.name]})
+            jsonl.append(path, {"network": network.name, "rate": rates[network.name]})
         for moment in MOMENTS:
             for setting in SETTINGS:
                 if (network.name, moment, setting) not in done:
-                    case = done[network.name, moment, setting] = run(network, rates[network.name], moment, setting)
-                    jsonl.append(CASES, asdict(case))
+                    case = done[network.name, moment, setting] = run(
+                        network, rates[network.name], moment, setting, clock
+                    )
+                    jsonl.append(path, asdict(case))
                     print(
                         f"{case.ratio:.3f} {case.left:.4g} → {case.acted:.4g}, oracle {case.oracle:.4g}",
                         case,
@@ -346,9 +354,9 @@ def cases() -> list[Case]:
 # The page -------------------------------------------------------------------------------------------------------------
 
 
-def study() -> list[str]:
+def study(clock: Clock) -> list[str]:
     """The section of results/monitor.md."""
-    found = cases()
+    found = cases(clock)
     lost = [case for case in found if case.ratio > WORSE]
     gaps = [case for case in found if case.has_gap]
     names = list(dict.fromkeys(case.network for case in found))

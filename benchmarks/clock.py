@@ -1,11 +1,18 @@
-"""Time, memory and speed of a device, for all benchmarks."""
+"""Time, memory and speed of a device, for all benchmarks; and how a device is asked for on the command line.
+
+The processor's time says nothing of an accelerator, which works while the processor waits, or runs ahead.
+"""
 
 from __future__ import annotations
 
+import argparse
+import ctypes
 import resource
 import statistics
+import threading
 import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -38,17 +45,43 @@ def multiply_adds(function: Callable[[], object]) -> float:
     return counter.total
 
 
+def add_device(parser: argparse.ArgumentParser) -> None:
+    """Gives a script the option ``--device``."""
+    parser.add_argument("--device", type=_device, default="cpu", metavar="cpu|cuda", help="where the work is done")
+
+
+def _device(name: str) -> str:
+    if name not in ("cpu", "cuda"):
+        raise argparse.ArgumentTypeError(f"{name!r} is neither cpu nor cuda")
+    if name == "cuda" and not torch.cuda.is_available():
+        raise argparse.ArgumentTypeError("torch sees no CUDA device here")
+    return name
+
+
+def results_of(path: Path, device: str) -> Path:
+    """Where figures of a device are kept: those of the host as they are named, others beside them."""
+    return path if device == "cpu" else path.with_stem(f"{path.stem}-{device}")
+
+
 class Clock:
     """Seconds that work takes: by events on an accelerator, whose queue is emptied before and after; else by a timer.
 
     Args:
-        device: where the work is done.
+        device: where the work is done; its peak of memory is counted from here on.
         processor: whether time of the processor is taken on a host, which other work on the machine changes little.
     """
 
     def __init__(self, device: str | torch.device = "cpu", processor: bool = False) -> None:
         self.device = torch.device(device)
-        self._timer = time.process_time if processor else time.perf_counter
+        self._timer = time.process_time if processor and self.device.type == "cpu" else time.perf_counter
+        if self.device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(self.device)
+
+    def now(self) -> float:
+        """Seconds since some moment, for what is not one call: on an accelerator, once its queue is empty."""
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+        return self._timer()
 
     def once(self, function: Callable[[], object]) -> float:
         """Seconds of one call."""
@@ -76,13 +109,55 @@ class Clock:
             function()
         return min(self.once(function) for _ in range(repeats))
 
+    @property
+    def name(self) -> str:
+        """Of the device."""
+        return torch.cuda.get_device_name(self.device) if self.device.type == "cuda" else self.device.type
+
     def memory(self) -> float:
-        """The most bytes that the device (on a host, this process) ever held."""
+        """The most bytes that the device held since the clock was made; on a host, this process since it began."""
         if self.device.type == "cuda":
             return float(torch.cuda.max_memory_allocated(self.device))
         return 1e3 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 
-    def peak(self, dtype: torch.dtype = torch.float32, size: int = 2048) -> float:
+    def peak(self, dtype: torch.dtype = torch.float32, size: int | None = None) -> float:
         """Multiply-adds a second of one large matrix product, which is what can be had here."""
+        size = size or (2048 if self.device.type == "cpu" else 8192)
         a, b = (torch.randn(size, size, device=self.device).to(dtype) for _ in range(2))
         return size**3 / self.least(lambda: a @ b)
+
+
+class Peak:
+    """The most memory held within a block, above what was held before anything was measured, in MB."""
+
+    def __init__(self, device: str | torch.device = "cpu") -> None:
+        self.device = torch.device(device)
+        self.start = self._now()
+
+    def __enter__(self) -> Peak:
+        if self.device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(self.device)
+            return self
+        ctypes.CDLL("libc.so.6").malloc_trim(0)  # gives back what earlier measurements have freed
+        self.largest, self.done = 0.0, False
+        self.thread = threading.Thread(target=self._watch)
+        self.thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self.device.type == "cuda":
+            self.largest = torch.cuda.max_memory_allocated(self.device) / 1e6 - self.start
+            return
+        self.done = True
+        self.thread.join()
+
+    def _watch(self) -> None:
+        while not self.done:
+            self.largest = max(self.largest, self._now() - self.start)
+            time.sleep(0.001)
+
+    def _now(self) -> float:
+        if self.device.type == "cuda":
+            return torch.cuda.memory_allocated(self.device) / 1e6
+        pages = int(Path("/proc/self/statm").read_text().split()[1])
+        return pages * resource.getpagesize() / 1e6

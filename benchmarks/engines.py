@@ -2,30 +2,26 @@
 
 Run ``python benchmarks/engines.py [MODEL …] [--parts …]``.  It prints a line for each model and updates
 results/engines.json and results/engines.md.  Everything is measured in a process of its own, with two threads; times
-are medians of five (on a busy machine, ``--cpu`` takes processor time with one thread).  "counted" are the
-multiply-adds of matrix products and convolutions that were executed, and so the floor where these dominate.
+are medians of five (on a busy machine, ``--cpu`` takes processor time with one thread; with ``--device cuda``, events
+are timed, and results are engines-cuda.*).  "counted" are the multiply-adds of matrix products and convolutions that
+were executed, and so the floor where these dominate.
 """
 
 from __future__ import annotations
 
 import argparse
 import copy
-import ctypes
 import importlib.util
 import json
 import math
-import resource
 import statistics
 import subprocess
 import sys
-import threading
-import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
-from clock import multiply_adds
+from clock import Clock, Peak, add_device, multiply_adds, results_of
 from networks import MODELS, cross_entropy
 from torch import Tensor, nn
 
@@ -37,55 +33,17 @@ LIMITS = {"bigmlp": 15.0, "vgg": 8.0, "lenet": 6.0, "mlp": 5.0, "gpt": 25.0, "re
 CHAINS = ["depth5", "depth10", "depth20", "depth40"]
 RESULTS = Path(__file__).parent.parent / "results"
 
-CLOCK = time.perf_counter
-
-
-def median(function: Callable[[], object], repeats: int = 5) -> float:
-    function()
-    times = []
-    for _ in range(repeats):
-        start = CLOCK()
-        function()
-        times.append(CLOCK() - start)
-    return statistics.median(times)
-
-
-class Peak:
-    """The largest resident memory within a block, above what was resident before anything was measured, in MB."""
-
-    def __init__(self) -> None:
-        self.start = self._now()
-
-    def __enter__(self) -> Peak:
-        ctypes.CDLL("libc.so.6").malloc_trim(0)  # gives back what earlier measurements have freed
-        self.largest, self.done = 0.0, False
-        self.thread = threading.Thread(target=self._watch)
-        self.thread.start()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.done = True
-        self.thread.join()
-
-    def _watch(self) -> None:
-        while not self.done:
-            self.largest = max(self.largest, self._now() - self.start)
-            time.sleep(0.001)
-
-    @staticmethod
-    def _now() -> float:
-        pages = int(Path("/proc/self/statm").read_text().split()[1])
-        return pages * resource.getpagesize() / 1e6
-
 
 class Problem:
     """A model, its batch, the gradient as direction, and the time that the gradient takes."""
 
-    def __init__(self, name: str) -> None:
+    def __init__(self, name: str, clock: Clock) -> None:
         torch.manual_seed(0)
-        self.model, self.batch = MODELS[name]()
+        self.clock = clock
+        model, batch = MODELS[name]()
+        self.model, self.batch = model.to(clock.device), tuple(t.to(clock.device) for t in batch)
         self.partition, self.loss = ns.Partition.canonical(self.model), Loss(cross_entropy, self.model)
-        self.unit = median(self.gradient)
+        self.unit = clock.median(self.gradient)
         self.direction = [p.grad.clone() for p in self.model.parameters()]
 
     def gradient(self) -> None:
@@ -102,14 +60,15 @@ class Problem:
 def forward(problem: Problem) -> dict[str, float]:
     """Times, counted multiply-adds and memory of the forward engine."""
     engine = ForwardEngine()
-    _load_all_code(engine)
-    peak = Peak()
+    clock = problem.clock
+    _load_all_code(engine, clock.device)
+    peak = Peak(clock.device)
     problem.measure(engine)
     with peak:
         problem.measure(engine)
-    third = median(lambda: problem.measure(engine))
-    unit = (problem.unit + median(problem.gradient)) / 2
-    hessian = median(lambda: problem.measure(engine, 2))
+    third = clock.median(lambda: problem.measure(engine))
+    unit = (problem.unit + clock.median(problem.gradient)) / 2
+    hessian = clock.median(lambda: problem.measure(engine, 2))
     counts = [
         multiply_adds(f)
         for f in (problem.gradient, lambda: problem.measure(engine), lambda: problem.measure(engine, 2))
@@ -122,6 +81,7 @@ def forward(problem: Problem) -> dict[str, float]:
         "counted third": counts[1] / counts[0],
         "counted hessian": counts[2] / counts[0],
         "gradient multiply-adds": counts[0],
+        "of peak": counts[1] / third / clock.peak(),
         "memory": peak.largest,
     }
 
@@ -129,10 +89,10 @@ def forward(problem: Problem) -> dict[str, float]:
 def nested(problem: Problem) -> dict[str, float]:
     """Time and memory of the nested engine."""
     engine = NestedEngine()
-    _load_all_code(engine)
-    with Peak() as peak:
+    _load_all_code(engine, problem.clock.device)
+    with Peak(problem.clock.device) as peak:
         problem.measure(engine)
-    return {"third": median(lambda: problem.measure(engine), 1) / problem.unit, "memory": peak.largest}
+    return {"third": problem.clock.median(lambda: problem.measure(engine), 1) / problem.unit, "memory": peak.largest}
 
 
 def full(problem: Problem) -> dict[str, float]:
@@ -140,7 +100,7 @@ def full(problem: Problem) -> dict[str, float]:
     engine = ForwardEngine()
     problem.measure(engine)
     requests = [(3, "full", 2), (3, "diagonal", 5), (2, "diagonal", 5)]
-    times = [median(lambda o=o, t=t: problem.measure(engine, o, t), n) for o, t, n in requests]
+    times = [problem.clock.median(lambda o=o, t=t: problem.measure(engine, o, t), n) for o, t, n in requests]
     return {"full": times[0] / problem.unit, "full/diagonal": times[0] / times[1], "full/hessian": times[0] / times[2]}
 
 
@@ -212,7 +172,7 @@ def curvlinops(problem: Problem) -> dict[str, float]:
         return torch.tensor(rows, dtype=torch.float64)
 
     expected = problem.measure(ForwardEngine(), 2).hessian
-    return {"hessian": median(hessian, 1) / problem.unit, "agrees to": entry_error(hessian(), expected)}
+    return {"hessian": problem.clock.median(hessian, 1) / problem.unit, "agrees to": entry_error(hessian(), expected)}
 
 
 class _FlatCrossEntropy(nn.CrossEntropyLoss):
@@ -220,9 +180,9 @@ class _FlatCrossEntropy(nn.CrossEntropyLoss):
         return super().forward(logits.flatten(0, -2), labels.flatten())
 
 
-def _load_all_code(engine: Any) -> None:
+def _load_all_code(engine: Any, device: torch.device) -> None:
     """Measures something tiny, so that code is not counted as memory."""
-    tiny, few = mlp([4, 4, 3]), (torch.randn(5, 4), torch.randint(3, (5,)))
+    tiny, few = mlp([4, 4, 3]).to(device), (torch.randn(5, 4, device=device), torch.randint(3, (5,), device=device))
     engine.measure(Loss(cross_entropy, tiny), few, ns.Partition.canonical(tiny), list(tiny.parameters()), 3, "diagonal")
 
 
@@ -240,11 +200,12 @@ def line(name: str, rows: dict[str, dict[str, float]]) -> str:
     cells += [f"{own['hessian']:.1f}", f"{own['counted hessian']:.1f}"]
     cells += [f"{other['third']:.1f}", f"{other['third'] / own['third']:.1f}"] if other else ["", ""]
     cells += [f"{own['memory']:.0f}", f"{other['memory']:.0f}" if other else ""]
+    cells += [f"{own['of peak']:.2f}" if "of peak" in own else ""]
     return "| " + " | ".join(cells) + " |"
 
 
 TITLES = ["model", "S", "gradient ms", "all three", "at most", "counted", "up to H̄", "counted"]
-TITLES += ["nested", "×", "MB", "nested MB"]
+TITLES += ["nested", "×", "MB", "nested MB", "of peak"]
 HEADER = f"| {' | '.join(TITLES)} |\n" + "|---" * len(TITLES) + "|"
 
 
@@ -258,6 +219,8 @@ def report(saved: dict[str, Any]) -> str:
     """Everything that was measured, in Markdown."""
     models = saved["models"]
     seconds = "processor time, one thread" if saved["threads"] == 1 else f"wall clock, {saved['threads']} threads"
+    if saved.get("device", "cpu") != "cpu":
+        seconds = f"events on {saved['device']}"
     text = ["# The engines", "", f"`python benchmarks/engines.py`, torch {saved['torch']}; {seconds}.", ""]
     text += ["Costs are in gradients: forward and backward passes of the same loss.  *Counted* are multiply-adds of"]
     text += ["matrix products and convolutions in the same unit, the floor.  *MB* is the peak above what was resident."]
@@ -295,20 +258,21 @@ def growth(chains: dict[str, dict[str, float]]) -> list[str]:
 
 
 def main() -> None:
-    global CLOCK
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("models", nargs="*", default=list(LIMITS), help=f"of {', '.join(MODELS)}")
     parser.add_argument("--parts", nargs="+", choices=list(PARTS), default=["forward", "nested"])
     parser.add_argument("--cpu", action="store_true", help="processor time with one thread, for a busy machine")
+    add_device(parser)
     parser.add_argument("--inside", action="store_true", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
+    clock = Clock(arguments.device, processor=arguments.cpu)
     if arguments.inside:
-        CLOCK = time.process_time if arguments.cpu else time.perf_counter
         torch.set_num_threads(1 if arguments.cpu else 2)
-        print(json.dumps(PARTS[arguments.parts[0]](Problem(arguments.models[0]))))
+        print(json.dumps(PARTS[arguments.parts[0]](Problem(arguments.models[0], clock))))
         return
-    path = RESULTS / "engines.json"
+    path = results_of(RESULTS / "engines.json", arguments.device)
     kind = {"torch": torch.__version__, "threads": 1 if arguments.cpu else 2}
+    kind |= {"device": clock.name} if arguments.device != "cpu" else {}
     saved = json.loads(path.read_text()) if path.exists() else {}
     if {key: saved.get(key) for key in kind} != kind:
         saved = {**kind, "models": {}}
@@ -320,7 +284,7 @@ def main() -> None:
                 print("curvlinops-for-pytorch is missing: it wants torchvision, so give it an environment of its own")
                 continue
             try:
-                rows[part] = _in_a_process(name, part, arguments.cpu)
+                rows[part] = _in_a_process(name, part, arguments.device, arguments.cpu)
             except subprocess.CalledProcessError:
                 if part != "curvlinops":
                     raise
@@ -334,8 +298,8 @@ def main() -> None:
         path.with_suffix(".md").write_text(report(saved))
 
 
-def _in_a_process(name: str, part: str, cpu: bool) -> dict[str, float]:
-    command = [sys.executable, __file__, name, "--inside", "--parts", part, *["--cpu"] * cpu]
+def _in_a_process(name: str, part: str, device: str, cpu: bool) -> dict[str, float]:
+    command = [sys.executable, __file__, name, "--inside", "--parts", part, "--device", device, *["--cpu"] * cpu]
     done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
     result: dict[str, float] = json.loads(done.stdout.splitlines()[-1])
     return result

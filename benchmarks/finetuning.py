@@ -6,21 +6,22 @@ Two networks are trained, lose their heads, and learn something else: a residual
 CIFAR-10, a transformer other plays of Shakespeare.  AdamW trains them at the rates of ``suggest_rates``, which is told
 the number of steps and nothing else, and at every pair of a sweep: the head's rate, and the factor by which the rate
 falls from each layer to the one before it, 1 being one rate for all.  Runs stay in results/finetuning.jsonl, and what
-is there is not run again.
+is there is not run again.  With ``--device cuda``: results/finetuning-cuda.*.
 """
 
 from __future__ import annotations
 
+import argparse
 import copy
-import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from statistics import median
 
 import jsonl
 import torch
 from acting import Small, next_character, take_steps
+from clock import Clock, add_device, results_of
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 from tqdm import tqdm
@@ -61,6 +62,11 @@ class Task:
     held: Samples
     loss_fn: ns.measure.LossFunction
     classes: int
+
+    def on(self, device: torch.device) -> Task:
+        """The same with its samples on a device."""
+        parts = {name: getattr(self, name) for name in ("before", "after", "held")}
+        return replace(self, **{name: tuple(t.to(device) for t in part) for name, part in parts.items()})
 
 
 class Characters(nn.Module):
@@ -115,10 +121,11 @@ def train(task: Task, model: nn.Module, optimizer: torch.optim.Optimizer, sample
 
 def pretrained(task: Task, seed: int) -> nn.Sequential:
     """A trained body with a fresh head."""
-    model = seeded(task.make)(seed)
+    device = task.before[0].device
+    model = seeded(task.make)(seed).to(device)
     train(task, model, torch.optim.Adam(model.parameters(), BEFORE_RATE), task.before, seed, BEFORE)
     width = model[-1].in_features
-    model[-1] = seeded(lambda: nn.Linear(width, task.classes))(seed + 100)
+    model[-1] = seeded(lambda: nn.Linear(width, task.classes))(seed + 100).to(device)
     return model
 
 
@@ -128,22 +135,24 @@ def decayed(model: nn.Sequential, rate: float, decay: float) -> list[dict[str, o
     return [{"params": list(layer.parameters()), "lr": rate * decay**depth} for depth, layer in enumerate(layers)]
 
 
-def runs_of(task: Task, seed: int, known: Callable[[str], bool]) -> Iterator[tuple[str, dict[str, float]]]:
+def runs_of(
+    task: Task, seed: int, known: Callable[[str], bool], clock: Clock
+) -> Iterator[tuple[str, dict[str, float]]]:
     """Whatever is not known yet, by name: "suggested", or the head's rate and the decay."""
     body = pretrained(task, seed)
     for name in ("suggested", *(f"{rate:g}, {decay:g}" for rate in HEAD_RATES for decay in DECAYS)):
         if known(name):
             continue
-        model, start = copy.deepcopy(body), time.process_time()
+        model, start = copy.deepcopy(body), clock.now()
         if name == "suggested":
             loader = DataLoader(TensorDataset(*task.after), BATCH, shuffle=True, drop_last=True)
             usual = torch.optim.AdamW(model.parameters(), 1e-3)
             groups = ns.suggest_rates(task.loss_fn, model, loader, usual, steps=STEPS, seed=seed).param_groups
         else:
             groups = decayed(model, *map(float, name.split(", ")))
-        found, start = time.process_time() - start, time.process_time()
+        found, start = clock.now() - start, clock.now()
         train(task, model, torch.optim.AdamW(groups), task.after, seed + 1, STEPS)
-        trained = time.process_time() - start
+        trained = clock.now() - start
         losses = {"train": evaluate(task, model, task.after), "held": evaluate(task, model, task.held)}
         yield name, losses | {"share": found / trained}
 
@@ -183,17 +192,21 @@ def table(records: list[dict[str, object]]) -> str:
 
 
 def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add_device(parser)
+    device = parser.parse_args().device
+    clock = Clock(device, processor=True)
     torch.set_num_threads(1)
-    path = RESULTS / "finetuning.jsonl"
+    path = results_of(RESULTS / "finetuning.jsonl", device)
     runs = jsonl.read(path)
     for seed, task in tqdm([(seed, task) for seed in SEEDS for task in tasks()], desc="tasks"):
         done = {r["run"] for r in runs if (r["task"], r["seed"]) == (task.name, seed)}
         if len(done) == 1 + len(HEAD_RATES) * len(DECAYS):
             continue
-        for name, numbers in runs_of(task, seed, done.__contains__):
+        for name, numbers in runs_of(task.on(clock.device), seed, done.__contains__, clock):
             jsonl.append(path, {"task": task.name, "seed": seed, "run": name, **numbers}, digits=4)
     text_of = table(jsonl.read(path))
-    (RESULTS / "finetuning.md").write_text(text_of, encoding="utf-8")
+    path.with_suffix(".md").write_text(text_of, encoding="utf-8")
     print(text_of)
 
 

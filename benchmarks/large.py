@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from clock import Clock, multiply_adds
+from clock import Clock, add_device, multiply_adds
 from torch import Tensor, nn
 
 import newton_summary as ns
@@ -92,7 +92,7 @@ def run(groups: str, mask: bool, order: int, threads: int, device: str) -> dict[
         "S": len(partition),
         "mask": mask,
         "order": order,
-        "device": device if device == "cpu" else torch.cuda.get_device_name(),
+        "device": clock.name,
         "threads": threads,
         "gradients": later / unit,
         "counted": products_of_measure / products,
@@ -121,7 +121,7 @@ def main() -> None:
     parser.add_argument("--orders", nargs="+", type=int, default=[2, 3], choices=[2, 3])
     parser.add_argument("--mask", action="store_true", help="with an attention_mask")
     parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--device", default="cpu", help="cpu or cuda")
+    add_device(parser)
     parser.add_argument("--here", action="store_true", help=argparse.SUPPRESS)
     given = parser.parse_args()
     if given.here:

@@ -1,19 +1,20 @@
 """What the monitor's advice is worth: writes results/monitor.md (about an hour on one core).
 
-Studies, each by itself with ``python benchmarks/monitor.py NAME``: ranking, coverage, cost, acting.
+Studies, each by itself with ``python benchmarks/monitor.py NAME``: ranking, coverage, cost, acting.  With ``--device
+cuda``: results/monitor-cuda.md.
 """
 
 from __future__ import annotations
 
+import argparse
 import math
-import sys
-import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
 import torch
+from clock import Clock, add_device, results_of
 from torch import nn
 from torch.nn import functional
 from torch.utils.data import DataLoader, TensorDataset
@@ -46,6 +47,11 @@ class Network:
 
     def loader(self) -> DataLoader:
         return DataLoader(TensorDataset(*self.samples), self.batch_size, shuffle=True, drop_last=True)
+
+    def on(self, device: torch.device) -> Network:
+        """The same on a device."""
+        x, y = self.samples
+        return replace(self, make=lambda seed: self.make(seed).to(device), samples=(x.to(device), y.to(device)))
 
     def batches(self, seed: int) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
         generator = torch.Generator().manual_seed(seed)
@@ -137,7 +143,7 @@ def rank_one(
     return wrong, factor, monitor
 
 
-def ranking() -> list[str]:
+def ranking(clock: Clock) -> list[str]:
     lines = [
         "## Which layer is off?",
         "",
@@ -149,7 +155,7 @@ def ranking() -> list[str]:
         "| network | other layers | first, of all | too small | too large |",
         "|---|---|---|---|---|",
     ]
-    for network, uniform in ((digits(), None), (digits(), 1e-2)):
+    for network, uniform in ((digits().on(clock.device), None), (digits().on(clock.device), 1e-2)):
         hits: dict[bool, list[bool]] = {True: [], False: []}
         for seed in range(CASES):
             wrong, factor, monitor = rank_one(network, seed, uniform)
@@ -190,7 +196,7 @@ def cover_one(network: Network, seed: int, size: int = 32) -> dict[int, tuple[li
     return result
 
 
-def coverage() -> list[str]:
+def coverage(clock: Clock) -> list[str]:
     lines = [
         "## Do the intervals hold?",
         "",
@@ -201,7 +207,7 @@ def coverage() -> list[str]:
         "| network | batches | intervals | cover | ratio | finite |",
         "|---|---|---|---|---|---|",
     ]
-    for network in (digits(), cifar()):
+    for network in (digits().on(clock.device), cifar().on(clock.device)):
         cases = [cover_one(network, seed) for seed in range(CASES)]
         for repeats in REPEATS:
             covered = [hit for case in cases for hit in case[repeats][0]]
@@ -213,73 +219,84 @@ def coverage() -> list[str]:
     return lines
 
 
-def cost_of(network: Network, size: int) -> str:
+def cost_of(network: Network, size: int, clock: Clock) -> str:
     """A row of the table of costs, for measurements on so many samples of a batch."""
+    network = network.on(clock.device)
     model = network.make(0)
     optimizer, batches = torch.optim.Adam(model.parameters(), lr=1e-3), network.batches(0)
     monitor = ns.Monitor(model, network.loss_fn, optimizer=optimizer)
 
-    def timed(measure: bool) -> float:
-        start = time.process_time()
+    def step(measure: bool) -> None:
         batch = next(batches)
         optimizer.zero_grad()
         network.loss_fn(model, batch).backward()
         if measure:
             monitor.measure([(batch[0][:size], batch[1][:size])])
         optimizer.step()
-        return 1e3 * (time.process_time() - start)
 
+    def timed(measure: bool) -> float:
+        return 1e3 * clock.once(lambda: step(measure))
+
+    if clock.device.type == "cuda":
+        step(False)  # loads kernels, which is no part of a first measurement
     first = timed(True)
     both = [(timed(False), timed(True)) for _ in range(25)]
-    step = float(np.median([a for a, _ in both]))
-    extra = float(np.median([b for _, b in both])) - step
+    plain = float(np.median([a for a, _ in both]))
+    extra = float(np.median([b for _, b in both])) - plain
     return (
-        f"| {network.name} | {len(monitor.partition)} | {size} of {network.batch_size} | {step:.1f} | {extra:.0f} | "
-        f"{extra / step:.1f} % | {first:.0f} |"
+        f"| {network.name} | {len(monitor.partition)} | {size} of {network.batch_size} | {plain:.1f} | {extra:.0f} | "
+        f"{extra / plain:.1f} % | {first:.0f} |"
     )
 
 
-def cost() -> list[str]:
+def cost(clock: Clock) -> list[str]:
+    timer = "one core, processor time" if clock.device.type == "cpu" else f"{clock.name}, time between events"
     return [
         "## What it costs",
         "",
-        "Adam, one core, processor time; a step is a forward and a backward pass and Adam's update. A monitored step",
+        f"Adam, {timer}; a step is a forward and a backward pass and Adam's update. A monitored step",
         "adds one measurement on some samples of the batch, its advice and the loss after the step. First: the first",
         "one, which traces the graph.",
         "",
         "| network | S | measured | step, ms | measurement, ms | at every=100 | first, ms |",
         "|---|---|---|---|---|---|---|",
-        cost_of(cifar(), 100),
-        *(cost_of(characters(64, 64, 2000), size) for size in (32, 4)),
+        cost_of(cifar(), 100, clock),
+        *(cost_of(characters(64, 64, 2000), size, clock) for size in (32, 4)),
     ]
 
 
-def acting() -> list[str]:
+def acting(clock: Clock) -> list[str]:
     from acting import study  # beside this script
 
-    return study()
+    return study(clock)
 
 
 STUDIES = {"ranking": ranking, "coverage": coverage, "cost": cost, "acting": acting}
 
 
-def write(section: str) -> None:
-    """Puts a section into the page of results, in place of an older one of the same title."""
-    RESULTS.parent.mkdir(exist_ok=True)
-    page = RESULTS.read_text(encoding="utf-8") if RESULTS.exists() else ""
+def write(section: str, path: Path) -> None:
+    """Puts a section into a page of results, in place of an older one of the same title."""
+    path.parent.mkdir(exist_ok=True)
+    page = path.read_text(encoding="utf-8") if path.exists() else ""
     sections = {part.split("\n")[0]: part.strip() for part in ("\n" + page).split("\n## ")[1:]}
     title = section.removeprefix("## ").split("\n")[0]
     sections[title] = section.removeprefix("## ")
     text = "# The monitor\n\nWritten by `python benchmarks/monitor.py`.\n\n"
-    RESULTS.write_text(text + "\n\n".join(f"## {part}" for part in sections.values()) + "\n", encoding="utf-8")
+    path.write_text(text + "\n\n".join(f"## {part}" for part in sections.values()) + "\n", encoding="utf-8")
 
 
 def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("studies", nargs="*", metavar="NAME", help="default: all")
+    add_device(parser)
+    given = parser.parse_args()
+    if unknown := sorted(set(given.studies) - set(STUDIES)):
+        parser.error(f"no study {unknown[0]!r}: choose from {', '.join(STUDIES)}")
     torch.set_num_threads(1)
-    for name in sys.argv[1:] or list(STUDIES):
-        section = "\n".join(STUDIES[name]())
+    for name in given.studies or list(STUDIES):
+        section = "\n".join(STUDIES[name](Clock(given.device, processor=True)))
         print(section, "\n", flush=True)
-        write(section)
+        write(section, results_of(RESULTS, given.device))
 
 
 if __name__ == "__main__":

@@ -1,16 +1,19 @@
 """Time the solvers on random problems of 10, 50 and 200 groups, and write results/solvers.md (about half a minute).
 
-Run it with OMP_NUM_THREADS=1: at these sizes threads cost more than they bring.
+Run it with OMP_NUM_THREADS=1: at these sizes threads cost more than they bring.  With ``--device cuda`` summaries are
+on the device, and so the way to the host, where they are solved, is timed too: results/solvers-cuda.md.
 """
 
+import argparse
 import os
 import platform
 import statistics
-import time
 from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
+import torch
+from clock import Clock, add_device, results_of
 
 from newton_summary import Summary
 from newton_summary.solve import Step, cubic, line_search, newton, ridge, shrink
@@ -20,7 +23,9 @@ SIZES = (10, 50, 200)
 PROBLEMS = 40
 
 
-def problem(rng: np.random.Generator, n: int, *, definite: bool, flat: bool, hard: bool) -> Summary:
+def problem(
+    rng: np.random.Generator, n: int, device: torch.device, *, definite: bool, flat: bool, hard: bool
+) -> Summary:
     """Third derivatives over 6 decades, or none; in the hard case ḡ has no part along the lowest curvature."""
     a = rng.standard_normal((n, n))
     k = a @ a.T / n + 1e-3 * np.eye(n) if definite else (a + a.T) / np.sqrt(n)
@@ -28,7 +33,8 @@ def problem(rng: np.random.Generator, n: int, *, definite: bool, flat: bool, har
     if hard:
         lowest = np.linalg.eigh(k)[1][:, 0]
         b = (b - lowest * (lowest @ b)) * 0.01
-    return Summary(loss=1.0, gradient=b * d, hessian=k * np.outer(d, d), third=np.zeros(n) if flat else d**3)
+    parts = {"gradient": b * d, "hessian": k * np.outer(d, d), "third": np.zeros(n) if flat else d**3}
+    return Summary(loss=1.0, **{name: torch.as_tensor(part, device=device) for name, part in parts.items()})
 
 
 CASES = {
@@ -46,15 +52,15 @@ SOLVERS: dict[str, Callable[[Summary], Step]] = {
 }
 
 
-def milliseconds(solver: Callable[[Summary], Step], problems: list[Summary]) -> list[float]:
+def milliseconds(solver: Callable[[Summary], Step], problems: list[Summary], clock: Clock) -> list[float]:
     """Of each solve, the quickest of three."""
     result = []
     for summary in problems:
         times = []
         for _ in range(3):
-            start = time.perf_counter()
+            start = clock.now()
             step = solver(summary)
-            times.append(1e3 * (time.perf_counter() - start))
+            times.append(1e3 * (clock.now() - start))
         if not step.ok:
             raise RuntimeError(f"a problem was not solved: {step.status.value}")
         result.append(min(times))
@@ -62,10 +68,14 @@ def milliseconds(solver: Callable[[Summary], Step], problems: list[Summary]) -> 
 
 
 def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add_device(parser)
+    clock = Clock(parser.parse_args().device)
+    where = "the host" if clock.device.type == "cpu" else clock.name
     lines = [
         "# Time of a solve",
         "",
-        f"Milliseconds, median (largest) of {PROBLEMS} random problems, from a summary on the host to the step.",
+        f"Milliseconds, median (largest) of {PROBLEMS} random problems, from a summary on {where} to the step.",
         f"{platform.machine()}, numpy {np.__version__}, OMP_NUM_THREADS={os.environ.get('OMP_NUM_THREADS', 'unset')}.",
         "Written by `python benchmarks/solvers.py`.",
         "",
@@ -77,11 +87,11 @@ def main() -> None:
             row = []
             for n in SIZES:
                 rng = np.random.default_rng(n)
-                times = milliseconds(solver, [problem(rng, n, **how) for _ in range(PROBLEMS)])
+                times = milliseconds(solver, [problem(rng, n, clock.device, **how) for _ in range(PROBLEMS)], clock)
                 row.append(f"{statistics.median(times):.2f} ({max(times):.2f})")
             lines.append(f"| {name} | {case} | " + " | ".join(row) + " |")
     RESULTS.parent.mkdir(exist_ok=True)
-    RESULTS.write_text("\n".join(lines) + "\n", encoding="utf-8")
+    results_of(RESULTS, clock.device.type).write_text("\n".join(lines) + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":

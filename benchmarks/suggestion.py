@@ -5,23 +5,22 @@
 
 Adam trains with the rates suggested for its tensors, from an optimizer whose rate was 30 times too small or too large,
 as a seed decides, and is compared with Adam at the best uniform rate of the committed searches.  What was run is kept
-in results/suggestion.jsonl, and not run again.
+in results/suggestion.jsonl, and not run again.  With ``--device cuda``: results/suggestion-cuda.*.
 """
 
 from __future__ import annotations
 
 import argparse
 import math
-import time
-from pathlib import Path
 from statistics import geometric_mean, median
 
 import jsonl
 import torch
+from clock import Clock, add_device, results_of
 from torch import nn
 from torch.utils.data import DataLoader
 from tqdm import tqdm
-from untuned import RESULTS, SUITES, Problem, Store, run
+from untuned import RESULTS, SUITES, Problem, Store, on_device, run
 
 import newton_summary as ns
 from newton_summary.watch.lr_finder import SuggestedRates
@@ -41,19 +40,19 @@ def suggest(problem: Problem, model: nn.Module, seed: int) -> SuggestedRates:
     return ns.suggest_rates(problem.loss_fn, model, loader, adam, steps=problem.steps, seed=seed)
 
 
-def case(problem: Problem, seed: int) -> dict[str, float]:
+def case(problem: Problem, seed: int, clock: Clock) -> dict[str, float]:
     """One suggestion, and the training with it."""
     spent: dict[str, float] = {}
 
     def make(model: nn.Module, rate: float, steps: int) -> torch.optim.Optimizer:
-        start = time.process_time()
+        start = clock.now()
         suggested = suggest(problem, model, seed)
-        spent["suggestion"], spent["began"] = time.process_time() - start, time.process_time()
+        spent["suggestion"], spent["began"] = clock.now() - start, clock.now()
         spent["trials"], spent["mean"] = len(suggested.trials), geometric_mean(suggested.rates.values())
         return torch.optim.Adam(suggested.param_groups)
 
     record = run(problem, "suggested", make, 0.0, seed)
-    training = time.process_time() - spent["began"]
+    training = clock.now() - spent["began"]
     return {
         "loss": record.loss,
         "share": spent["suggestion"] / training,
@@ -84,16 +83,19 @@ def row(problem: Problem, best: list, cases: list[dict[str, float]]) -> tuple[st
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--problems", nargs="+", metavar="NAME", help="default: all")
-    chosen = parser.parse_args().problems
+    add_device(parser)
+    given = parser.parse_args()
+    chosen, store = given.problems, results_of(STORE, given.device)
     torch.set_num_threads(1)
-    known = {(r["problem"], r["seed"]): r for r in jsonl.read(STORE)}
+    known = {(r["problem"], r["seed"]): r for r in jsonl.read(store)}
     every = [(suite, p) for suite in SUITES.values() for p in suite.problems.values()]
     todo = [(p, seed) for seed in SEEDS for _, p in every if chosen is None or p.name in chosen]
+    clock = Clock(given.device, processor=True)
     for problem, seed in tqdm(todo, desc="suggestions"):
         if (problem.name, seed) not in known:
-            found = {"problem": problem.name, "seed": seed, **case(problem, seed)}
+            found = {"problem": problem.name, "seed": seed, **case(on_device(problem, given.device), seed, clock)}
             known[problem.name, seed] = found
-            jsonl.append(STORE, found, digits=4)
+            jsonl.append(store, found, digits=4)
     text = [
         "# Suggested learning rates",
         "",
@@ -115,7 +117,7 @@ def main() -> None:
             ratios.append(ratio)
     within = ", ".join(f"{sum(r <= bound for r in ratios)} at most {bound:g}" for bound in (1.05, 1.15, 2.0))
     text += ["", f"Median ratio {median(ratios):.2f}; of {len(ratios)} ratios {within}."]
-    Path(RESULTS / "suggestion.md").write_text("\n".join(text) + "\n", encoding="utf-8")
+    results_of(RESULTS / "suggestion.md", given.device).write_text("\n".join(text) + "\n", encoding="utf-8")
     print("\n".join(text))
 
 

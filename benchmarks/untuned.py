@@ -7,7 +7,8 @@
 
 The nine problems are those on which the defaults were chosen; ``--suite held-out`` takes eleven others, which the
 first edition of the default had not seen, and results/held-out/.  ``--problems`` and ``--forms`` choose.  A run is a
-Record; what was run stays in *.jsonl there.
+Record; what was run stays in *.jsonl there.  ``--device cuda`` trains ours and times everyone on an accelerator, and
+keeps that in a folder cuda/ there; rivals' losses are those of the host, which has the same ones but for rounding.
 Needs ``pip install 'newton-summary-experiments[benchmarks]'``.
 """
 
@@ -20,6 +21,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
+from functools import cache
 from itertools import islice
 from pathlib import Path
 from statistics import geometric_mean, median
@@ -27,6 +29,7 @@ from typing import TYPE_CHECKING
 
 import jsonl
 import torch
+from clock import Clock, add_device
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from tqdm import tqdm
@@ -38,7 +41,7 @@ from newton_summary.solve import Status
 from newton_summary_experiments.data import InMemory, as_it_is, shuffled
 from newton_summary_experiments.held_out import HELD_OUT
 from newton_summary_experiments.search import half_decade
-from newton_summary_experiments.suite import PROBLEMS, Problem
+from newton_summary_experiments.suite import PROBLEMS, Problem, Samples
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -133,6 +136,19 @@ def evaluate(problem: Problem, model: nn.Module, samples: tuple[Tensor, Tensor],
         total += float(value) * len(y)
     model.train(training)
     return total / len(samples[1])
+
+
+def on_device(problem: Problem, device: str) -> Problem:
+    """The same problem with its model and samples on a device."""
+    if device == "cpu":
+        return problem
+
+    @cache
+    def read() -> Samples:
+        found = problem.read()
+        return Samples(*(tuple(t.to(device) for t in part) for part in (found.train, found.validation)))
+
+    return replace(problem, build=lambda seed: problem.build(seed).to(device), read=read)
 
 
 def endless(problem: Problem, seed: int, batch_size: int) -> Iterator[tuple[Tensor, Tensor]]:
@@ -364,12 +380,13 @@ def fused_adam(model: nn.Module, rate: float, steps: int) -> torch.optim.Optimiz
     return torch.optim.Adam(model.parameters(), rate, fused=True)
 
 
-def step_times(problem: Problem) -> dict[str, float]:
+def step_times(problem: Problem, clock: Clock) -> dict[str, float]:
     """Seconds of a step of every optimizer, its batch included: medians of blocks of steps, which take turns.
 
     The first block of a run is that of an optimizer that was just made: it has all that a first step has to do, and
     comparisons are more frequent in it.  Both kinds count by their share of the problem's steps.  It is processor time:
-    what else the machine does is no part of it.
+    what else the machine does is no part of it.  On an accelerator it is the clock's, and a turn of all, in which
+    kernels are loaded, goes before.
     """
     untuned = {name: make for name, (make, _) in UNTUNED.items()}
     makers = {**TUNED, **untuned, FUSED: fused_adam, "ours": ours(problem, 0)}
@@ -382,7 +399,7 @@ def step_times(problem: Problem) -> dict[str, float]:
         began = time.perf_counter()
         for name, make in makers.items():
             model, batches = problem.make_model(0), endless(problem, 0, problem.batch_size)
-            start = time.process_time()
+            start = clock.now()
             optimizer = make(model, 1e-4, problem.steps)
             _mode(optimizer, "train")
             for seconds in (first[name], later[name]):
@@ -390,20 +407,23 @@ def step_times(problem: Problem) -> dict[str, float]:
                     optimizer.zero_grad()
                     problem.loss_fn(model, batch).backward()
                     optimizer.step()
-                seconds.append((time.process_time() - start) / BLOCK)
-                start = time.process_time()
+                seconds.append((clock.now() - start) / BLOCK)
+                start = clock.now()
         if turn == 0:
             rounds = min(max(round(PATIENCE / (time.perf_counter() - began)), ROUNDS[0]), ROUNDS[1])
+            if clock.device.type == "cuda":
+                for seconds in (*first.values(), *later.values()):
+                    seconds.clear()
     share = BLOCK / problem.steps
     return {name: share * median(first[name]) + (1 - share) * median(later[name]) for name in makers}
 
 
-def overheads_of(problem: Problem, folder: Path) -> dict[str, float]:
+def overheads_of(problem: Problem, folder: Path, clock: Clock) -> dict[str, float]:
     """The processor time of our run, against everyone's of as many steps; kept for a judge that is resumed."""
     path = folder / "overheads.json"
     known: dict[str, dict[str, float]] = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
     if problem.name not in known:
-        seconds = step_times(problem)
+        seconds = step_times(problem, clock)
         known[problem.name] = {name: round(seconds["ours"] / seconds[name], 3) for name in (*TUNED, FUSED, *UNTUNED)}
         path.write_text(json.dumps(known, indent=1) + "\n", encoding="utf-8")
     return known[problem.name]
@@ -429,9 +449,11 @@ class Verdict:
     stopped: dict[str, float]  # everyone's loss at the processor time of Adam's run, at the latest
 
 
-def judge(problem: Problem, baseline: Store, own: Store, forms: Sequence[str], seeds: Sequence[int]) -> Verdict:
+def judge(
+    problem: Problem, baseline: Store, own: Store, forms: Sequence[str], seeds: Sequence[int], clock: Clock
+) -> Verdict:
     """Runs ours and compares."""
-    overheads = overheads_of(problem, own.path.parent)
+    overheads = overheads_of(problem, own.path.parent, clock)
     price = {**overheads, USUAL: overheads["adam"]}
     mark_of = {name: min(round(problem.steps / price[name]), problem.steps) for name in RIVALS}
     marks = sorted(set(mark_of.values()))
@@ -706,6 +728,7 @@ def main() -> None:
     parser.add_argument("--forms", nargs="+", choices=list(FORMS), default=list(FORMS))
     parser.add_argument("--quick", action="store_true", help="one seed of five cheap problems")
     parser.add_argument("--resume", action="store_true", help="keep the runs of ours that are there")
+    add_device(parser)
     arguments = parser.parse_args()
     torch.set_num_threads(1)
     suite = SUITES[arguments.suite]
@@ -713,33 +736,42 @@ def main() -> None:
     if unknown := sorted(set(names) - set(suite.problems)):
         parser.error(f"{', '.join(unknown)}: not in the suite {suite.name}, which has {', '.join(suite.problems)}")
     baseline = Store(suite.folder / "baselines.jsonl")
-    problems = [suite.problems[name] for name in names if not arguments.quick or name in suite.quick]
+    problems = [
+        on_device(suite.problems[name], arguments.device)
+        for name in names
+        if not arguments.quick or name in suite.quick
+    ]
+    results = suite.folder if arguments.device == "cpu" else suite.folder / arguments.device
+    results.mkdir(parents=True, exist_ok=True)
     if arguments.command == "baselines":
         baselines(baseline, problems)
         return
     if arguments.command == "robust":
-        path = suite.folder / "robust.jsonl"
+        path = results / "robust.jsonl"
         robust(problems, baseline, Store(path))
         text = robust_table(Store(path), list(suite.problems.values()))  # with what others have run meanwhile
         print(text)
-        (suite.folder / "robust.md").write_text(text, encoding="utf-8")
+        (results / "robust.md").write_text(text, encoding="utf-8")
         return
-    folder = Path(tempfile.mkdtemp()) if arguments.quick else suite.folder
+    folder = Path(tempfile.mkdtemp()) if arguments.quick else results
     path = folder / "ours.jsonl"
     if not arguments.resume:
         path.unlink(missing_ok=True)
         (folder / "overheads.json").unlink(missing_ok=True)
     own, seeds = Store(path), SEEDS[:1] if arguments.quick else SEEDS
-    verdicts = [judge(p, baseline, own, arguments.forms, seeds) for p in tqdm(problems, desc="problems")]
+    clock = Clock(arguments.device, processor=True)
+    verdicts = [judge(p, baseline, own, arguments.forms, seeds, clock) for p in tqdm(problems, desc="problems")]
     text = table(verdicts, arguments.forms, suite)
+    if arguments.device != "cpu":
+        text = text.replace("processor time", f"time on {clock.name}").replace(
+            "Processor time", f"Time on {clock.name}"
+        )
     print(text)
     if not arguments.quick:
-        (suite.folder / f"{suite.name}.md").write_text(text, encoding="utf-8")
-        (suite.folder / "verdicts.json").write_text(
-            json.dumps([asdict(v) for v in verdicts], indent=1), encoding="utf-8"
-        )
+        (results / f"{suite.name}.md").write_text(text, encoding="utf-8")
+        (results / "verdicts.json").write_text(json.dumps([asdict(v) for v in verdicts], indent=1), encoding="utf-8")
         shown = [*RIVALS, *(f for f in arguments.forms if f in ("default", "steps"))]
-        profiles(verdicts, shown, suite.folder / "profile.png")
+        profiles(verdicts, shown, results / "profile.png")
 
 
 if __name__ == "__main__":

@@ -1,19 +1,48 @@
-"""What the scripts of benchmarks/ share."""
+"""What the scripts of benchmarks/ share: records of runs, timers, and a device that is asked for."""
 
 from __future__ import annotations
 
+import sys
+import time
+from contextlib import ExitStack
+from dataclasses import replace
+from pathlib import Path
+
 import pytest
+import torch
 from studies import benchmark
+from torch import nn
+
+from newton_summary_experiments.data import digits
+from newton_summary_experiments.models import mlp
+from newton_summary_experiments.suite import PROBLEMS
+from newton_summary_experiments.tasks import cross_entropy
+
+UNTIMED = {"digits_rates", "kernels"}  # searches rates; chooses kernels of the processor
+SCRIPTS = sorted(
+    path.stem
+    for path in (Path(__file__).parents[1] / "benchmarks").glob("*.py")
+    if "def main" in path.read_text(encoding="utf-8") and path.stem not in UNTIMED
+)
+DEVICES = ["cpu", *["cuda"] * torch.cuda.is_available()]
 
 
 @pytest.fixture(scope="module")
-def jsonl():
-    with benchmark("jsonl") as module:
-        yield module
+def load():
+    """Gives benchmarks/NAME.py as a module."""
+    with ExitStack() as stack:
+        modules = {}
+
+        def loaded(name: str):
+            if name not in modules:
+                modules[name] = stack.enter_context(benchmark(name))
+            return modules[name]
+
+        yield loaded
 
 
-def test_rows_are_added_to_a_file_with_the_digits_asked_for(jsonl, tmp_path) -> None:
-    path = tmp_path / "new" / "runs.jsonl"
+def test_rows_are_added_to_a_file_with_the_digits_asked_for(load, tmp_path) -> None:
+    jsonl, path = load("jsonl"), tmp_path / "new" / "runs.jsonl"
     assert jsonl.read(path) == []
     row = {"name": "größer", "loss": 0.123456789, "curve": [1.0, 2 / 3], "seed": 123456789, "failed": None}
     jsonl.append(path, row)
@@ -22,3 +51,161 @@ def test_rows_are_added_to_a_file_with_the_digits_asked_for(jsonl, tmp_path) -> 
     assert exact == row
     assert short == row | {"loss": 0.123, "curve": [1.0, 0.667]}, "whole numbers keep their digits"
     assert "größer" in path.read_text(encoding="utf-8")
+
+
+# Timers ---------------------------------------------------------------------------------------------------------------
+
+
+def test_a_host_is_timed_by_the_clock_or_by_its_processor(load, monkeypatch) -> None:
+    clock = load("clock")
+    monkeypatch.setattr(clock.time, "perf_counter", iter([1.0, 4.0, 10.0]).__next__)
+    monkeypatch.setattr(clock.time, "process_time", iter([20.0, 20.5]).__next__)
+    calls: list[int] = []
+    wall, processor = clock.Clock(), clock.Clock(processor=True)
+    assert wall.once(lambda: calls.append(1)) == 3.0
+    assert wall.now() == 10.0
+    assert processor.once(lambda: calls.append(1)) == 0.5
+    assert len(calls) == 2
+    assert wall.name == "cpu"
+    assert wall.memory() > 1e7, "a process with torch in it has more than ten megabytes"
+
+
+def test_calls_that_warm_up_do_not_count(load, monkeypatch) -> None:
+    clock = load("clock")
+    calls: list[int] = []
+    monkeypatch.setattr(clock.Clock, "once", lambda self, function: (function(), float(len(calls)))[1])
+    assert clock.Clock().median(lambda: calls.append(1), repeats=3, warm_up=2) == 4.0, "of the calls 3 to 5"
+    assert clock.Clock().least(lambda: calls.append(1), repeats=2, warm_up=3) == 9.0, "of the calls 9 and 10"
+
+
+def test_an_accelerator_is_timed_by_events_between_which_only_the_work_is(load, monkeypatch) -> None:
+    clock, log = load("clock"), []
+
+    class Event:
+        def __init__(self, enable_timing: bool) -> None:
+            assert enable_timing
+
+        def record(self) -> None:
+            log.append("event")
+
+        def elapsed_time(self, other: Event) -> float:
+            return 2500.0
+
+    monkeypatch.setattr(torch.cuda, "Event", Event)
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda device: log.append("wait"))
+    monkeypatch.setattr(torch.cuda, "reset_peak_memory_stats", lambda device: log.append("reset"))
+    monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda device: 7e9)
+    monkeypatch.setattr(torch.cuda, "memory_allocated", lambda device: 3e9)
+    monkeypatch.setattr(clock.time, "perf_counter", lambda: 8.0)
+    timer = clock.Clock("cuda", processor=True)
+    assert timer.once(lambda: log.append("work")) == 2.5
+    assert log == ["reset", "wait", "event", "work", "event", "wait"]
+    assert timer.now() == 8.0, "the processor's time says nothing of an accelerator"
+    assert log[-1] == "wait"
+    assert timer.memory() == 7e9
+    with clock.Peak("cuda") as peak:
+        log.append("work")
+    assert log[-2:] == ["reset", "work"]
+    assert peak.largest == pytest.approx(4000.0), "what was there before is no part of it"
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_times_memory_and_products_of_a_device(load, device) -> None:
+    clock = load("clock")
+    timer = clock.Clock(device)
+    a, b = torch.randn(64, 32, device=device), torch.randn(32, 16, device=device)
+    assert clock.multiply_adds(lambda: a @ b) == 64 * 32 * 16
+    with clock.Peak(device) as peak:
+        held = torch.ones(4_000_000, device=device)
+        timer.now()
+        time.sleep(0.05)  # a host is looked at every millisecond
+    assert float(held.sum()) == 4e6
+    assert timer.once(lambda: a @ b) > 0
+    assert 0 < peak.largest < timer.memory() / 1e6
+    assert timer.peak(size=64) > 0
+
+
+@pytest.mark.parametrize("name", SCRIPTS)
+def test_every_script_that_times_takes_a_device_that_is_there(load, name, monkeypatch, capsys) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    for device, message in (("cuda", "torch sees no CUDA device"), ("abacus", "neither cpu nor cuda")):
+        monkeypatch.setattr(sys, "argv", [name, *["judge"] * (name == "untuned"), "--device", device])
+        with pytest.raises(SystemExit):
+            load(name).main()
+        assert message in capsys.readouterr().err
+
+
+def test_results_of_an_accelerator_are_kept_beside_those_of_the_host(load) -> None:
+    of = load("clock").results_of
+    assert of(Path("results/engines.json"), "cpu") == Path("results/engines.json")
+    assert of(Path("results/engines.json"), "cuda") == Path("results/engines-cuda.json")
+
+
+# Scripts, briefly -----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_engines_in_gradients(load, device, monkeypatch) -> None:
+    engines = load("engines")
+    monkeypatch.setitem(
+        engines.MODELS, "tiny", lambda: (mlp([8, 16, 16, 3]), (torch.randn(20, 8), torch.arange(20) % 3))
+    )
+    monkeypatch.setattr(engines.Clock, "peak", lambda self: 1e9)
+    found = engines.forward(engines.Problem("tiny", engines.Clock(device, processor=True)))
+    assert found["groups"] == 6
+    assert 1 < found["counted hessian"] < found["counted third"] < 4
+    assert min(found["third"], found["hessian"], found["of peak"]) > 0
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_a_step_of_every_optimizer_is_timed(load, device, monkeypatch) -> None:
+    untuned = load("untuned")
+    for name, value in (("ROUNDS", (2, 2)), ("BLOCK", 2), ("UNTUNED", {})):
+        monkeypatch.setattr(untuned, name, value)
+    problem = untuned.on_device(PROBLEMS["digits"], device)
+    assert next(problem.make_model(0).parameters()).device.type == device
+    seconds = untuned.step_times(problem, untuned.Clock(device, processor=True))
+    assert set(seconds) == {*untuned.TUNED, untuned.FUSED, "ours"}
+    assert min(seconds.values()) > 0
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_a_suggestion_is_timed_against_its_training(load, device) -> None:
+    suggestion = load("suggestion")
+    problem = suggestion.on_device(replace(PROBLEMS["digits"], steps=16), device)
+    found = suggestion.case(problem, 0, suggestion.Clock(device, processor=True))
+    assert found["share"] > 0
+    assert 0 < found["loss"] < 3
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_a_monitored_step_is_timed(load, device) -> None:
+    monitor = load("monitor")
+    row = monitor.cost_of(monitor.digits(), 20, monitor.Clock(device, processor=True))
+    assert row.startswith("| digits MLP | 8 | 20 of 100 |")
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_fine_tuning_is_timed_against_its_suggestion(load, device, monkeypatch) -> None:
+    finetuning = load("finetuning")
+    for name, value in (("BEFORE", 4), ("STEPS", 10), ("HEAD_RATES", (1e-3,)), ("DECAYS", (0.5,))):
+        monkeypatch.setattr(finetuning, name, value)
+    x, y = digits().train
+    samples = x.flatten(1), y
+    make = lambda: nn.Sequential(nn.Linear(64, 16), nn.Tanh(), nn.Linear(16, 10))  # noqa: E731
+    task = finetuning.Task("digits", make, samples, samples, samples, cross_entropy, 10)
+    timer = finetuning.Clock(device, processor=True)
+    found = dict(finetuning.runs_of(task.on(timer.device), 0, lambda name: False, timer))
+    assert set(found) == {"suggested", "0.001, 0.5"}
+    assert found["suggested"]["share"] > found["0.001, 0.5"]["share"]
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_solvers_write_a_page(load, device, monkeypatch, tmp_path) -> None:
+    solvers = load("solvers")
+    for name, value in (("SIZES", (3,)), ("PROBLEMS", 2), ("RESULTS", tmp_path / "solvers.md")):
+        monkeypatch.setattr(solvers, name, value)
+    monkeypatch.setattr(sys, "argv", ["solvers", "--device", device])
+    solvers.main()
+    page = load("clock").results_of(tmp_path / "solvers.md", device).read_text(encoding="utf-8")
+    assert page.count("\n| ") == 1 + len(solvers.SOLVERS) * len(solvers.CASES)

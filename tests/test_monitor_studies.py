@@ -48,7 +48,7 @@ def test_acting_on_rehearsed_advice_closes_half_of_the_gap(acting, setting: str)
     x, y = digits().train
     make = lambda seed: initialised(lambda: mlp([64, 32, 32, 10]), seed)  # noqa: E731
     small = acting.Small("a small network", make, (x, y), cross_entropy, 50)
-    case = acting.run(small, 1e-2, 100, setting)
+    case = acting.run(small, 1e-2, 100, setting, acting.Clock(processor=True))
     assert case.has_gap
     assert case.closed >= 0.5
 
@@ -63,8 +63,8 @@ def test_the_page_counts_what_was_lost_and_what_was_closed(acting, monkeypatch) 
         case("b", "all too slow", 1.0, 0.8, 0.5),
         case("b", "layer too fast", 1.0, 1.06, 0.96),
     ]
-    monkeypatch.setattr(acting, "cases", lambda: made)
-    page = "\n".join(acting.study())
+    monkeypatch.setattr(acting, "cases", lambda clock: made)
+    page = "\n".join(acting.study(acting.Clock()))
     assert "× not acting in 1 of 4 cases" in page.replace("\n", " ")
     assert "at least half of the gap in 1 of 2 (median share: 60%" in page.replace("\n", " ")
     assert "| all too slow | 2 | 0 | 0.70 | 0.80 | 0.50 | 2 | 1 |" in page

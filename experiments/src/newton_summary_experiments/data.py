@@ -104,7 +104,7 @@ class InMemory(Dataset[Batch]):
         return self.data[0][index], self.data[1][index]
 
     def __getitems__(self, indices: Sequence[int]) -> Batch:
-        chosen = torch.as_tensor(indices)
+        chosen = torch.as_tensor(indices, device=self.data[0].device)
         return self.data[0].index_select(0, chosen), self.data[1].index_select(0, chosen)
 
 
