@@ -19,6 +19,16 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 
+aten = torch.ops.aten
+FORMULAS = flop_registry | {  # torch's own formulas, for what its table leaves out
+    aten.addmm_: flop_registry[aten.addmm],
+    aten.baddbmm_: flop_registry[aten.baddbmm],
+    aten._scaled_dot_product_flash_attention_for_cpu: flop_registry[aten._scaled_dot_product_flash_attention],
+    aten._scaled_dot_product_flash_attention_for_cpu_backward: flop_registry[
+        aten._scaled_dot_product_flash_attention_backward
+    ],
+}
+
 
 class _Products(TorchDispatchMode):
     """Counts multiply-adds of matrix products, convolutions and attention as they run.
@@ -32,7 +42,7 @@ class _Products(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         out = func(*args, **(kwargs or {}))
-        formula = flop_registry.get(func._overloadpacket)
+        formula = FORMULAS.get(func._overloadpacket)
         if formula is not None:
             self.total += formula(*args, **(kwargs or {}), out_val=out) / 2
         return out
@@ -148,6 +158,7 @@ class Peak:
         if self.device.type == "cuda":
             self.largest = torch.cuda.max_memory_allocated(self.device) / 1e6 - self.start
             return
+        self.largest = max(self.largest, self._now() - self.start)  # a busy machine may never have let it look
         self.done = True
         self.thread.join()
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import sys
-import time
 from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
@@ -13,6 +12,8 @@ import torch
 from studies import benchmark
 from torch import nn
 
+import newton_summary as ns
+from newton_summary.measure import forward
 from newton_summary_experiments.data import digits
 from newton_summary_experiments.models import mlp
 from newton_summary_experiments.suite import PROBLEMS
@@ -115,10 +116,11 @@ def test_times_memory_and_products_of_a_device(load, device) -> None:
     timer = clock.Clock(device)
     a, b = torch.randn(64, 32, device=device), torch.randn(32, 16, device=device)
     assert clock.multiply_adds(lambda: a @ b) == 64 * 32 * 16
+    assert clock.multiply_adds(lambda: torch.zeros(64, 16, device=device).addmm_(a, b)) == 64 * 32 * 16
+    with clock.Peak(device):
+        pass  # gives back what was freed before
     with clock.Peak(device) as peak:
         held = torch.ones(4_000_000, device=device)
-        timer.now()
-        time.sleep(0.05)  # a host is looked at every millisecond
     assert float(held.sum()) == 4e6
     assert timer.once(lambda: a @ b) > 0
     assert 0 < peak.largest < timer.memory() / 1e6
@@ -209,3 +211,55 @@ def test_solvers_write_a_page(load, device, monkeypatch, tmp_path) -> None:
     solvers.main()
     page = load("clock").results_of(tmp_path / "solvers.md", device).read_text(encoding="utf-8")
     assert page.count("\n| ") == 1 + len(solvers.SOLVERS) * len(solvers.CASES)
+
+
+# What it costs by shape -----------------------------------------------------------------------------------------------
+
+
+def test_attention_is_counted_forward_and_backward(load) -> None:
+    q, pass_ = torch.randn(2, 3, 8, 16, requires_grad=True), 2 * 3 * 8 * 8 * 16
+    attention = lambda: nn.functional.scaled_dot_product_attention(q, q, q, is_causal=True)  # noqa: E731
+    assert load("clock").multiply_adds(attention) == 2 * pass_
+    assert load("clock").multiply_adds(lambda: attention().sum().backward()) == (2 + 5) * pass_
+
+
+@pytest.mark.parametrize("order", [2, 3])
+@pytest.mark.parametrize("number", [0, 2, 4, 6, 7])
+def test_the_count_by_shape_is_what_the_counter_sees(load, number, order) -> None:
+    cost = load("cost")
+    _, shape, groups = cost.CHECKED[number]
+    gradient, measured = cost.counted(shape, groups, order)
+    assert shape.gradient == gradient
+    assert cost.Count(shape, groups, order == 3).model().total == pytest.approx(measured, rel=1e-4)
+
+
+def test_the_rule_of_thumb_for_whole_blocks(load) -> None:
+    cost = load("cost")
+    shape = cost.Shape("llama", 40, 4096, 11_008, 32, 32, 1000, 128)
+    size = cost.size(shape, cost.blocks())
+    assert size == 42
+    assert cost.gradients(shape, cost.blocks(), 2) == pytest.approx((size + 11) / 6, rel=0.03)
+    assert cost.gradients(shape, cost.blocks(), 3) == pytest.approx((size + 7) / 3, rel=0.03)
+
+
+def test_memory_by_shape_is_what_the_engine_holds(load, monkeypatch) -> None:
+    cost, found = load("cost"), {}
+    shape = cost.Shape("llama", 3, 64, 224, 4, 2, 500, 96, 2)
+    model = cost.build(shape).to(torch.bfloat16)
+    partition = cost.partition_of(model, shape, cost.blocks())
+    sweep = forward.sweep
+
+    def watched(tape, *given):
+        held = tape.held()
+        summary = sweep(tape, *given)
+        found.update(held=held, tangents=tape.graph.tangents[False])
+        return summary
+
+    monkeypatch.setattr(forward, "sweep", watched)
+    batch = torch.randint(500, (2, 96))
+    ns.summarize(cost.loss_fn, model, [batch], partition=partition, order=2, engine="forward")
+    predicted = cost.memory(shape, cost.blocks(), 2)
+    assert len(partition) == cost.size(shape, cost.blocks()) == 5
+    assert predicted["values and adjoints"] == pytest.approx(found["held"], rel=0.02)
+    assert predicted["tangents"] == pytest.approx(5 * found["tangents"], rel=0.02)
+    assert predicted["weights and direction"] == pytest.approx(4 * sum(p.numel() for p in model.parameters()), rel=0.01)
