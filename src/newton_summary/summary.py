@@ -97,14 +97,17 @@ class Summary:
 
     def __add__(self, other: Summary) -> Summary:
         """The sum of losses over one partition and direction: every derivative adds, and so do the weights."""
+        self._check_adds(other)
+        sums = {key: value + other._tensors()[key] for key, value in self._tensors().items()}
+        return self._with(sums, weight=self.weight + other.weight)
+
+    def _check_adds(self, other: Summary) -> None:
         if self.names != other.names:
             raise ValueError(f"summaries of different groups do not add: {self.names} and {other.names}")
         if len(self._tensors()) != len(other._tensors()) or any(
             a.shape != other._tensors()[key].shape for key, a in self._tensors().items()
         ):
             raise ValueError("summaries of different orders do not add: measure both with the same order and third")
-        sums = {key: value + other._tensors()[key] for key, value in self._tensors().items()}
-        return replace(self._with(sums), weight=self.weight + other.weight)
 
     def __mul__(self, factor: float) -> Summary:
         """The summary of the loss times a number."""
@@ -121,11 +124,16 @@ class Summary:
         """
         if not summaries:
             raise ValueError("the mean of no summaries is undefined")
+        first, *others = summaries
+        for other in others:
+            first._check_adds(other)
         total = sum(s.weight for s in summaries)
-        result = summaries[0] * (summaries[0].weight / total)
-        for summary in summaries[1:]:
-            result = result + summary * (summary.weight / total)
-        return replace(result, weight=total)
+        rows = [summary._tensors() for summary in summaries]  # summed as they are: making summaries of them takes longer
+        means = {key: rows[0][key] * (first.weight / total) for key in rows[0]}
+        for row, other in zip(rows[1:], others, strict=True):
+            for key, mean in means.items():
+                mean += row[key] * (other.weight / total)
+        return first._with(means, weight=total)
 
     def scale(self, factors: Tensor | Sequence[float]) -> Summary:
         """The summary along a direction scaled by one factor for each group, shape (S,)."""

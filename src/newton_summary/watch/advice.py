@@ -326,36 +326,40 @@ def _intervals(slopes: Array, weights: Array, centre: Array, level: float) -> tu
     mean = (shares * slopes).sum(0)
     deviations = shares * (slopes - mean)
     covariance = count / (count - 1) * np.einsum("bsi,bsj->sij", deviations, deviations)
-    test = _Test(mean, covariance * _quantile(level, count) ** 2)
-    scale = _scale(mean, test.spread)
+    spread = covariance * _quantile(level, count) ** 2
+    test, scale = _Test.of(mean, spread), _scale(mean, spread)
     known = (scale > 0) & np.isfinite(scale)
     grid = np.where(known, scale, 1.0)[:, None] * np.geomspace(1 / _REACH, _REACH, _GRID)
     grid = np.concatenate([np.zeros((len(grid), 1)), grid, np.full((len(grid), 1), np.inf)], 1)
-    high = test.end(grid, centre, -1.0)
-    low = test.end(grid[:, ::-1], centre, 1.0)
+    with np.errstate(invalid="ignore", over="ignore"):  # at infinity nothing is sure
+        high = test.end(grid, centre, -1.0)
+        low = test.end(grid[:, ::-1], centre, 1.0)
     low = np.where(centre == 0, 0.0, low)
     return np.where(known, low, centre), np.where(known, high, centre)
 
 
 @dataclass(frozen=True)
 class _Test:
-    """A t-test of the sign of the slope at η, for all groups at once.
+    """A t-test of the sign of the slope at η, for all groups at once: both it and its variance are polynomials in η.
 
     Args:
-        mean: the slope's coefficients, shape (S, 3).
-        spread: their covariance times the square of the t-quantile, shape (S, 3, 3).
+        mean: the coefficients of the slope, each of shape (S, 1), the constant first.
+        variance: those of its variance times the square of the t-quantile.
     """
 
-    mean: Array
-    spread: Array
+    mean: Sequence[Array]
+    variance: Sequence[Array]
+
+    @staticmethod
+    def of(mean: Array, spread: Array) -> _Test:
+        """From the slope's coefficients, shape (S, 3), and their covariance times that square, shape (S, 3, 3)."""
+        sums = [sum(spread[:, i, k - i] for i in range(3) if 0 <= k - i < 3) for k in range(5)]
+        return _Test([c[:, None] for c in mean.T], [np.asarray(c)[:, None] for c in sums])
 
     def is_sure(self, eta: Array, sign: float) -> Array:
         """Whether the slope at η, shape (S, n), is surely of this sign."""
-        powers = np.stack([np.ones_like(eta), eta, eta * eta])
-        with np.errstate(invalid="ignore"):  # at infinity nothing is sure
-            variance = np.einsum("isn,sij,jsn->sn", powers, self.spread, powers)
-            slope = sign * np.einsum("si,isn->sn", self.mean, powers)
-            result: Array = slope > np.sqrt(np.maximum(variance, 0.0))
+        slope = sign * _polynomial(self.mean, eta)
+        result: Array = slope > np.sqrt(np.maximum(_polynomial(self.variance, eta), 0.0))
         return result
 
     def end(self, grid: Array, centre: Array, sign: float) -> Array:
@@ -378,6 +382,14 @@ class _Test:
             sure = self.is_sure(middle[:, None], sign)[:, 0]
             outside, inside = np.where(sure, middle, outside), np.where(sure, inside, middle)
         return np.where(found.any(1), np.where(unlimited, np.inf, inside), grid[:, -1])
+
+
+def _polynomial(coefficients: Sequence[Array], x: Array) -> Array:
+    """Σ_k c_k x^k at points of shape (S, n)."""
+    *lower, value = coefficients
+    for coefficient in reversed(lower):
+        value = value * x + coefficient
+    return value
 
 
 def _quantile(level: float, count: int) -> float:

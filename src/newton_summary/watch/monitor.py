@@ -350,8 +350,10 @@ class Monitor:
 
     def _in_todays_units(self, rates: Tensor) -> list[Summary]:
         """The window's summaries along steps as long as they would be at the present learning rates."""
+        factors = [torch.nan_to_num(rates / then, nan=1.0, posinf=1.0, neginf=1.0) for _, then in self._window]
         return [
-            part.scale(torch.nan_to_num(rates / then, nan=1.0, posinf=1.0, neginf=1.0)) for part, then in self._window
+            part if bool((factor == 1).all()) else part.scale(factor)
+            for (part, _), factor in zip(self._window, factors, strict=True)
         ]
 
     def _learning_rates(self) -> Tensor:
