@@ -2,6 +2,7 @@
 
     python benchmarks/suggestion.py                    the twenty problems of benchmarks/untuned.py
     python benchmarks/suggestion.py --problems digits gru
+    python benchmarks/suggestion.py --pair             two optimizers (benchmarks/pair.py), and the page anew
 
 Adam trains with the rates suggested for its tensors, from an optimizer whose rate was 30 times too small or too large,
 as a seed decides, and is compared with Adam at the best uniform rate of the committed searches.  What was run is kept
@@ -15,6 +16,7 @@ import math
 from statistics import geometric_mean, median
 
 import jsonl
+import pair
 import torch
 from clock import Clock, add_device, results_of
 from torch import nn
@@ -83,14 +85,17 @@ def row(problem: Problem, best: list, cases: list[dict[str, float]]) -> tuple[st
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--problems", nargs="+", metavar="NAME", help="default: all")
+    parser.add_argument("--pair", action="store_true", help="run what is missing of the study of two optimizers alone")
     add_device(parser)
     given = parser.parse_args()
-    chosen, store = given.problems, results_of(STORE, given.device)
+    chosen, store = [] if given.pair else given.problems, results_of(STORE, given.device)
     torch.set_num_threads(1)
+    clock = Clock(given.device, processor=True)
+    if given.pair:
+        pair.run(clock)
     known = {(r["problem"], r["seed"]): r for r in jsonl.read(store)}
     every = [(suite, p) for suite in SUITES.values() for p in suite.problems.values()]
     todo = [(p, seed) for seed in SEEDS for _, p in every if chosen is None or p.name in chosen]
-    clock = Clock(given.device, processor=True)
     for problem, seed in tqdm(todo, desc="suggestions"):
         if (problem.name, seed) not in known:
             found = {"problem": problem.name, "seed": seed, **case(on_device(problem, given.device), seed, clock)}
@@ -117,6 +122,7 @@ def main() -> None:
             ratios.append(ratio)
     within = ", ".join(f"{sum(r <= bound for r in ratios)} at most {bound:g}" for bound in (1.05, 1.15, 2.0))
     text += ["", f"Median ratio {median(ratios):.2f}; of {len(ratios)} ratios {within}."]
+    text += pair.section(clock)
     results_of(RESULTS / "suggestion.md", given.device).write_text("\n".join(text) + "\n", encoding="utf-8")
     print("\n".join(text))
 

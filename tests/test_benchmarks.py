@@ -184,7 +184,8 @@ def test_a_suggestion_is_timed_against_its_training(load, device) -> None:
 def test_a_monitored_step_is_timed(load, device) -> None:
     monitor = load("monitor")
     row = monitor.cost_of(monitor.digits(), 20, monitor.Clock(device, processor=True))
-    assert row.startswith("| digits MLP | 8 | 20 of 100 |")
+    assert row.startswith("| digits MLP | 8 | ")
+    assert "| 1 | 100 of 100 |" in row
 
 
 @pytest.mark.parametrize("device", DEVICES)

@@ -8,6 +8,7 @@ import itertools
 import re
 from dataclasses import asdict
 from pathlib import Path
+from unittest import mock
 
 import pytest
 import torch
@@ -21,6 +22,7 @@ import newton_summary as ns
 from newton_summary.measure.stream import BatchStream
 from newton_summary.parallel.processes import Processes
 from newton_summary.solve import Status
+from newton_summary.watch.cadence import Affordable
 
 DTYPE = torch.float64
 BATCH = 100  # samples of a step, of all processes together
@@ -363,6 +365,30 @@ def test_the_monitors_of_two_give_the_advice_of_one_and_the_first_writes(two, tm
             torch.testing.assert_close(mine, theirs, rtol=1e-9, atol=1e-12, equal_nan=True)
     assert len((tmp_path / "two" / "0.jsonl").read_text().splitlines()) == 4
     assert not (tmp_path / "two" / "1.jsonl").exists()
+
+
+def watch_by_time():
+    model = make_model()
+    parallel = DistributedDataParallel(model)
+    optimizer = torch.optim.Adam(parallel.parameters(), lr=1e-3)
+    monitor = ns.Monitor(parallel, loss_fn, optimizer=optimizer).attach(plain_loader())
+    readings, rank = itertools.count(), here()[0]  # to each process, reading the clock takes another time
+    with mock.patch("newton_summary.watch.cadence.SHORTEST", 5):
+        monitor.cadence = Affordable(0.25, 8, clock=lambda: (1.0 + rank) * next(readings))
+        x, y = make_data(100)
+        for _ in range(40):
+            optimizer.zero_grad()
+            loss_fn(parallel, part((x, y))).backward()
+            optimizer.step()
+    return [asdict(record) for record in monitor.records]
+
+
+def test_monitors_that_go_by_the_time_measure_together_each_on_samples_of_its_own(two) -> None:
+    first, second = two.run(watch_by_time)
+    assert str(first) == str(second)
+    assert [record["step"] for record in first] == [0, 8, 16, 24, 32]  # 2 and 4 seconds, for steps of 1 and 2
+    assert {record["samples"] for record in first} == {16}
+    assert all(record["available"] > 16 for record in first)
 
 
 # Whose samples --------------------------------------------------------------------------------------------------------

@@ -128,7 +128,9 @@ class Summary:
         for other in others:
             first._check_adds(other)
         total = sum(s.weight for s in summaries)
-        rows = [summary._tensors() for summary in summaries]  # summed as they are: making summaries of them takes longer
+        rows = [
+            summary._tensors() for summary in summaries
+        ]  # summed as they are: making summaries of them takes longer
         means = {key: rows[0][key] * (first.weight / total) for key in rows[0]}
         for row, other in zip(rows[1:], others, strict=True):
             for key, mean in means.items():

@@ -37,17 +37,17 @@ else:
 class MonitorCallback(Callback):
     """Logs, to the trainer's loggers, how every group's learning rate should change, in numbers and in words.
 
-    It puts a :class:`~newton_summary.Monitor` beside the module's optimizer and measures before the step of every
-    ``every``-th batch, on gradients before they are clipped.  Where a measurement fails it warns, and training goes
-    on.  Where the optimizer is a :class:`~newton_summary.NewtonSummary`, which measures by itself, it logs that
-    optimizer's rates instead.
+    It puts a :class:`~newton_summary.Monitor` beside the module's optimizer and measures where it is time to, before
+    the step, on gradients before they are clipped.  Where a measurement fails it warns, and training goes on.  Where
+    the optimizer is a :class:`~newton_summary.NewtonSummary`, which measures by itself, it logs that optimizer's rates
+    instead.
 
     Args:
         loss_fn: ``loss_fn(module, batch)`` gives a scalar.  It must not log: it is called while measuring.  Not needed
             with ``NewtonSummary``.
         data: batches to measure on, read by an independent sampler
             (:class:`~newton_summary.measure.stream.BatchStream`).  Default: the batch that is trained on.
-        every: the number of steps between measurements.
+        every: the number of steps between measurements.  Default: as a share of the time pays for, as in the monitor.
         repeats: how many batches of ``data`` a measurement takes.
         seed: fixes the sampler.
         images: whether loggers with TensorBoard's ``add_image`` get H̄ as an image.
@@ -64,7 +64,7 @@ class MonitorCallback(Callback):
         loss_fn: LossFunction | None = None,
         *,
         data: Iterable[Any] | None = None,
-        every: int = 100,
+        every: int | None = None,
         repeats: int = 1,
         seed: int = 0,
         images: bool = True,

@@ -30,16 +30,16 @@ def own_loss(model: Any, batch: Any) -> Tensor:
 class MonitorCallback(TrainerCallback):
     """Logs how every group's learning rate should change.
 
-    It puts a :class:`~newton_summary.Monitor` beside the trainer's optimizer and measures before every ``every``-th
-    step, on gradients as the optimizer will use them.  Where a measurement fails it warns, and training goes on.  Where
-    the optimizer is a :class:`~newton_summary.NewtonSummary`, which measures by itself, it logs that optimizer's rates
-    instead.
+    It puts a :class:`~newton_summary.Monitor` beside the trainer's optimizer and measures where it is time to, before
+    the step, on gradients as the optimizer will use them.  Where a measurement fails it warns, and training goes on.
+    Where the optimizer is a :class:`~newton_summary.NewtonSummary`, which measures by itself, it logs that optimizer's
+    rates instead.
 
     Args:
         loss_fn: ``loss_fn(model, batch)`` gives a scalar.  Default: :func:`own_loss`.
         data: batches to measure on, read by an independent sampler
             (:class:`~newton_summary.measure.stream.BatchStream`).  Default: the trainer's training data.
-        every: the number of steps between measurements.
+        every: the number of steps between measurements.  Default: as a share of the time pays for, as in the monitor.
         repeats: how many batches a measurement takes.
         seed: fixes the sampler.
         log: takes a dictionary of numbers, and of the advice in words, ``"newton_summary/advice"``.  ``trainer.log``
@@ -56,7 +56,7 @@ class MonitorCallback(TrainerCallback):
         loss_fn: LossFunction = own_loss,
         *,
         data: Iterable[Any] | None = None,
-        every: int = 100,
+        every: int | None = None,
         repeats: int = 1,
         seed: int = 0,
         log: Callable[[dict[str, Any]], Any] | None = None,

@@ -177,17 +177,30 @@ def section(batch: Any, start: int, end: int, size: int) -> Any:
     """The samples of a batch from one on, up to another."""
 
     def rows(t: Tensor) -> Tensor:
+        if t.layout is torch.sparse_coo:
+            return t.index_select(0, torch.arange(start, end, device=t.device))
+        return t[start:end]
+
+    return _with_rows(batch, size, rows)
+
+
+def chosen(batch: Any, samples: Tensor, size: int) -> Any:
+    """Some samples of a batch of this size, by their numbers."""
+    return _with_rows(batch, size, lambda t: t.index_select(0, samples.to(t.device)))
+
+
+def _with_rows(batch: Any, size: int, take: Callable[[Tensor], Tensor]) -> Any:
+    """A batch in which what has a row for each of its samples has other rows."""
+
+    def rows(t: Tensor) -> Tensor:
         if t.dim() == 0 or t.size(0) != size:
             return t
         try:
-            if t.layout is torch.sparse_coo:
-                return t.index_select(0, torch.arange(start, end, device=t.device))
-            return t[start:end]
+            return take(t)
         except RuntimeError as error:
             kind = "a nested tensor" if t.is_nested else f"a tensor of layout {t.layout}"
             raise ValueError(
-                f"slices=: torch cannot cut {kind}, which the batch has, along its first dimension: pass smaller "
-                "batches instead"
+                f"torch cannot cut {kind}, which the batch has, along its first dimension: pass smaller batches instead"
             ) from error
 
     return map_tensors(batch, rows)

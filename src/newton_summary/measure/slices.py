@@ -1,4 +1,4 @@
-"""Batches cut along their first dimension, to bound memory; and whether what was cut is the same loss."""
+"""Batches in parts: slices of them, or some samples, and whether the loss of a batch is the mean over its parts."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from newton_summary.measure.batches import BatchSizes, SizeOf, cut, fresh, section
+from newton_summary.measure.batches import BatchSizes, SizeOf, batch_size, chosen, cut, fresh, section
 from newton_summary.measure.loss import Loss, gradients_of
 
 
@@ -26,10 +26,8 @@ class Pieces:
     """
 
     def __init__(self, loss: Loss, batches: Iterable[Any], slices: int, given: SizeOf, progress: bool) -> None:
-        self.loss, self.batches, self.slices, self.given, self.progress = loss, batches, slices, given, progress
-        self._is_first = True
-        self._is_checkable = True  # a random loss is not
-        self._differentiates = False  # whether the loss needs its own graph
+        self.batches, self.slices, self.given, self.progress = batches, slices, given, progress
+        self._check = MeanCheck(loss, f"slices={slices}")
 
     def each(self, what: str) -> Iterator[tuple[Any, int]]:
         """Goes through all batches once."""
@@ -41,40 +39,68 @@ class Pieces:
                 continue
             parts = cut(fresh(batch), self.slices, size)
             counts = [(i + 1) * size // len(parts) - i * size // len(parts) for i in range(len(parts))]
-            if self._is_checkable:
-                self._check(batch, parts, counts)
+            self._check(batch, parts, counts, section(fresh(batch), 0, sum(counts[:2]), size))
             yield from zip(parts, counts, strict=True)
 
-    def _check(self, batch: Any, parts: Sequence[Any], counts: Sequence[int]) -> None:
-        """Raises where a batch is not what was cut: its loss is not the mean over its slices.
 
-        Values are compared on the whole batch, without the memory that a gradient takes; gradients, which may differ
-        where values do not (behind a last layer of zeros), on the first two slices together.  Dropout is left out.  Of
-        later batches, values are compared: a mean over what samples have several of is that of its slices by chance.
+class MeanCheck:
+    """Whether a batch is what it was cut into: its loss is the mean over its parts, each counted by its samples.
+
+    Values are compared on the whole batch, without the memory that a gradient takes; gradients, which may differ
+    where values do not (behind a last layer of zeros), on the first two parts together.  Dropout is left out.  Of
+    later batches, values are compared: a mean over what samples have several of is that of the parts by chance.
+
+    Args:
+        loss: on a batch.
+        asked: what was asked for, as errors name it.
+
+    Attributes:
+        is_possible: whether the loss can be compared; a random one cannot.
+    """
+
+    def __init__(self, loss: Loss, asked: str) -> None:
+        self.loss, self.asked = loss, asked
+        self.is_possible = True
+        self._is_first = True
+        self._differentiates = False  # whether the loss needs its own graph
+
+    def __call__(self, batch: Any, parts: Sequence[Any], counts: Sequence[int], joint: Any) -> None:
+        """Compares a batch with its parts.
+
+        Args:
+            batch: the whole.
+            parts: those that it was cut into.
+            counts: the number of samples in each.
+            joint: the first two of them together.
+
+        Raises:
+            ValueError: the loss is not the mean, or cannot be computed on parts.
         """
+        if not self.is_possible:
+            return
         with self.loss.undisturbed() as rewind, _without_dropout(self.loss.model):
             whole = self._value(batch, rewind)
             if self._is_first and whole != self._value(batch):
-                self._is_checkable = False
-                return  # there is nothing to compare
+                self.is_possible = False
+                return
             try:
                 values = [self._value(part, rewind) for part in parts]
                 if self._is_first:
                     gradients = [self._gradient(part, rewind) for part in parts[:2]]
-                    joint = self._gradient(section(fresh(batch), 0, sum(counts[:2]), sum(counts)), rewind)
+                    together = self._gradient(joint, rewind)
             except Exception as error:
                 raise ValueError(
-                    f"slices={self.slices}: the loss cannot be computed on slices along the first dimension "
+                    f"{self.asked}: the loss cannot be computed on slices along the first dimension "
                     f"({type(error).__name__}: {error}): pass smaller batches instead"
                 ) from error
         mean = sum(v * n for v, n in zip(values, counts, strict=True)) / sum(counts)
         if abs(mean - whole) > self._same * max(abs(whole), *(abs(v) for v in values)):
             raise ValueError(
-                f"slices={self.slices}: the mean loss over slices along the first dimension is {mean:.6g}, that of the "
+                f"{self.asked}: the mean loss over slices along the first dimension is {mean:.6g}, that of the "
                 f"batch {whole:.6g}: pass smaller batches instead"
             )
         if self._is_first:
-            self._check_gradients(gradients, joint, counts)
+            self._check_gradients(gradients, together, counts)
         self._is_first = False
 
     def _check_gradients(
@@ -89,7 +115,7 @@ class Pieces:
             if expected.numel() and float((mean - expected).abs().max()) > tolerance * largest:
                 name, shape = list(self.loss.model.named_parameters())[number][0], tuple(expected.shape)
                 raise ValueError(
-                    f"slices={self.slices}: the mean gradient over slices along the first dimension is not that of "
+                    f"{self.asked}: the mean gradient over slices along the first dimension is not that of "
                     f"the batch, for parameter {name!r}, of shape {shape}: pass smaller batches instead"
                 )
 
@@ -142,3 +168,43 @@ def _without_dropout(model: nn.Module) -> Iterator[None]:
 _DROPPING = (nn.modules.dropout._DropoutNd, nn.MultiheadAttention, nn.RNNBase)
 _SAME_AS = {(False, False): 1e-5, (True, False): 1e-3, (True, True): 3e-2}
 """Where the coarsest type has double, single and half precision; a loss may use half precision by itself."""
+
+
+class RandomSamples:
+    """Some samples of each batch, drawn at random, which stand for all where the loss is the mean over samples.
+
+    Random ones, because samples may lie in an order, by class or by length; and in the order of the batch, which a
+    loss may count on, as packed sequences do.
+
+    Args:
+        loss: on a batch.
+        seed: fixes which.
+
+    Example:
+        >>> batch = torch.arange(6.0)
+        >>> some, count = RandomSamples(Loss(lambda model, x: x.mean(), nn.Linear(1, 1)), seed=1).of(batch, 9)
+        >>> count, some is batch
+        (6, True)
+    """
+
+    def __init__(self, loss: Loss, seed: int = 0) -> None:
+        self._loss, self._generator = loss, torch.Generator().manual_seed(seed)
+        self._check: MeanCheck | None = None
+
+    def of(self, batch: Any, count: int) -> tuple[Any, int]:
+        """So many samples of a batch, and their number; the batch itself where it has no more.
+
+        Raises:
+            ValueError: the loss on the batch is not the mean over its samples, or cannot be compared, being random.
+        """
+        size = batch_size(batch)
+        if count >= size:
+            return batch, size
+        asked = f"samples={count}"
+        self._check = check = self._check or MeanCheck(self._loss, asked)
+        order = torch.randperm(size, generator=self._generator)
+        some, others = (chosen(fresh(batch), part.sort().values, size) for part in (order[:count], order[count:]))
+        check(batch, [some, others], [count, size - count], batch)
+        if not check.is_possible:
+            raise ValueError(f"{asked}: the loss is random, so that samples cannot be told to stand for the batch")
+        return some, count

@@ -49,7 +49,8 @@ def headline(record: Record) -> str:
 
 def _source(record: Record) -> str:
     count = f"from {record.batches} batch{'es' if record.batches != 1 else ''}, " if record.batches else ""
-    return f"The advice before step {record.step + 1:,}, {count}where the loss was {number(record.loss)}."
+    part = f"the last one measured on {record.measured_on}, " if 0 < record.samples < record.available else ""
+    return f"The advice before step {record.step + 1:,}, {count}{part}where the loss was {number(record.loss)}."
 
 
 def _key(record: Record) -> str:

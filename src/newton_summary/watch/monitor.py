@@ -16,18 +16,22 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
-from newton_summary._checks import check_count
+from newton_summary._checks import check_count, check_fraction, check_positive
 from newton_summary._frozen import Frozen
 from newton_summary.measure import Engine, Loss, LossFunction, preserved_randomness, resolve_engine
+from newton_summary.measure.batches import batch_size
 from newton_summary.measure.next_step import check_needs_no_closure, next_step, rate_of
+from newton_summary.measure.slices import RandomSamples
 from newton_summary.measure.stream import BatchStream
 from newton_summary.measure.together import OneOrSeveral, members_of, together
 from newton_summary.optim import MeasuredOptimizer
+from newton_summary.optim.cadence import Price
 from newton_summary.parallel.processes import Processes
 from newton_summary.parallel.sharding import measurable
 from newton_summary.partition import Partition, one_for_each, resolve_partition
 from newton_summary.summary import Summary
 from newton_summary.watch.advice import Advice, advise, correlations
+from newton_summary.watch.cadence import Affordable, Cadence, Fixed
 from newton_summary.watch.record import TAG, Record, markdown
 from newton_summary.watch.rehearsed_advice import RehearsedAdvice, rehearse
 
@@ -60,6 +64,9 @@ class Monitor:
     A monitor ends no training: where :meth:`step`, or a measurement within ``optimizer.step()``, fails, it warns, once,
     and is silent from then on.  :meth:`measure` raises.
 
+    By default it measures as often, and on as many samples of a batch, as a ``share`` of the training's time pays for
+    (:class:`~newton_summary.watch.cadence.Affordable`).  With ``every`` nothing depends on time, and advice repeats.
+
     With several processes each measures on its own samples, all get the same advice, and the first one writes
     (docs/distributed.md).
 
@@ -70,7 +77,11 @@ class Monitor:
             matrices and AdamW for the rest, over different parameters.  A step is then one of each.
         partition: the groups, or the name of a constructor.  Default: one for each tensor, coarser above 100 tensors;
             with several optimizers, one for each of them.
-        every: the number of steps between measurements.
+        every: the number of steps between measurements.  Default: what the share pays for, a hundred or more.
+        samples: how many samples of each batch are measured, drawn at random.  Default: all with ``every``, else as
+            many as the share pays for, at least eight; a batch whose loss is not the mean over its samples, because
+            of batch normalisation or of padding, is then measured whole, and more rarely.
+        share: of the training's time, for measuring; without meaning where ``every`` is given.
         writer: takes scalars by ``add_scalar(tag, value, step)``, and words by ``add_text`` where it has that.
         path: a file to which every record is appended, one JSON object a line, with the correlations of the groups'
             steps; ``newton-summary report`` makes a page of it.
@@ -121,7 +132,9 @@ class Monitor:
         *,
         optimizer: OneOrSeveral,
         partition: Partition | str | None = None,
-        every: int = 100,
+        every: int | None = None,
+        samples: int | None = None,
+        share: float = 0.05,
         writer: Writer | None = None,
         path: str | Path | None = None,
         window: int = 20,
@@ -132,8 +145,12 @@ class Monitor:
         memory: float | None = None,
         process_group: Any = None,
     ) -> None:
-        for what, value in (("every", every), ("window", window), ("history", history)):
-            check_count(what, value)
+        counts = {"every": every, "samples": samples, "window": window, "history": history}
+        for what, value in counts.items():
+            if value is not None:
+                check_count(what, value)
+        check_fraction("share", share)
+        check_positive("share", share)
         self.optimizer = together(optimizer)
         self.optimizers = members_of(self.optimizer)
         for member in self.optimizers:
@@ -142,7 +159,10 @@ class Monitor:
             _check_runs_hooks(member)
         check_needs_no_closure(self.optimizer)
         self.partition = resolve_partition(partition, model, one_for_each(self.optimizers))
-        self.every, self.level, self.regularization = every, level, regularization
+        self.level, self.regularization = level, regularization
+        self.cadence: Cadence = (
+            Affordable(share, samples, self.partition.device) if every is None else Fixed(every, samples)
+        )
         self.writer, self.path = writer, None if path is None else Path(path)
         self.engine = resolve_engine(engine, memory)
         self.advice: Advice | None = None
@@ -152,6 +172,8 @@ class Monitor:
         self._loss = Loss(loss_fn, model)
         self._frozen = Frozen(self._loss.model, "measured by this Monitor")
         self._processes = Processes(model, process_group)
+        self._counts_samples = every is None or samples is not None
+        self._samples = RandomSamples(self._loss, self._processes.rank)
         self._window: deque[tuple[Summary, Tensor]] = deque(maxlen=window)
         self._taken = 0
         self._stepped: set[int] = set()  # which of several optimizers have stepped in this round
@@ -220,7 +242,7 @@ class Monitor:
         self._write_last()
 
     def _is_due(self) -> bool:
-        return self._taken % self.every == 0 and not self.counts["disabled"]
+        return self.cadence.is_due(self._taken) and not self.counts["disabled"]
 
     def _has_gradients(self) -> bool:
         return any(p.grad is not None for group in self.optimizer.param_groups for p in group["params"])
@@ -229,18 +251,45 @@ class Monitor:
         """Measures; what fails ends the measurements, in all processes, and not the training."""
         error: Exception | None = None
         measured: _Measured | None = None
-        try:
-            measured = self._measured(batches())
-        except Exception as raised:
-            error = raised
-        if self._fails_anywhere(error is not None) or measured is None:
-            self._disable(error)
-            return None
-        return self._take_in(measured)
+        with self.cadence.spending():
+            try:
+                measured = self._measured(batches(), self._counts_samples)
+            except Exception as raised:
+                error = raised
+            if self._fails_anywhere(error is not None) or measured is None:
+                self._disable(error)
+                return None
+            self.cadence.has_measured(self._taken, measured.counts.samples / len(measured.batches))
+            return self._take_in(measured)
+
+    def _taken_of(self, batches: Sequence[Any]) -> tuple[list[Any], list[int]]:
+        """As many samples of each batch as the cadence takes, and their numbers."""
+        some = []
+        for batch in batches:
+            size = batch_size(batch)
+            try:
+                count = self.cadence.samples_of(size, lambda: self._count(batches[0]))
+                some.append(self._samples.of(batch, count))
+            except Exception:
+                if not self.cadence.takes_whole():
+                    raise
+                some.append((batch, size))
+        return [batch for batch, _ in some], [count for _, count in some]
+
+    def _count(self, batch: Any) -> Price:
+        """Counts the operations of one evaluation of the loss."""
+        price = Price()
+        with self._loss.undisturbed(), price:
+            self._loss.value(batch)
+        return price
 
     def _fails_anywhere(self, fails: bool) -> bool:
         """Whether this process failed, or another one: all must go on in the same way."""
-        return self._processes.mean([float(fails)], [1.0], self.partition.device)[0] > 0
+        return self._mean_of([float(fails)])[0] > 0
+
+    def _mean_of(self, numbers: Sequence[float]) -> list[float]:
+        """Means over all processes."""
+        return self._processes.mean(numbers, [1.0] * len(numbers), self.partition.device)
 
     def _disable(self, error: Exception | None) -> None:
         """Measures no more, and says so."""
@@ -318,8 +367,8 @@ class Monitor:
         )
 
     @torch.no_grad()
-    def _measured(self, batches: Sequence[Any]) -> _Measured:
-        """Measures on this process's batches."""
+    def _measured(self, batches: Sequence[Any], cuts: bool = False) -> _Measured:
+        """Measures on this process's batches, or on some samples of each."""
         self._frozen.warn_of_new()
         device = self.partition.device
         randomness = _Randomness(device, self._loss.generator_rewind())
@@ -327,8 +376,14 @@ class Monitor:
             raise ValueError("there are no batches to measure on")
         u = next_step(self.optimizer, self.partition.parameters)
         with preserved_randomness({device}), measurable(self._loss.model, self.partition, u) as (partition, along):
-            own = [self.engine.measure(self._loss, batch, partition, along, 3, "diagonal") for batch in batches]
-        return _Measured(own, along, batches, randomness)
+            available = [batch_size(batch) if self._counts_samples else 1 for batch in batches]
+            taken, sizes = self._taken_of(batches) if cuts else (batches, available)
+            own = [
+                replace(self.engine.measure(self._loss, batch, partition, along, 3, "diagonal"), weight=float(size))
+                for batch, size in zip(taken, sizes, strict=True)
+            ]
+        counts = _Counts(sum(sizes), sum(available)) if self._counts_samples else _Counts()
+        return _Measured(own, along, taken, randomness, counts)
 
     @torch.no_grad()
     def _take_in(self, measured: _Measured) -> Advice | None:
@@ -344,9 +399,14 @@ class Monitor:
         rates = self._learning_rates()
         self._window.extend((part, rates) for part in parts)
         self.advice = advise(self._in_todays_units(rates), regularization=self.regularization, level=self.level)
-        self.records.append(_record(self._taken, mean, rates, self.advice))
+        self.records.append(_record(self._taken, mean, rates, self.advice, self._in_all(measured.counts)))
         self._awaiting = measured
         return self.advice
+
+    def _in_all(self, counts: _Counts) -> _Counts:
+        """The numbers of samples in all processes."""
+        means = self._mean_of([float(counts.samples), float(counts.available)])
+        return _Counts(*(round(self._processes.count * mean) for mean in means))
 
     def _in_todays_units(self, rates: Tensor) -> list[Summary]:
         """The window's summaries along steps as long as they would be at the present learning rates."""
@@ -380,14 +440,20 @@ class Monitor:
         if len(self._stepped) == len(self.optimizers):
             self._end_of_step()
 
-    @torch.no_grad()
     def _end_of_step(self) -> None:
-        """Counts the step; what the loss did on the batches that the last measurement was made on."""
+        """Counts the step."""
         self._taken += 1
         self._stepped.clear()
-        if self._awaiting is None:
-            return
-        waiting, self._awaiting = self._awaiting, None
+        if self._awaiting is not None:
+            with self.cadence.spending():
+                self._look_back(self._awaiting)
+        if not self.counts["disabled"]:
+            self.cadence.end_of_step(self._taken, self._mean_of)
+
+    @torch.no_grad()
+    def _look_back(self, waiting: _Measured) -> None:
+        """What the loss did on the batches that the last measurement was made on."""
+        self._awaiting = None
         weights, losses, error = [part.weight for part in waiting.own], [], None
         try:
             for batch in waiting.batches:
@@ -409,11 +475,12 @@ class Monitor:
 
     def __repr__(self) -> str:
         names = " and ".join(type(member).__name__ for member in self.optimizers)
-        watched = f"Monitor of {names}: {len(self.partition)} groups, every {self.every} steps"
+        watched = f"Monitor of {names}: {len(self.partition)} groups, {self.cadence}"
         counted = f"measured {self.counts['measured']}×, of which {self.counts['failed']}× not finite"
+        on = f", last on {self.records[-1].measured_on}" if self.records and self.records[-1].measured_on else ""
         advice = "no advice yet" if self.advice is None else repr(self.advice)
         silent = ", silent since an error" if self.counts["disabled"] else ""
-        return f"{watched}, {counted}{silent}\n{advice}"
+        return f"{watched}, {counted}{on}{silent}\n{advice}"
 
     def to_frame(self) -> Any:
         """The history as a ``pandas.DataFrame``, one row for each record and group.
@@ -431,6 +498,7 @@ class Monitor:
                 "step": record.step,
                 "group": name,
                 **{key.removesuffix("s") if key != "words" else key: getattr(record, key)[i] for key in columns},
+                "samples": record.samples,
                 "loss": record.loss,
                 "predicted_decrease": record.predicted_decrease,
                 "actual_decrease": record.actual_decrease,
@@ -469,6 +537,15 @@ class _Measured:
     along: Sequence[Tensor]
     batches: Sequence[Any]
     randomness: _Randomness
+    counts: _Counts
+
+
+@dataclass(frozen=True)
+class _Counts:
+    """How many samples were measured, and how many the batches had; 0 where they were not counted."""
+
+    samples: int = 0
+    available: int = 0
 
 
 class _Randomness:
@@ -499,7 +576,7 @@ def _check_runs_hooks(optimizer: torch.optim.Optimizer) -> None:
         )
 
 
-def _record(step: int, mean: Summary, rates: Tensor, advice: Advice) -> Record:
+def _record(step: int, mean: Summary, rates: Tensor, advice: Advice, counts: _Counts) -> Record:
     groups = advice.groups
     return Record(
         step=step,
@@ -518,6 +595,8 @@ def _record(step: int, mean: Summary, rates: Tensor, advice: Advice) -> Record:
         middle=advice.middle,
         batches=advice.batches,
         level=advice.level,
+        samples=counts.samples,
+        available=counts.available,
     )
 
 

@@ -32,6 +32,8 @@ class Record:
         middle: the median factor of the groups along which the loss falls.
         batches: how many the advice was made of.
         level: the confidence of the intervals.
+        samples: how many were measured, in all batches and processes; 0 where batches were taken whole, as asked for.
+        available: how many samples those batches had.
     """
 
     step: int
@@ -50,6 +52,15 @@ class Record:
     middle: float = math.nan
     batches: int = 0
     level: float = math.nan
+    samples: int = 0
+    available: int = 0
+
+    @property
+    def measured_on(self) -> str:
+        """Which part of the batches was measured, in words; nothing where that was not a question."""
+        if not self.samples:
+            return ""
+        return f"{self.samples} of {self.available} samples" if self.samples < self.available else "whole batches"
 
     def to_dict(self) -> dict[str, Any]:
         """Fit for JSON: ``None`` stands for what is infinite or unknown."""
@@ -84,6 +95,7 @@ class Record:
     def scalars(self) -> dict[str, float]:
         """What loggers take: the decreases and every group's factors, by tags, as far as they are finite."""
         scalars = {f"newton_summary/{key}": getattr(self, key) for key in ("predicted_decrease", "actual_decrease")}
+        scalars |= {"newton_summary/samples": float(self.samples)} if self.samples else {}
         for key in ("alone", "joint"):
             scalars |= {f"newton_summary/{key}/{n}": v for n, v in zip(self.names, getattr(self, key), strict=True)}
         return {tag: value for tag, value in scalars.items() if math.isfinite(value)}
