@@ -159,7 +159,7 @@ class Monitor:
             _check_runs_hooks(member)
         check_needs_no_closure(self.optimizer)
         self.partition = resolve_partition(partition, model, one_for_each(self.optimizers))
-        self.level, self.regularization = level, regularization
+        self.every, self.level, self.regularization = every, level, regularization
         self.cadence: Cadence = (
             Affordable(share, samples, self.partition.device) if every is None else Fixed(every, samples)
         )
