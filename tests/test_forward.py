@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import gc
 import itertools
@@ -9,6 +10,7 @@ import pickle
 import warnings
 import weakref
 from collections import UserDict
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -548,6 +550,28 @@ def test_parameters_of_half_precision():
     for name in ("gradient", "hessian", "third"):
         x, y = getattr(got, name), getattr(expected, name)
         assert torch.linalg.vector_norm(x - y) < 0.03 * torch.linalg.vector_norm(y), name
+
+
+@pytest.mark.parametrize(
+    ("dtype", "operations", "deviation", "agree"),
+    [
+        (torch.bfloat16, 100, 0.02, True),
+        (torch.bfloat16, 100, 0.06, False),
+        (torch.bfloat16, 2500, 0.06, True),  # some 24 layers of a transformer: rounding alone makes as much
+        (torch.bfloat16, 2500, 0.15, False),
+        (torch.float16, 2500, 0.06, False),
+        (torch.float32, 2500, 0.06, False),
+    ],
+)
+def test_gradients_in_half_precision_may_differ_by_the_rounding_of_so_many_operations(
+    dtype, operations, deviation, agree
+) -> None:
+    graph = SimpleNamespace(coarsest=dtype, kinked=False, instructions=[None] * operations)
+    gradient, noise = torch.randn(2, 1000, dtype=torch.float64).unbind()
+    noise *= deviation * gradient.norm() / noise.norm()
+    tape = SimpleNamespace(graph=graph, gradient={0: gradient + noise})
+    with contextlib.nullcontext() if agree else pytest.raises(Refusal, match="another gradient for 'weight'"):
+        forward._check_gradient(tape, ["weight"], [gradient])
 
 
 # Memory ---------------------------------------------------------------------------------------------------------------
