@@ -19,7 +19,7 @@ from newton_summary_experiments.models import mlp
 from newton_summary_experiments.suite import PROBLEMS
 from newton_summary_experiments.tasks import cross_entropy
 
-UNTIMED = {"digits_rates", "kernels"}  # searches rates; chooses kernels of the processor
+UNTIMED = {"cost", "digits_rates", "kernels"}  # counts; searches rates; chooses kernels of the processor
 SCRIPTS = sorted(
     path.stem
     for path in (Path(__file__).parents[1] / "benchmarks").glob("*.py")
