@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Callable
 
 import numpy as np
 import pytest
@@ -10,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 import newton_summary as ns
-from newton_summary.measure import AutoEngine, ForwardEngine, NestedEngine, Refusal, rules
+from newton_summary.measure import AutoEngine, ForwardEngine, NestedEngine, Refusal, nested, rules
 
 pytestmark = pytest.mark.filterwarnings("ignore:Sparse")  # torch's own words, once in a process
 
@@ -316,3 +317,283 @@ def test_native_normalisations_are_exact_or_refused_in_the_third_order(name, eng
     else:
         got = ns.summarize(by(NATIVE[name]), model, [x], direction=u, engine=engine())
         torch.testing.assert_close(got.third, expected.third)
+
+
+# Gradients that are not those of the loss -----------------------------------------------------------------------------
+
+
+class Matrices(nn.Module):
+    """Two matrices, the first of which has eigenvalues above zero."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a = nn.Parameter(3 * torch.eye(4, dtype=torch.float64) + 0.3 * normal(4, 4, seed=1))
+        self.b = nn.Parameter(normal(4, 4, seed=2))
+
+
+def rows_added(m: Matrices, places: list[int]) -> Tensor:
+    h = (m.b @ m.a).sin()
+    h[places] += m.a[: len(places)].cos()
+    return h
+
+
+def rows_scattered(m: Matrices, places: list[int], into: Callable[..., Tensor] = Tensor.scatter) -> Tensor:
+    return into(m.b.sin(), 0, torch.tensor(places)[:, None].expand(-1, 4), m.a[: len(places)].cos())
+
+
+NO_GRADIENT = {
+    "cholesky": (lambda m: torch.linalg.cholesky(m.a) * m.b, "'a', of shape"),
+    "eigenvalues": (lambda m: torch.linalg.eigvalsh(m.a) * m.b, "_linalg_eigh"),
+    "eigenvectors": (lambda m: torch.linalg.eigh(m.a)[1].square() * m.b, "_linalg_eigh"),
+    "solved by a factor": (lambda m: torch.cholesky_solve(m.b, m.a), "cholesky_solve"),
+    "inverse of a factor": (lambda m: torch.cholesky_inverse(m.a) * m.b, "cholesky_inverse"),
+    "pseudo-inverse": (lambda m: torch.linalg.pinv(m.a, hermitian=True) * m.b, "linalg_pinv"),
+    "strides": (lambda m: m.b.sin().as_strided_scatter(m.a[:2, :2].exp(), (2, 2), (1, 2)), "not that of the loss"),
+    "rows added": (lambda m: rows_added(m, [0, 0]), "index_put"),
+    "rows scattered": (lambda m: rows_scattered(m, [0, 0]), "scatter"),
+    "rows copied": (lambda m: m.b.sin().index_copy(0, torch.tensor([1, 1]), m.a[:2].cos()), "index_put"),
+}
+"""Operations whose gradient, as torch has it, is that of something else."""
+GRADIENT = {
+    "cholesky": lambda m: torch.linalg.cholesky(m.a @ m.a.t()) * m.b,
+    "eigenvalues": lambda m: torch.linalg.eigvalsh(m.a + m.a.t()) * m.b,
+    "solved by a factor": lambda m: torch.cholesky_solve(m.b, m.a.tril()),
+    "inverse of a factor": lambda m: torch.cholesky_inverse(m.a.tril()) * m.b,
+    "pseudo-inverse": lambda m: torch.linalg.pinv(m.a + m.a.t(), hermitian=True) * m.b,
+    "rows added": lambda m: rows_added(m, [2, 0]),
+    "rows scattered": lambda m: rows_scattered(m, [2, 0]),
+    "rows scattered, added": lambda m: rows_scattered(m, [0, 0], Tensor.scatter_add),
+}
+
+
+def loss_of(function):
+    return lambda m, x: (function(m) * normal(4, 4, seed=3).to(x)).sin().mean() * x.mean()
+
+
+def slope_by_values(loss_fn, model, batch, u, h=1e-4) -> float:
+    """The slope along u from values of the loss alone."""
+    parameters = list(model.parameters())
+    before = [p.detach().clone() for p in parameters]
+    values = []
+    for k in range(-3, 4):
+        with torch.no_grad():
+            for p, p0, v in zip(parameters, before, u, strict=True):
+                p.copy_(p0 + k * h * v)
+            values.append(loss_fn(model, batch))
+    with torch.no_grad():
+        for p, p0 in zip(parameters, before, strict=True):
+            p.copy_(p0)
+    return float(STEPS @ torch.stack(values) / h)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+@pytest.mark.parametrize("engine", [AutoEngine, ForwardEngine])
+@pytest.mark.parametrize("name", NO_GRADIENT)
+def test_what_has_no_gradient_of_its_own_is_refused(name, engine, dtype) -> None:
+    function, culprit = NO_GRADIENT[name]
+    model, batch, loss_fn = Matrices(), torch.ones(4, dtype=torch.float64), loss_of(function)
+    u = [normal(4, 4, seed=i) for i in (4, 5)]
+    gradients = torch.autograd.grad(loss_fn(model, batch), list(model.parameters()))
+    slope = sum(float((g * v).sum()) for g, v in zip(gradients, u, strict=True))
+    assert abs(slope - slope_by_values(loss_fn, model, batch, u)) > 0.01 * abs(slope)
+    model, batch, u = model.to(dtype), batch.to(dtype), [v.to(dtype) for v in u]
+    chosen = engine()
+    for _ in range(2):
+        with pytest.raises(Refusal, match=culprit):
+            ns.summarize(loss_fn, model, [batch], direction=u, engine=chosen)
+
+
+@pytest.mark.filterwarnings("ignore:measured by nested")
+@pytest.mark.parametrize("name", GRADIENT)
+def test_what_is_built_as_it_should_be_is_exact(name) -> None:
+    model, batch, loss_fn = Matrices(), torch.ones(4, dtype=torch.float64), loss_of(GRADIENT[name])
+    u = [normal(4, 4, seed=i) for i in (4, 5)]
+    summary = ns.summarize(loss_fn, model, [batch], direction=u, engine=AutoEngine())
+    torch.testing.assert_close(summary.hessian, by_differences(loss_fn, model, batch, u, 1e-4), rtol=1e-6, atol=1e-9)
+    single = ns.summarize(
+        loss_fn, model.float(), [batch.float()], direction=[v.float() for v in u], engine=AutoEngine()
+    )
+    torch.testing.assert_close(
+        single.hessian, summary.hessian, rtol=1e-3, atol=1e-3 * float(summary.hessian.abs().max())
+    )
+
+
+def test_a_direction_that_stays_among_symmetric_matrices_is_measured() -> None:
+    """The loss along it is that of a symmetric matrix, and so autograd's gradient is right."""
+    model, batch = Matrices(), torch.ones(4, dtype=torch.float64)
+    with torch.no_grad():
+        model.a.copy_(model.a + model.a.t())
+    u = [normal(4, 4, seed=4) + normal(4, 4, seed=4).t(), normal(4, 4, seed=5)]
+    loss_fn = loss_of(lambda m: torch.linalg.eigvalsh(m.a) * m.b)
+    summary = ns.summarize(loss_fn, model, [batch], direction=u, engine=AutoEngine())
+    torch.testing.assert_close(summary.hessian, by_differences(loss_fn, model, batch, u, 1e-4), rtol=1e-6, atol=1e-9)
+
+
+def test_what_is_detached_or_decided_is_no_objection() -> None:
+    """The gradient is then another one by intention."""
+    model, batch = network(), normal(6, 4)
+    u = [normal(*p.shape, seed=i) for i, p in enumerate(model.parameters())]
+
+    def loss_fn(m, x) -> Tensor:
+        h = m(x)
+        with torch.no_grad():
+            scale = h.square().sum()
+        rounded = h + (h.round() - h).detach()
+        return (rounded * scale * (h > 0) + h.sum().item() * h).sin().mean()
+
+    slope = sum(
+        float((g * v).sum())
+        for g, v in zip(torch.autograd.grad(loss_fn(model, batch), list(model.parameters())), u, strict=True)
+    )
+    assert abs(slope - slope_by_values(loss_fn, model, batch, u)) > 0.01 * abs(slope)
+    got, expected = (
+        ns.summarize(loss_fn, model, [batch], direction=u, engine=e) for e in (ForwardEngine(), NestedEngine())
+    )
+    torch.testing.assert_close(got.hessian, expected.hessian)
+    torch.testing.assert_close(got.third, expected.third)
+
+
+def test_kinks_where_the_parameters_are_are_no_objection() -> None:
+    """Differences see half a slope there; autograd's is a convention."""
+    model, batch = nn.Sequential(nn.Linear(4, 3), nn.ReLU(), nn.Linear(3, 2)).double(), normal(6, 4)
+    with torch.no_grad():
+        model[0].weight.zero_()
+        model[0].bias.zero_()
+    u = [normal(*p.shape, seed=i) for i, p in enumerate(model.parameters())]
+    for loss_fn in (lambda m, x: (m(x) - 0.3).square().mean(), lambda m, x: m(x).abs().mean()):
+        for kind in (torch.float64, torch.float32):
+            ns.summarize(
+                loss_fn, model.to(kind), [batch.to(kind)], direction=[v.to(kind) for v in u], engine=ForwardEngine()
+            )
+        model.double()
+
+
+@pytest.mark.filterwarnings("ignore:measured by nested")
+@pytest.mark.parametrize("scale", [0.1, 3.0])
+def test_hooks_that_scale_gradients_are_taken_as_they_are(scale) -> None:
+    """They mean what they say: the layers below count for so much."""
+    model, batch = network(), normal(6, 4)
+    u = [normal(*p.shape, seed=i) for i, p in enumerate(model.parameters())]
+
+    def loss_fn(m, x) -> Tensor:
+        h = m[0](x)
+        h.register_hook(lambda g: scale * g)
+        return (m[2](m[1](h)) - 0.3).square().mean()
+
+    gradients = torch.autograd.grad(loss_fn(model, batch), list(model.parameters()))
+    expected = torch.stack([(g * v).sum() for g, v in zip(gradients, u, strict=True)])
+    summary = ns.summarize(loss_fn, model, [batch], direction=u, order=1, engine=AutoEngine())
+    torch.testing.assert_close(summary.gradient, expected)
+
+
+# What nested passes give where the forward engine refuses -------------------------------------------------------------
+
+
+class Refusing(ForwardEngine):
+    def measure(self, *_):
+        raise Refusal("for a reason")
+
+
+class Scaled(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.v, self.g = nn.Parameter(normal(3, 4, seed=1)), nn.Parameter(normal(3, 1, seed=2))
+
+
+def natively(m: Scaled) -> Tensor:
+    """Torch's second derivatives of it lack terms."""
+    return torch.ops.aten._weight_norm_interface(m.v, m.g, 0)[0]
+
+
+def plainly(m: Scaled) -> Tensor:
+    return m.v / m.v.norm(dim=1, keepdim=True) * m.g
+
+
+def test_three_ways_to_second_derivatives() -> None:
+    """Autograd's are wrong and those of the recorded operations are not, as differences of the gradient tell."""
+    model, x, u = Scaled(), normal(6, 4), [normal(3, 4, seed=3), normal(3, 1, seed=4)]
+    for curve in (Tensor.sin, lambda h: h.sin() * h.detach()):
+        loss_fn, plain = (
+            lambda m, x, f=f, w=w: f(x @ w(m).t()).mean() for f, w in ((curve, natively), (curve, plainly))
+        )
+        summary = ns.summarize(loss_fn, model, [x], direction=u, engine=AutoEngine())
+        expected = ns.summarize(plain, model, [x], direction=u, engine=NestedEngine())
+        torch.testing.assert_close(summary.hessian, expected.hessian)
+        torch.testing.assert_close(summary.third, expected.third)
+
+
+class HiddenSlope(torch.autograd.Function):
+    """The slope of a sine: right, and what is differentiated further lacks terms."""
+
+    @staticmethod
+    def forward(ctx, x):
+        ctx.save_for_backward(x)
+        return x.cos()
+
+    @staticmethod
+    def backward(ctx, g):
+        return -g * ctx.saved_tensors[0].sin().detach()
+
+
+class SineOfHiddenSlope(torch.autograd.Function):
+    """Right up to second derivatives."""
+
+    @staticmethod
+    def forward(ctx, x):
+        ctx.save_for_backward(x)
+        return x.sin()
+
+    @staticmethod
+    def backward(ctx, g):
+        return g * HiddenSlope.apply(ctx.saved_tensors[0])
+
+
+@pytest.mark.filterwarnings("ignore:measured by nested")
+@pytest.mark.parametrize(
+    ("function", "order", "dtype"),
+    [
+        (KeptResult, 2, torch.float64),
+        (KeptResult, 2, torch.float32),
+        (SineOfHiddenSlope, 3, torch.float64),  # third derivatives drown in the roundings of single precision
+    ],
+)
+def test_nested_passes_in_place_of_the_forward_engine_are_held_to_differences(
+    function, order, dtype, monkeypatch
+) -> None:
+    """As if torch had made these functions."""
+    monkeypatch.setattr(nested, "own_derivatives", lambda _: [])
+    model, batch = network().to(dtype), normal(6, 4).to(dtype)
+    u = [normal(*p.shape, seed=i).to(dtype) for i, p in enumerate(model.parameters())]
+    loss_fn = lambda m, x: (function.apply(m(x)) - 0.3).square().mean()  # noqa: E731
+    right = lambda m, x: ((m(x).tanh() if order == 2 else m(x).sin()) - 0.3).square().mean()  # noqa: E731
+    engines = NestedEngine(), AutoEngine(Refusing())
+    got, expected = (ns.summarize(f, model, [batch], direction=u, engine=engines[0]) for f in (loss_fn, right))
+    silent = (got.hessian, expected.hessian) if order == 2 else (got.third, expected.third)
+    assert not torch.allclose(*silent, rtol=0.01)
+    for _ in range(2):
+        with pytest.raises(Refusal, match="second" if order == 2 else "third"):
+            ns.summarize(loss_fn, model, [batch], direction=u, engine=engines[1])
+    if order == 3:
+        got, expected = (
+            ns.summarize(f, model, [batch], direction=u, engine=engines[1], order=2) for f in (loss_fn, right)
+        )
+        torch.testing.assert_close(got.hessian, expected.hessian)
+
+
+@pytest.mark.filterwarnings("ignore:measured by nested")
+def test_differences_are_taken_once_for_a_program() -> None:
+    model, batch, calls = network(), normal(6, 4), []
+
+    def loss_fn(m, x) -> Tensor:
+        calls.append(None)
+        return (m(x) - 0.3).sin().square().mean()
+
+    u = [normal(*p.shape, seed=i) for i, p in enumerate(model.parameters())]
+    for engine in (AutoEngine(), AutoEngine(Refusing())):
+        counts = []
+        for _ in range(3):
+            calls.clear()
+            ns.summarize(loss_fn, model, [batch], direction=u, engine=engine)
+            counts.append(len(calls))
+        assert counts[1:] == [1, 1]
+        assert counts[0] <= 2 + 2 * 7

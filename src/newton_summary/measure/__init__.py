@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from newton_summary._checks import check_batches, check_count
 from newton_summary.measure.attributes import generator_rewind, generators_behind
-from newton_summary.measure.auto import AUTO, FORWARD, AutoEngine
+from newton_summary.measure.auto import AUTO, FORWARD, NESTED, AutoEngine
 from newton_summary.measure.batches import SizeOf
 from newton_summary.measure.forward import ForwardEngine
 from newton_summary.measure.loss import (
@@ -71,7 +71,7 @@ def resolve_engine(engine: str | Engine, memory: float | None = None) -> Engine:
         ValueError: the name is unknown; or the engine has no budget of memory.
     """
     if isinstance(engine, str):
-        engines: dict[str, Engine] = {"auto": AUTO, "forward": FORWARD, "nested": AUTO.nested}
+        engines: dict[str, Engine] = {"auto": AUTO, "forward": FORWARD, "nested": NESTED}
         if engine not in engines:
             raise ValueError(f"unknown engine {engine!r}: choose one of {', '.join(engines)}")
         engine = engines[engine]
@@ -141,7 +141,7 @@ def summarize(
         torch.Size([4, 4])
     """
     _check_request(order, third, batches, direction, slices)
-    chosen = resolve_engine(engine, memory) if order <= 3 else AUTO.nested
+    chosen = resolve_engine(engine, memory) if order <= 3 else NESTED
     partition = resolve_partition(partition, model)
     partition.check_is_of(model)
     loss = Loss(loss_fn, model)

@@ -13,6 +13,7 @@ from newton_summary.measure.forward import ForwardEngine
 from newton_summary.measure.graph import first_line
 from newton_summary.measure.loss import Loss
 from newton_summary.measure.nested import NestedEngine
+from newton_summary.measure.own_gradient import NoDerivative
 from newton_summary.measure.record import Refusal
 from newton_summary.partition import Partition
 from newton_summary.summary import Summary
@@ -21,12 +22,16 @@ from newton_summary.summary import Summary
 class AutoEngine:
     """The forward engine, and nested differentiation for what that refuses, with one warning for each model.
 
+    What nested passes give in its place is held to differences of the gradient, once for each new sequence of
+    autograd's functions: forward may have refused because two ways disagree.  What no engine can measure, because
+    autograd's gradient is not that of the loss, is refused at once.
+
     Source: docs/engine.md.
     """
 
     def __init__(self, forward: ForwardEngine | None = None) -> None:
         self.forward = ForwardEngine() if forward is None else forward
-        self.nested = NestedEngine()
+        self.nested = NestedEngine(doubted=True)
         self._warned: weakref.WeakKeyDictionary[nn.Module, set[str]] = weakref.WeakKeyDictionary()
 
     def within(self, memory: float | None) -> AutoEngine:
@@ -52,6 +57,8 @@ class AutoEngine:
             return self.nested.measure(loss, batch, partition, direction, order, third)
         try:
             return self.forward.measure(loss, batch, partition, direction, order, third)
+        except NoDerivative:
+            raise
         except Refusal as refusal:
             reason = str(refusal)
         known = self._warned.setdefault(loss.model, set())
@@ -66,5 +73,8 @@ class AutoEngine:
 
 FORWARD = ForwardEngine()
 """Shared by everyone who asks for an engine by name, so that graphs are traced once."""
+
+NESTED = NestedEngine()
+"""The same, for nested passes by themselves."""
 
 AUTO = AutoEngine(FORWARD)

@@ -22,9 +22,12 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from newton_summary._checks import check_memory
 from newton_summary.measure.autograd import once_differentiable, own_derivatives
 from newton_summary.measure.batches import batch_size
+from newton_summary.measure.differences import rates
 from newton_summary.measure.graph import Graph, first_line, lower
 from newton_summary.measure.loss import Loss, check_dependence, differentiable_recurrence, gradients_of
+from newton_summary.measure.own_gradient import JUDGED, NoDerivative, check_own_gradient
 from newton_summary.measure.record import Leaf, Recorder, Recording, Refusal
+from newton_summary.measure.recorded_line import RecordedLine
 from newton_summary.measure.sweep import Request, Tape, sweep
 from newton_summary.partition import Partition
 from newton_summary.summary import Summary
@@ -151,10 +154,7 @@ class ForwardEngine:
             with torch.autocast(request.partition.device.type, enabled=False):
                 tape = Tape(graph, recording.leaves, is_new or gradient is not None, keep=request.full)
                 _check_value(tape, recording.loss)
-                names = request.partition.parameter_names
-                for wanted in (gradient, expected.gradient if expected is not None else None):
-                    if wanted is not None:
-                        _check_gradient(tape, names, wanted)
+                self._check_gradients(tape, recording, request, gradient, expected)
                 asked = replace(request, order=max(request.order, 2)) if is_new else request
                 summary = sweep(tape, asked, weight, self.memory)
         except Refusal as refusal:
@@ -163,7 +163,7 @@ class ForwardEngine:
             raise
         if expected is not None:
             try:
-                expected.check_hessian(summary, tape)
+                self._check_hessian(expected, summary, tape, recording.leaves, request)
                 _check_accelerations(tape, summary)
             except Refusal as refusal:
                 entry.refused[_kind(request)] = refusal
@@ -171,6 +171,49 @@ class ForwardEngine:
             if expected.is_finite:
                 known.check((recording.operations(), request.order))
         return summary if request.order > 1 else replace(summary, hessian=None)
+
+    @staticmethod
+    def _check_gradients(
+        tape: Tape,
+        recording: Recording,
+        request: Request,
+        gradient: Sequence[Tensor | None] | None,
+        expected: _Expected | None,
+    ) -> None:
+        """Holds the gradient of the recorded operations to that of the loss, and that to what it should be.
+
+        One of the loss's own making may be another one by intention: it is left to the first comparison.
+        """
+        by_intention = gradient is not None
+        if expected is not None and not by_intention:
+            check_own_gradient(tape, recording.leaves, request, expected.gradient)
+        for wanted in (gradient, expected.gradient if expected is not None else None):
+            if wanted is not None:
+                _check_gradient(tape, request.partition.parameter_names, wanted)
+        if expected is not None and by_intention:
+            check_own_gradient(tape, recording.leaves, request, expected.gradient)
+
+    @staticmethod
+    def _check_hessian(
+        expected: _Expected, summary: Summary, tape: Tape, leaves: Sequence[Leaf], request: Request
+    ) -> None:
+        """Holds H̄ to autograd's Hessian-vector product; where they disagree, differences of the gradient decide.
+
+        Raises:
+            Refusal: they are not on the side of H̄: autograd may be right, or nobody.
+        """
+        worst = expected.unlike(summary, tape)
+        if worst is None:
+            return
+        assert expected.rows is not None
+        name = summary.names[worst]
+        if tape.graph.coarsest in JUDGED:
+            judge = RecordedLine(tape.graph, leaves, request).differences()
+            if judge.worst(expected.rows) is not None:
+                if judge.worst(_along(summary)) is None:
+                    return
+                raise NoDerivative(f"no way to second derivatives gives those of the gradient for group {name!r}")
+        raise Refusal(f"the recorded operations have another Hessian-vector product for group {name!r} than autograd")
 
 
 @dataclass(slots=True)
@@ -304,29 +347,31 @@ class _Expected:
                 gradient, self.rows = gradients_of(value, parameters), None
             self.gradient = [None if g is None else g.detach() for g in gradient]
 
-    def check_hessian(self, summary: Summary, tape: Tape) -> None:
-        """Compares H̄ times ones."""
+    def unlike(self, summary: Summary, tape: Tape) -> int | None:
+        """The group whose second derivatives along the line are others."""
         if self.rows is None or not bool(self.rows.isfinite().all()):
-            return
+            return None
         assert summary.hessian is not None
         tolerance = _derivative_tolerance(tape)
         sizes = summary.hessian.abs().sum(1)
         # a saturated loss has next to no curvature: what is then measured is the rounding of a larger whole
         rounding = 100 * torch.finfo(tape.graph.coarsest).eps * summary.gradient.square().max() / summary.loss.abs()
         allowed = tolerance * (sizes + 1e-3 * sizes.max()) + rounding.nan_to_num(nan=0.0) + 1e-30
-        excess = (summary.hessian.sum(1) - self.rows).abs() - allowed
-        if not bool((excess <= 0).all()):
-            worst = int(excess.nan_to_num(nan=torch.inf).argmax())
-            raise Refusal(
-                f"the recorded operations have another Hessian-vector product for group {summary.names[worst]!r} than "
-                "autograd"
-            )
+        excess = (_along(summary) - self.rows).abs() - allowed
+        return None if bool((excess <= 0).all()) else int(excess.nan_to_num(nan=torch.inf).argmax())
+
+
+def _along(summary: Summary) -> Tensor:
+    """H̄ times the groups' rates."""
+    assert summary.hessian is not None
+    return summary.hessian @ torch.tensor(rates(len(summary)), dtype=torch.float64, device=summary.hessian.device)
 
 
 def _hessian_rows(gradient: Sequence[Tensor | None], parameters: Sequence[Tensor], request: Request) -> Tensor:
-    """H̄ times a vector of ones, from a gradient with its graph, by these parameters."""
+    """H̄ times the groups' rates, from a gradient with its graph, by these parameters."""
     partition = request.partition
-    pairs = [(g, u) for g, u in zip(gradient, request.direction, strict=True) if g is not None and g.requires_grad]
+    moves = [u * f for u, f in zip(request.direction, partition.spread(rates(len(partition))), strict=True)]
+    pairs = [(g, u) for g, u in zip(gradient, moves, strict=True) if g is not None and g.requires_grad]
     if not pairs:
         return torch.zeros(len(partition), dtype=torch.float64, device=partition.device)
     product = gradients_of([g for g, _ in pairs], parameters, along=[u for _, u in pairs])
@@ -334,7 +379,7 @@ def _hessian_rows(gradient: Sequence[Tensor | None], parameters: Sequence[Tensor
 
 
 def _replayed_rows(graph: Graph, leaves: Sequence[Leaf], request: Request) -> Tensor | None:
-    """H̄ times ones of the recorded operations, by autograd; nothing where it has no second derivatives of them.
+    """H̄ times the groups' rates, of the recorded operations, by autograd; nothing where it has no such derivatives.
 
     Where the loss has derivatives of its own making, it is these operations that autograd is asked about, once their
     gradient is that of the loss: a backward pass by hand often hides from autograd what it depends on.

@@ -74,12 +74,20 @@ class Graph:
     sections: list[Any] = field(default_factory=list)
     tangents: dict[bool, int] = field(default_factory=dict)
 
-    def run(self, tensors: Sequence[Tensor], instead: Mapping[Any, Callable[..., Any]] | None = None) -> list[Any]:
+    def run(
+        self,
+        tensors: Sequence[Tensor],
+        instead: Mapping[Any, Callable[..., Any]] | None = None,
+        constants: Sequence[Any] | None = None,
+        whole: bool = True,
+    ) -> list[Any]:
         """Every value, by slot.  Differentiable with respect to the inputs.
 
         Args:
             tensors: one for each of :attr:`inputs`.
             instead: what to call in place of some operations.
+            constants: values by slot, from which to take what counts as a constant.  Default: as it is computed anew.
+            whole: whether all values are kept, not the loss alone.
         """
         replaced = instead or {}
         values: list[Any] = [None] * self.slots
@@ -89,10 +97,13 @@ class Graph:
             values[slot] = tensor
         for step in self.instructions:
             if step.op is CONSTANT:
-                values[step.out] = values[step.reads[0]].detach()
+                values[step.out] = values[step.reads[0]].detach() if constants is None else constants[step.out]
             else:
                 op = replaced.get(step.op, step.op)
                 values[step.out] = op(*step.arguments(values), **step.keywords(values))
+            if not whole:
+                for slot in step.last_use:
+                    values[slot] = None
         return values
 
 

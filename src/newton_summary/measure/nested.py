@@ -22,7 +22,7 @@ from newton_summary.measure.autograd import (
     signature,
 )
 from newton_summary.measure.batches import batch_size
-from newton_summary.measure.differences import Differences, is_exact, mismatch
+from newton_summary.measure.differences import Differences, differences_of, is_exact, mismatch, rates
 from newton_summary.measure.graph import first_line
 from newton_summary.measure.loss import Loss, check_dependence
 from newton_summary.measure.record import Refusal
@@ -41,14 +41,18 @@ class NestedEngine:
 
     A new sequence of autograd's functions is held to that symmetry.  Where some of them are not torch's own, or work on
     sparse tensors, second derivatives are held to differences of the gradient: these have been wrong without a word.
+
+    Args:
+        doubted: whether those of every new sequence are, and third derivatives with them.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, doubted: bool = False) -> None:
+        self.doubted = doubted
         self._checked: weakref.WeakKeyDictionary[nn.Module, set[Any]] = weakref.WeakKeyDictionary()
 
     def __reduce__(self) -> tuple[Any, ...]:
         """A copy, or what is unpickled, checks anew."""
-        return NestedEngine, ()
+        return NestedEngine, (self.doubted,)
 
     def measure(
         self, loss: Loss, batch: Any, partition: Partition, direction: Sequence[Tensor], order: int, third: str
@@ -70,45 +74,59 @@ class NestedEngine:
         with loss.undisturbed() as rewind:
             with loss.evaluated(batch, differentiable=True) as value:
                 nesting = _Nesting(partition, direction, order, third == "diagonal")
-                made = _Made(value) if order > 1 else None
-                is_new = made is not None and self._is_new(loss.model, made)
-                tensors = nesting.run(value, is_new)
-            if made is not None and is_new:
-                made.check(tensors, lambda: Differences(loss, batch, partition, direction, rewind), partition)
-                self._checked.setdefault(loss.model, set()).add(made.functions)
+                known = self._checked.setdefault(loss.model, set())
+                made = _Made(value, order, known, self.doubted)
+                tensors = nesting.run(value, made.is_checked, made.is_doubted)
+            if made.is_checked:
+                made.check(nesting, lambda degree: differences_of(loss, batch, partition, direction, rewind, degree))
+                known.add(made.key)
         first_orders = dict(zip(("loss", "gradient", "hessian", "third"), tensors, strict=False))
         first_orders.setdefault("gradient", torch.zeros(len(partition), device=partition.device))
         return Summary(
             **first_orders, names=partition.names, higher=tuple(tensors[4:]), weight=float(batch_size(batch))
         )
 
-    def _is_new(self, model: nn.Module, made: _Made) -> bool:
-        return bool(made.own) or made.functions not in self._checked.get(model, ())
-
 
 class _Made:
-    """What autograd made a loss of, and what is to be checked for that."""
+    """What autograd made a loss of, and what is to be checked for that.
 
-    def __init__(self, value: Tensor) -> None:
-        self.functions = signature(value)
-        self.own = own_derivatives(value)
-        self.suspects = sorted({*self.own, *(name for name in self.functions if "Sparse" in name)})
-        self.is_smooth = not has_kinks(self.functions)
+    Args:
+        value: the loss.
+        order: of the derivatives.
+        known: what was checked before.
+        doubted: whether derivatives are, whatever the loss is made of, as long as that is new.
+    """
 
-    def check(self, tensors: Sequence[Tensor], differences: Callable[[], Differences], partition: Partition) -> None:
-        """Holds second derivatives to differences of the gradient, where that is the loss's own.
+    def __init__(self, value: Tensor, order: int, known: set[Any], doubted: bool) -> None:
+        functions = signature(value)
+        self.key = functions, min(order, 3)
+        own = own_derivatives(value)
+        self.suspects = sorted({*own, *(name for name in functions if "Sparse" in name)})
+        is_new = self.key not in known
+        self.is_checked = order > 1 and (bool(own) or is_new)
+        self.is_doubted = order > 1 and doubted and is_new
+        self.is_smooth = not has_kinks(functions)
+
+    def check(self, nesting: _Nesting, differences: Callable[[int], Differences]) -> None:
+        """Holds higher derivatives to differences of the gradient, where that is the loss's own.
 
         Raises:
             Refusal: they are something else.
         """
-        if not self.suspects or (not is_exact(partition) and not self.is_smooth):
+        partition = nesting.partition
+        if not (self.suspects or self.is_doubted) or (not is_exact(partition) and not self.is_smooth):
             return  # differences in single precision see the jumps of slopes as curvature
-        worst = mismatch(differences, tensors[1], tensors[2])
-        if worst is not None:
+        rows = {2: nesting.tensors[2] @ nesting.rates}
+        if self.is_smooth and nesting.third is not None:
+            rows[3] = nesting.third
+        wrong = mismatch(differences, nesting.tensors[1] * nesting.rates, rows)
+        if wrong is not None:
+            order, worst = wrong
+            behind = f", behind {', '.join(self.suspects)}" if self.suspects else ""
             raise Refusal(
-                f"autograd's second derivatives for group {partition.names[worst]!r} are not those of its gradient, "
-                f"behind {', '.join(self.suspects)}: compute the loss by operations of torch that it can "
-                "differentiate twice"
+                f"autograd's {'second' if order == 2 else 'third'} derivatives for group {partition.names[worst]!r} "
+                f"are not those of its gradient{behind}: compute the loss by operations of torch that it can "
+                f"differentiate {'twice' if order == 2 else 'three times'}"
             )
 
 
@@ -136,16 +154,20 @@ class _Nesting:
         self.tensors = [torch.zeros((size,) * d, dtype=torch.float64, device=device) for d in range(order + 1)]
         if self.diagonal:
             self.tensors[3] = torch.zeros(size, dtype=torch.float64, device=device)
+        self.rates = torch.tensor(rates(len(partition)), dtype=torch.float64, device=device)
+        self.third: Tensor | None = None
 
-    def run(self, value: Tensor, checked: bool = False) -> list[Tensor]:
+    def run(self, value: Tensor, checked: bool = False, doubted: bool = False) -> list[Tensor]:
         """All tensors, from the loss on.
 
         Args:
             value: the loss.
             checked: whether the second order is held to be symmetric.
+            doubted: whether the third is found along a line, too.
         """
         self.tensors[0] = value.detach().to(torch.float64)
-        self._checked = checked and len(self.partition) > 1
+        self._checked = doubted or (checked and len(self.partition) > 1)
+        self._thirds = doubted and self.order > 2
         if self.order > 1:
             _check_not_scaled(value)
             if self.order > 2:
@@ -154,18 +176,18 @@ class _Nesting:
             self._descend(value, ())
         return self.tensors
 
-    def _check_symmetry(self, row: Sequence[Tensor]) -> None:
+    def _check_along(self, row: Sequence[Tensor]) -> None:
         """Holds sums of columns to those of rows: what has no symmetric second derivatives is no gradient.
+
+        The third derivatives by each group, along the line twice, are kept.
 
         Args:
             row: the first derivatives, with their graph.
         """
-        moving = [r for r in row if r.requires_grad]
-        if not moving:
+        columns = self._derivatives_along(row)
+        if columns is None:
             return
-        total = torch.stack(moving).sum()
-        columns = self.partition.dot(self._gradients(total, range(len(self.partition)), True), self.direction)
-        sums, rows = torch.stack(columns).detach(), self.tensors[2].sum(1)
+        sums, rows = torch.stack(columns).detach(), self.tensors[2] @ self.rates
         size = self.tensors[2].abs().sum(1).max()
         excess = (sums - rows).abs()
         if bool(excess.isfinite().all()) and bool(
@@ -176,6 +198,16 @@ class _Nesting:
                 f"what autograd gives for group {worst!r} is the gradient of nothing: its second derivatives are not "
                 "symmetric, as where hooks change gradients, or entries are written twice"
             )
+        thirds = self._derivatives_along(columns) if self._thirds else None
+        self.third = None if thirds is None else torch.stack(thirds).detach()
+
+    def _derivatives_along(self, row: Sequence[Tensor]) -> list[Tensor] | None:
+        """The derivatives by each group of the sum of some numbers, each times its group's rate."""
+        moving = [r * rate for r, rate in zip(row, self.rates, strict=True) if r.requires_grad]
+        if not moving:
+            return None
+        total = torch.stack(moving).sum()
+        return self.partition.dot(self._gradients(total, range(len(self.partition)), True), self.direction)
 
     def _descend(self, scalar: Tensor, prefix: tuple[int, ...]) -> None:
         """Differentiates the entry with index ``prefix``, and then what comes out, up to the last order."""
@@ -200,7 +232,7 @@ class _Nesting:
             if not last and not (self.diagonal and depth == 2 and group != first):
                 self._descend(row[group], index)
         if not prefix and not last and self._checked:
-            self._check_symmetry(row)
+            self._check_along(row)
 
     def _gradients(self, scalar: Tensor, groups: range, keep_graph: bool) -> list[Tensor | None]:
         """The gradients of a scalar with respect to the tensors of these groups; ``None`` for all other tensors."""
