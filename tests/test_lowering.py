@@ -196,6 +196,39 @@ AT_ZERO = {
 }
 
 
+ON_NUMBERS = {
+    "logsumexp": lambda x, dim: x.logsumexp(dim),
+    "normalize": lambda x, dim: F.normalize(x, dim=dim) * x,
+    "norm": lambda x, dim: torch.linalg.vector_norm(x, 3, dim=dim),
+    "sum": lambda x, dim: x.sum(dim),
+    "mean": lambda x, dim: x.mean(dim),
+    "running sum": lambda x, dim: x.cumsum(dim),
+    "index": lambda x, dim: x.index_select(dim, torch.tensor([0])),
+    "flip": lambda x, dim: x.flip([dim]),
+    "softmax": lambda x, dim: x.softmax(dim) * x,
+    "log-softmax": lambda x, dim: x.log_softmax(dim) + x,
+    "cosine": lambda x, dim: F.cosine_similarity(x, x.cos(), dim) * x,
+    "transposed": lambda x, dim: x.transpose(0, dim),
+    "sorted": lambda x, dim: x.sort(dim)[0],
+}
+"""Of a tensor without axes, along the one that torch lets it have."""
+
+
+@pytest.mark.parametrize("dim", [0, -1])
+@pytest.mark.parametrize("name", ON_NUMBERS)
+def test_numbers_have_one_axis(name, dim) -> None:
+    torch.manual_seed(0)
+    model, x = nn.Linear(4, 3).double(), torch.randn(5, 4, dtype=torch.float64)
+    u = [torch.randn_like(p) for p in model.parameters()]
+
+    def loss_fn(m, x):
+        return ON_NUMBERS[name](m(x).sin().mean() + 0.5, dim).sin() * m(x).cos().mean()
+
+    got, expected = (ns.summarize(loss_fn, model, [x], direction=u, engine=e) for e in ("forward", "nested"))
+    torch.testing.assert_close(got.hessian, expected.hessian)
+    torch.testing.assert_close(got.third, expected.third)
+
+
 @pytest.mark.parametrize("name", AT_ZERO)
 def test_zeros_are_measured_like_anything_else(name) -> None:
     """The program is known, and was checked, when the zeros come."""

@@ -138,10 +138,12 @@ def at_dim(position: int = 1) -> Rows:
     def act(call: Call, place: Place, rows: Tensor) -> Tensor:
         args = list(call.args)
         dim = args[position] if position < len(args) else 0
+        if rows.dim() == 1:  # of single numbers, along the one dimension that torch lets them have
+            dim, rows = 0, rows.unsqueeze(1)
         args[0] = rows
         args[position : position + 1] = [_shift(dim, rows)]
         result: Tensor = call.op(*args, **call.kwargs)
-        return result
+        return result.reshape(len(rows), *call.out.shape) if rows.dim() == 2 else result
 
     return act
 
@@ -154,7 +156,9 @@ def _shift(dim: int, rows: Tensor) -> int:
 def transposed(call: Call, place: Place, rows: Tensor) -> Tensor:
     """``t`` and ``transpose``."""
     first, second = (call.args[1], call.args[2]) if len(call.args) > 1 else (0, -1)
-    return rows if rows.dim() < 3 and len(call.args) == 1 else rows.transpose(_shift(first, rows), _shift(second, rows))
+    if rows.dim() == 1 or (rows.dim() < 3 and len(call.args) == 1):
+        return rows
+    return rows.transpose(_shift(first, rows), _shift(second, rows))
 
 
 def permuted(call: Call, place: Place, rows: Tensor) -> Tensor:
@@ -171,7 +175,7 @@ def _reduced_dims(call: Call, rows: Tensor) -> list[int]:
 
 def summed(call: Call, place: Place, rows: Tensor) -> Tensor:
     """Sums and means."""
-    dims = _reduced_dims(call, rows)
+    dims = _reduced_dims(call, rows) if rows.dim() > 1 else []
     keep = bool(call.args[2]) if len(call.args) > 2 else False
     if not dims:
         return rows
@@ -180,7 +184,7 @@ def summed(call: Call, place: Place, rows: Tensor) -> Tensor:
 
 def flipped(call: Call, place: Place, rows: Tensor) -> Tensor:
     """``flip``."""
-    return rows.flip([_shift(d, rows) for d in call.args[1]])
+    return rows if rows.dim() == 1 else rows.flip([_shift(d, rows) for d in call.args[1]])
 
 
 def added(call: Call, place: Place, rows: Tensor) -> Tensor:
