@@ -5,8 +5,9 @@ from __future__ import annotations
 import contextlib
 import warnings
 from collections import UserDict
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import pytest
 import torch
@@ -73,6 +74,8 @@ class Model(nn.Module):
         self.batch_norm, self.layer_norm = nn.BatchNorm1d(WIDTH), nn.LayerNorm(WIDTH)
         self.table = nn.Embedding(5, WIDTH, max_norm=0.7)
         self.recurrent = nn.GRU(WIDTH, WIDTH)
+        self.parametrised = nn.utils.parametrizations.weight_norm(nn.Linear(WIDTH, WIDTH))
+        self.register_buffer("mean", torch.zeros(WIDTH))
         self.generator = torch.Generator().manual_seed(3)
         self.calls, self.history, self.scale = 0, [], 0.9
         self.captured = list(self.layers.parameters())  # not by the names that modules have
@@ -172,6 +175,94 @@ def recurrent(m, layer, h):
     return m.recurrent(layer(h).unsqueeze(1))[0].squeeze(1)
 
 
+def solved(m, layer, h):
+    return torch.linalg.solve(layer.weight + 3 * torch.eye(WIDTH, dtype=h.dtype), h.sin().t()).t() + layer.bias
+
+
+def factored(m, layer, h):
+    return h @ torch.linalg.cholesky(layer.weight @ layer.weight.t() + torch.eye(WIDTH, dtype=h.dtype)) + layer.bias
+
+
+def rows_written(m, layer, h):
+    out = h.clone()
+    out[[4, 0]] = layer(h)[:2].sin()
+    out[:, [1, 3]] *= 2
+    return out.index_copy(0, torch.tensor([2]), layer(h)[5:])
+
+
+def rows_summed(m, layer, h):
+    return torch.zeros_like(h).index_add(0, torch.tensor([1, 1, 0, 5, 3, 1]), layer(h).sin()) + h
+
+
+def scattered(m, layer, h):
+    places = torch.tensor([[0, 2], [1, 3], [2, 0], [3, 1], [0, 1], [2, 3]])
+    return h.scatter(1, places, layer(h)[:, :2].sin()).scatter_reduce(1, places, h[:, :2], "mean")
+
+
+def masks_used(m, layer, h):
+    out = layer(h).masked_fill(h > 0.5, 0.3)
+    out = torch.where(h.abs() > 0.2, out, out.square())
+    return out.masked_scatter(h < -0.5, h.cos())
+
+
+def complex_numbers(m, layer, h):
+    z = torch.complex(layer(h), h + 0.3)
+    return (z * z * (1j * h).exp()).real + torch.view_as_real(z)[..., 1]
+
+
+def called_functionally(m, layer, h):
+    return torch.func.functional_call(layer, {"weight": layer.weight * 2, "bias": layer.bias.sin()}, (h,))
+
+
+def slope_mapped(m, layer, h):
+    return torch.func.vmap(torch.func.grad(lambda row: layer(row).sin().sum()))(h)
+
+
+def from_a_generator(m, layer, h):
+    return torch.stack([row * (1 + i) for i, row in enumerate(layer(r) for r in h)])
+
+
+def running_mean(m, layer, h):
+    h = layer(h)
+    m.mean.mul_(0.9).add_(0.1 * h.detach().mean(0))
+    return h - m.mean
+
+
+def hooked(m, layer, h):
+    h = layer(h)
+    if h.requires_grad:
+        h.register_hook(lambda g: g.clone())
+    return h.sin()
+
+
+def shuffled(m, layer, h):
+    return layer(h)[torch.randperm(SAMPLES)] + h
+
+
+def convolved(m, layer, h):
+    y = F.conv1d(
+        F.pad(h.t()[None], (1, 1)), layer.weight[None, :, :3].transpose(0, 1).expand(WIDTH, WIDTH, 3), layer.bias
+    )
+    return F.max_pool1d(y, 2, 1, 0).mean(2).expand(SAMPLES, -1) + F.avg_pool1d(h[None], 3, 1, 1)[0]
+
+
+def kept_in_containers(m, layer, h):
+    found = {"first": [layer(h)], "second": (h.sin(), None)}
+    found["first"].append(found.pop("second")[0])
+    return sum(found["first"])
+
+
+def decided_by_numpy(m, layer, h):
+    return layer(h) * (2 if h.detach().numpy().sum() > 0 else 1)
+
+
+def written_without_gradients(m, layer, h):
+    with torch.no_grad():
+        scale = h.square().sum(1, keepdim=True).add_(1).rsqrt_()
+        scale[0].zero_()
+    return layer(h) * scale
+
+
 PIECES: dict[str, Any] = {
     "linear": lambda m, layer, h: layer(h),
     "tanh": lambda m, layer, h: layer(h).tanh(),
@@ -207,10 +298,47 @@ PIECES: dict[str, Any] = {
     "single": lambda m, layer, h: layer(h).float().sin().double(),
     "softmax": lambda m, layer, h: layer(h).softmax(-1) * h,
     "pairs": lambda m, layer, h: torch.einsum("ij,kj->ik", layer(h), h) @ h / SAMPLES,
+    "solved": solved,
+    "factored": factored,
+    "rows written": rows_written,
+    "rows summed": rows_summed,
+    "scattered": scattered,
+    "masks": masks_used,
+    "complex numbers": complex_numbers,
+    "functional call": called_functionally,
+    "slope mapped": slope_mapped,
+    "generator": from_a_generator,
+    "running mean": running_mean,
+    "hook": hooked,
+    "shuffled": shuffled,
+    "convolved": convolved,
+    "containers": kept_in_containers,
+    "numpy": decided_by_numpy,
+    "written aside": written_without_gradients,
+    "cumulative": lambda m, layer, h: layer(h).cumprod(1) + h.logcumsumexp(0),
+    "best": lambda m, layer, h: layer(h).topk(2, 1)[0].repeat(1, 2) * h,
+    "ranked": lambda m, layer, h: layer(h).gather(1, h.argsort(1)),
+    "parametrised": lambda m, layer, h: m.parametrised(layer(h)),
+    "group norm": lambda m, layer, h: F.group_norm(layer(h), 2) + F.normalize(h, dim=1),
+    "distances": lambda m, layer, h: torch.cdist(layer(h), h + 2) @ h / SAMPLES,
+    "curves": lambda m, layer, h: F.gelu(layer(h)) + F.softplus(h) * F.leaky_relu(h),
+    "logsumexp": lambda m, layer, h: layer(h) * layer(h).mean().logsumexp(0) + h.var(0),
     "concatenated": lambda m, layer, h: torch.cat([layer(h)[:3], h[3:]]).flip(0),
 }
-CONSTANTS = {"table", "item", "detached", "no gradient", "through", "overwritten", "penalty"}
+CONSTANTS = {
+    "running mean",
+    "written aside",
+    "table",
+    "item",
+    "detached",
+    "no gradient",
+    "through",
+    "overwritten",
+    "penalty",
+}
 """Pieces in which autograd takes for a constant what moves: differences of the gradient are no reference."""
+ONCE = {"kernel", "distances", "parametrised"}
+"""Pieces that autograd does not differentiate twice, or wrongly: double backward passes are no reference."""
 
 
 @dataclass
@@ -228,7 +356,26 @@ def popped(model, batch):
     return (model(batch["x"].mul_(0.5)) - y).square().mean()
 
 
+class Pair(NamedTuple):
+    inputs: Tensor
+    targets: list[Tensor]
+
+
+def density(m, b):
+    scale = F.softplus(m(b.inputs)[:, 0]) + 0.5
+    return -torch.distributions.Normal(m(b.inputs)[:, 1], scale).log_prob(b.targets[0][:, 0]).mean()
+
+
 FORMS: dict[str, tuple[Any, Any]] = {
+    "named tuple": (lambda x, y: Pair(x, [y]), density),
+    "nested": (
+        lambda x, y: [{"x": [x]}, {"labels": y.argmax(1), "weights": (y.abs(),)}],
+        lambda m, b: F.cross_entropy(m(b[0]["x"][0]), b[1]["labels"]) + (m(b[0]["x"][0]) * b[1]["weights"][0]).mean(),
+    ),
+    "robust": (
+        lambda x, y: (x, y),
+        lambda m, b: F.huber_loss(m(b[0]), b[1]) + F.margin_ranking_loss(m(b[0]), b[1], b[1].sign()),
+    ),
     "tuple": (lambda x, y: (x, y), lambda m, b: (m(b[0]) - b[1]).square().mean()),
     "mapping": (lambda x, y: Encoding(x=x, y=y, name="a"), popped),
     "dataclass": (Sample, lambda m, b: (m(b.x) - b.y).square().mean() + 3),
@@ -296,9 +443,14 @@ def state_of(model, batch):
 
 
 def vars_of(batch):
-    if isinstance(batch, UserDict):
-        return [batch["x"], batch["y"]]
-    return list(batch) if isinstance(batch, tuple) else [batch.x, batch.y]
+    """The tensors of a batch, whatever holds them."""
+    if isinstance(batch, Tensor):
+        return [batch]
+    if isinstance(batch, Mapping):
+        return [t for v in batch.values() for t in vars_of(v)]
+    if isinstance(batch, Sample):
+        return [batch.x, batch.y]
+    return [t for v in batch for t in vars_of(v)] if isinstance(batch, list | tuple) else []
 
 
 def check(pieces, form, training, seed, engine) -> bool:
@@ -325,7 +477,7 @@ def check(pieces, form, training, seed, engine) -> bool:
         return False
     again = lambda: make(x.clone(), y.clone())  # noqa: E731
     hessian, tolerance = summary.hessian, 1e-2 if "single" in pieces else 1e-5
-    if "kernel" not in pieces:
+    if not ONCE & set(pieces):
         assert distance(hessian, by_autograd(model, loss_fn, again, u, seed + 1)) < tolerance
     if not CONSTANTS & set(pieces):
         for moved in (range(len(u)), [0], [len(u) - 1]):
