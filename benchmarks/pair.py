@@ -8,6 +8,7 @@ it, so that matrices are narrow and trainings short.  What was run stays in resu
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from pathlib import Path
 from statistics import geometric_mean, median
@@ -27,6 +28,7 @@ STEPS, LAST, EVERY = 300, 5, 10
 MUON = tuple(0.02 * 2.0**k for k in range(-3, 4))
 ADAMW = tuple(0.01 * 2.0**k for k in range(-3, 4))
 STARTS = ((0.02 / 30, 0.01 * 30), (0.02 * 30, 0.01 / 30), (0.02 / 30, 0.01 / 30), (0.02 * 30, 0.01 * 30))
+PAIRS = {"suggested": STARTS, "swept": tuple(itertools.product(MUON, ADAMW))}
 SEEDS = (0, 1)
 
 
@@ -85,13 +87,12 @@ def suggested(net: Network, clock: Clock, muon: float, adamw: float, seed: int) 
 def run(clock: Clock) -> None:
     """What is missing in the store."""
     net, path = network().on(clock.device), results_of(STORE, clock.device.type)
-    jobs = [("suggested", suggested, pair, seed) for seed in SEEDS for pair in STARTS]
-    jobs += [("swept", swept, (muon, adamw), seed) for seed in SEEDS for muon in MUON for adamw in ADAMW]
-    known = [(row["kind"], row["seed"], row["muon"], row["adamw"]) for row in jsonl.read(path)]
-    for kind, work, (muon, adamw), seed in tqdm(jobs, desc="pairs"):
-        muon, adamw = (float(f"{rate:.4g}") for rate in (muon, adamw))
-        if (kind, seed, muon, adamw) not in known:
-            row = {"kind": kind, "seed": seed, "muon": muon, "adamw": adamw}
+    jobs = [(kind, muon, adamw, seed) for seed in SEEDS for kind, pairs in PAIRS.items() for muon, adamw in pairs]
+    for kind, *rates, seed in tqdm(jobs, desc="pairs"):
+        muon, adamw = (float(f"{rate:.4g}") for rate in rates)
+        row = {"kind": kind, "seed": seed, "muon": muon, "adamw": adamw}
+        if not any(row.items() <= known.items() for known in jsonl.read(path)):
+            work = suggested if kind == "suggested" else swept
             jsonl.append(path, {**row, **work(net, clock, muon, adamw, seed)}, digits=4)
 
 

@@ -386,7 +386,7 @@ def watch_by_time():
 def test_monitors_that_go_by_the_time_measure_together_each_on_samples_of_its_own(two) -> None:
     first, second = two.run(watch_by_time)
     assert str(first) == str(second)
-    assert [record["step"] for record in first] == [0, 8, 16, 24, 32]  # 2 and 4 seconds, for steps of 1 and 2
+    assert [record["step"] for record in first] == [0, 16, 24, 32]  # 2 and 4 seconds, for steps of 1 and 2
     assert {record["samples"] for record in first} == {16}
     assert all(record["available"] > 16 for record in first)
 

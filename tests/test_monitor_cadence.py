@@ -52,7 +52,7 @@ class World:
         self.training += seconds
 
 
-WORLDS = [(0.0, 0.3), (5.0, 0.0), (0.2, 0.002), (3.0, 0.1), (0.01, 0.04), (40.0, 10.0)]
+WORLDS = [(0.0, 0.3), (5.0, 0.0), (0.2, 0.002), (3.0, 0.1), (0.01, 0.04), (40.0, 2.0)]
 
 
 @pytest.mark.parametrize(("fixed", "each"), WORLDS)
@@ -61,9 +61,9 @@ def test_measurements_take_their_share_of_the_time_and_no_more(fixed: float, eac
     spent = 0.0
     for (taken, _, price), (following, *_) in zip(world.measured, world.measured[1:], strict=False):
         spent += price
-        assert spent <= 0.05 * following * STEP * (1 + 1e-9)  # all that came before is paid for
+        assert spent + price <= 0.05 * following * STEP * (1 + 1e-9)  # for all before, and for one more like the last
         assert following - taken >= SHORTEST
-        assert following - taken == SHORTEST or price > 0.05 * (following - taken - 2) * STEP  # no longer than needed
+        assert following - taken == SHORTEST or 2 * price > 0.05 * (following - taken - 2) * STEP
     assert len(world.measured) > 3
 
 

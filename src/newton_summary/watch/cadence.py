@@ -101,9 +101,10 @@ class Fixed:
 class Affordable:
     """As often, and on as many samples, as a share of the training's time pays for.
 
-    A measurement is paid for by the steps that follow: the next one waits until their time, times the share, is what
-    the last one took, recording the graph included.  So it all costs the share in the long run, whatever was expected
-    of it.  A step takes the median of those without a measurement: an evaluation in between, or a night, pays nothing.
+    The time of steps, times the share, is saved up.  The next measurement waits until that has paid for those before,
+    recording the graph included, and is as much besides as the last one took.  So all together cost the share at most,
+    but for the first one, which comes at once, and for what a last one took beyond what was expected.  A step takes the
+    median of those without a measurement: an evaluation in between, or a night, pays nothing.
 
     The number of samples follows from what measurements took: a + b n for n samples.  It is the largest for which a
     measurement is paid for by a hundred steps; but not below a / b, where half the price is not for samples, so that
@@ -122,7 +123,7 @@ class Affordable:
         clock: gives seconds.  Default: processor time, which other programs do not stretch; with an accelerator, time.
 
     Example:
-        >>> seconds = iter([0.0, 4.0, *(4.0 + i / 8 for i in range(1, 700))])  # 4 s for measuring, steps of 1/8 s
+        >>> seconds = iter([0.0, 4.0, *(4.0 + i / 8 for i in range(1, 1100))])  # 4 s for measuring, steps of 1/8 s
         >>> cadence = Affordable(1 / 16, clock=lambda: next(seconds))
         >>> with cadence.spending():
         ...     cadence.has_measured(0, 8.0)
@@ -131,7 +132,7 @@ class Affordable:
         ...     step += 1
         ...     cadence.end_of_step(step, list)
         >>> step
-        512
+        1024
     """
 
     def __init__(
@@ -149,6 +150,7 @@ class Affordable:
         self._is_due = True  # at once, so that there is something to see
         self._measured, self._look = 0, 0  # before which step it was measured, and after which it is asked again
         self._cost, self._size = 0.0, 0.0  # of the last measurement
+        self._saved = 0.0  # when it was made
         self._prices: dict[int, float] = {}  # by numbers of samples, the last known one last
         self._has_recorded = False
         self._durations: deque[float] = deque(maxlen=SHORTEST)
@@ -207,11 +209,11 @@ class Affordable:
         if adapts < 1:  # in another process batches are taken whole
             self.takes_whole()
         income = self.share * step
-        owed = cost - income * (taken - self._measured)
-        if owed > 0:
-            self._look = taken + (math.ceil(owed / income) if income else SHORTEST)
+        saved = self._saved - cost + income * (taken - self._measured)
+        if saved < cost:
+            self._look = taken + (math.ceil((cost - saved) / income) if income else SHORTEST)
             return
-        self._is_due, self._cost = True, 0.0
+        self._is_due, self._cost, self._saved = True, 0.0, cost
         if self._adapts:
             self.samples = self._affordable(round(size), cost, income * SHORTEST)
 
