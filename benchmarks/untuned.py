@@ -35,7 +35,6 @@ from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 import newton_summary as ns
-from newton_summary.optim.cadence import COMPARISONS
 from newton_summary.optim.rates import AveragedRates
 from newton_summary.solve import Status
 from newton_summary_experiments.data import InMemory, as_it_is, shuffled
@@ -372,7 +371,7 @@ SCHEDULED = ("steps",)  # what knows the length of the run
 
 
 FUSED = "adam, fused"  # torch's other implementation of Adam, which takes the same steps
-BLOCK = COMPARISONS.longest  # steps that are timed together
+BLOCK = 20  # steps that are timed together
 ROUNDS, PATIENCE = (3, 30), 15  # turns of each, and the seconds that they should fill: small steps need many
 
 

@@ -22,77 +22,79 @@ from newton_summary.optim.rate_adaptation import Constants, RateAdaptation
 # The rule -------------------------------------------------------------------------------------------------------------
 
 
-def reference(pairs, gain=2.0, settling=50) -> float:
-    """The rule as a sum over all comparisons: (loss at the weights, at their average, steps, steps since the last)."""
-    signs = np.sign([average - here for here, average, _, _ in pairs])
-    return float(
-        np.exp(gain * sum(sign * gap / (t + settling) for sign, (_, _, t, gap) in zip(signs, pairs, strict=True)))
-    )
+def reference(comparisons, gain=2.0, own=0.5, settling=50):
+    """The rule as sums over all comparisons: (parts of the groups, steps, steps since the last), as a vector."""
+    signs = [own * np.sign(parts) + (1 - own) * np.sign(np.sum(parts)) for parts, _, _ in comparisons]
+    terms = [sign * gap / (t + settling) for sign, (_, t, gap) in zip(signs, comparisons, strict=True)]
+    return np.exp(gain * np.sum(terms, axis=0)).tolist()
 
 
-def made_up(count: int, seed: int = 0):
+def made_up(count: int, groups: int = 3, seed: int = 0):
     generator = torch.Generator().manual_seed(seed)
-    losses = torch.randn(count, 2, generator=generator, dtype=torch.float64).tolist()
-    return [(here, average, 10 * n + 4, 10) for n, (here, average) in enumerate(losses)]
+    parts = torch.randn(count, groups, generator=generator, dtype=torch.float64).tolist()
+    return [(row, 10 * n + 4, 10) for n, row in enumerate(parts)]
 
 
-def followed(pairs, constants=None) -> RateAdaptation:
-    adaptation = RateAdaptation(constants)
-    for pair in pairs:
-        adaptation.compare(*pair)
+def followed(comparisons, constants=None) -> RateAdaptation:
+    adaptation = RateAdaptation(len(comparisons[0][0]), constants)
+    for comparison in comparisons:
+        adaptation.compare(*comparison)
     return adaptation
 
 
-def test_the_scale_is_that_of_the_rule_written_out() -> None:
-    pairs = made_up(30)
-    assert followed(pairs).scale == pytest.approx(reference(pairs), rel=1e-12)
-    constants = {"gain": 1.5, "settling": 7}
-    assert followed(pairs, Constants(**constants)).scale == pytest.approx(reference(pairs, **constants), rel=1e-12)
+def test_the_scales_are_those_of_the_rule_written_out() -> None:
+    comparisons = made_up(30)
+    assert followed(comparisons).scales == pytest.approx(reference(comparisons), rel=1e-12)
+    constants = {"gain": 1.5, "own": 0.8, "settling": 7}
+    expected = reference(comparisons, **constants)
+    assert followed(comparisons, Constants(**constants)).scales == pytest.approx(expected, rel=1e-12)
 
 
-def test_a_constant_and_a_factor_of_the_loss_change_nothing() -> None:
-    pairs = made_up(30)
-    for factor, constant in ((1.0, -3.0), (1e-6, 0.0), (1e6, 5e6)):
-        other = [(factor * a + constant, factor * b + constant, *rest) for a, b, *rest in pairs]
-        assert followed(other).scale == pytest.approx(followed(pairs).scale, rel=1e-8)
+def test_a_factor_of_the_loss_changes_nothing() -> None:
+    comparisons = made_up(30)
+    for factor in (1e-6, 1e6):
+        other = [([factor * part for part in parts], *rest) for parts, *rest in comparisons]
+        assert followed(other).scales == pytest.approx(followed(comparisons).scales, rel=1e-12)
 
 
-def test_steps_grow_while_the_weights_are_better_and_shrink_while_their_average_is() -> None:
-    better, worse = ([(here, 1.0, 10 * n, 10) for n in range(1, 20)] for here in (0.9, 1.1))
-    assert followed(better).scale > 1 > followed(worse).scale
-    assert followed(better).advantage == pytest.approx(-0.1)
-    assert followed(worse).advantage == pytest.approx(0.1)
+def test_steps_of_a_group_grow_while_its_average_is_worse_and_shrink_while_it_is_better() -> None:
+    adaptation = followed([([0.1, -0.3], 10 * n, 10) for n in range(1, 20)])
+    assert adaptation.scales[0] > 1 > adaptation.scales[1]
+    assert adaptation.advantage == pytest.approx(0.2)
 
 
-def test_losses_that_are_equal_or_no_numbers_tell_nothing() -> None:
-    adaptation = followed([(1.0, math.nan, 10, 10), (math.inf, 1.0, 20, 10), (1e200, 0.0, 30, 10)])
-    assert adaptation.scale == 1.0
-    same = followed([(1.0, 1.0, 10 * n, 10) for n in range(1, 20)])
-    assert same.scale == 1.0
+def test_parts_that_are_zero_or_no_numbers_tell_nothing() -> None:
+    adaptation = followed([([math.nan, 1.0], 10, 10), ([math.inf, 1.0], 20, 10), ([1e200, 0.0], 30, 10)])
+    assert adaptation.scales == [1.0, 1.0]
+    same = followed([([0.0], 10 * n, 10) for n in range(1, 20)])
+    assert same.scales == [1.0]
     assert same.advantage == 0.0
 
 
-def test_a_scale_that_is_held_stays_and_the_advantage_does_not() -> None:
+def test_scales_that_are_held_stay_and_the_advantage_does_not() -> None:
     adaptation = RateAdaptation()
-    adaptation.compare(1.0, 0.5, 10, 10, holds=True)
-    assert adaptation.scale == 1.0
+    adaptation.compare([-0.5], 10, 10, holds=True)
+    assert adaptation.scales == [1.0]
     assert adaptation.advantage == 0.5
 
 
 def test_a_divergence_is_above_the_first_loss_and_far_above_the_average() -> None:
-    adaptation = RateAdaptation()
+    adaptation = RateAdaptation(2)
     adaptation.begin(2.0)
-    assert not adaptation.may_have_diverged(50.0, 1.0), "there is nothing to compare with"
-    assert adaptation.may_have_diverged(math.nan, 1.0)
+    assert not adaptation.is_suspicious(50.0), "there is nothing to compare with"
+    assert adaptation.is_suspicious(math.nan)
     for n in range(1, 10):
-        adaptation.compare(1.0 + 0.1 * (-1) ** n, 1.0, 10 * n, 10)
-    before = adaptation.state_dict()
-    assert not adaptation.may_have_diverged(1.99, 0.5), "not above the first loss"
-    assert not adaptation.may_have_diverged(2.1, 1.2), "a difference as large as nine usual ones"
-    assert adaptation.may_have_diverged(2.1, 1.05)
+        adaptation.compare([0.04 * (-1) ** n, 0.06 * (-1) ** n], 10 * n, 10)
+    before = copy.deepcopy(adaptation.state_dict())
+    assert not adaptation.is_suspicious(1.99), "not above the first loss"
+    assert adaptation.is_suspicious(2.1)
+    assert not adaptation.has_diverged(2.1, 1.2), "a difference as large as nine usual ones"
+    assert adaptation.has_diverged(2.1, 1.05)
+    assert adaptation.has_diverged(math.nan, 1.05)
+    assert not adaptation.has_diverged(math.nan, math.nan), "there is nothing to go back to"
     assert adaptation.state_dict() == before, "a question changes nothing"
     adaptation.roll_back()
-    assert adaptation.scale == before["scale"] / 2
+    assert adaptation.scales == [scale / 2 for scale in before["scales"]]
     assert adaptation.cuts == 1
 
 
@@ -174,7 +176,7 @@ def train(model, optimizer, count, start=0):
 def test_new_proportions_leave_the_size_to_the_line_search() -> None:
     model, optimizer = make(partition="canonical", every=3, compare_every=3)
     train(model, optimizer, 10)
-    optimizer._comparison.adaptation.scale = 0.37
+    optimizer._comparison.adaptation.scales = scales = [0.37] * 6
     old = optimizer._relative.value
     backward(model, optimizer, 10)
     optimizer.measure(next(iter(make_loader())))
@@ -182,7 +184,7 @@ def test_new_proportions_leave_the_size_to_the_line_search() -> None:
     assert not torch.allclose(new, old)
     assert float(new @ hessian @ new) == pytest.approx(float(old @ hessian @ old))
     assert torch.allclose(new / new.sum(), optimizer.rule.rates / optimizer.rule.rates.sum())
-    assert optimizer._comparison.adaptation.scale == 0.37
+    assert optimizer._comparison.adaptation.scales == scales
 
 
 def test_a_tensor_without_a_gradient_at_first_is_trained_later() -> None:
@@ -242,10 +244,12 @@ def test_looking_must_be_at_whole_steps() -> None:
 
 
 def test_without_looks_rates_are_those_measured() -> None:
+    model, optimizer = make(compare_every=0)
+    assert len(optimizer.partition) == 1, "no rates of their own where they are only measured"
     model, optimizer = make(partition="canonical", compare_every=0)
-    train(model, optimizer, 60)
+    train(model, optimizer, 110)
     assert optimizer.counts["compared"] == 0
-    assert optimizer.counts["measured"] > 1
+    assert optimizer.counts["measured"] == 2
     assert list(optimizer.measured_rates.values()) == optimizer.rule.rates.tolist()
     assert set(optimizer._scales()) == {1.0}
 
@@ -364,51 +368,92 @@ def test_before_the_first_search_there_is_no_average() -> None:
 # With the loss at the average ---------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("partition", ["trivial", "canonical"])
-def test_a_comparison_sees_the_loss_at_the_weights_and_at_their_average(partition, monkeypatch) -> None:
-    """Dropout and batch norm are in: the same random numbers at both, and nothing of the model changes."""
+@pytest.mark.parametrize("partition", ["trivial", "canonical", "by_kind"])
+def test_a_comparison_sees_what_each_group_adds_to_the_loss_of_the_average(partition, monkeypatch) -> None:
+    """Against central differences of the loss half way; dropout and batch norm are in: the same random numbers, and
+    nothing of the model changes."""
     model, optimizer = make(partition=partition, compare_every=4)
     train(model, optimizer, 16)
     optimizer._comparison.cadence.due = 16
-    average = [optimizer.state[p]["average"].clone() for p in model.parameters()]
+    parameters = optimizer.partition.parameters
+    average = [optimizer.state[p]["average"].clone() for p in parameters]
     twin, stream = copy.deepcopy(model), copy.deepcopy(optimizer._samples.stream)
     batch, random, seen = stream.next(torch.device("cpu")), torch.get_rng_state(), []
     share = min(4.0 * 4 / (16 + 4.0), 0.5)
-    expected = [torch.lerp(a, p.detach(), share) for a, p in zip(average, model.parameters(), strict=True)]
+    expected = [torch.lerp(a, p.detach(), share) for a, p in zip(average, parameters, strict=True)]
 
-    def loss_at(weights) -> float:
+    def loss_at(group, shift) -> float:
+        """Half way to the average, one group moved further towards it by a share of the way."""
         copied = copy.deepcopy(twin)
+        names, moved = optimizer.partition.parameter_names, dict(copied.named_parameters())
         with torch.no_grad():
-            for p, w in zip(copied.parameters(), weights, strict=True):
-                p.copy_(w)
+            for n, (name, w) in enumerate(zip(names, expected, strict=True)):
+                way = 0.5 + (shift if group in optimizer.partition.groups_of[n] else 0.0)
+                moved[name].add_(way * (w - moved[name]))
         torch.set_rng_state(random)
         return loss_fn(copied, batch).item()
 
     monkeypatch.setattr(RateAdaptation, "compare", lambda self, *values: seen.append(values))
     optimizer._adapt()
-    ((here, there, step, gap, holds),) = seen
+    ((behind, step, gap, holds),) = seen
     assert torch.equal(torch.get_rng_state(), random)
     assert (step, gap, holds) == (16, 4, False)
-    assert here == pytest.approx(loss_at(twin.parameters()), rel=1e-12)
-    assert there == pytest.approx(loss_at(expected), rel=1e-12)
+    slopes = [(loss_at(s, 1e-4) - loss_at(s, -1e-4)) / 2e-4 for s in range(len(optimizer.partition))]
+    torch.set_rng_state(random)
+    assert behind == pytest.approx(slopes, rel=1e-6, abs=1e-11)
     for p, q in zip([*model.parameters(), *model.buffers()], [*twin.parameters(), *twin.buffers()], strict=True):
         assert torch.equal(p, q), "a comparison changed the model"
-    for p, a in zip(model.parameters(), expected, strict=True):
+    for p, a in zip(parameters, expected, strict=True):
         torch.testing.assert_close(optimizer.state[p]["average"], a, rtol=1e-14, atol=1e-15)
 
 
-def test_one_group_is_never_measured_and_several_are_now_and_then() -> None:
+def test_the_parts_of_a_quadratic_loss_add_up_to_the_difference() -> None:
+    """Interactions between groups count half for either."""
+    torch.manual_seed(0)
+    model, batches = nn.Linear(6, 3).double(), [(torch.randn(9, 6).double(), torch.randn(9, 3).double())] * 4
+    optimizer = ns.NewtonSummary(model, squares, curvature_data=batches, compare_every=3)
+    for batch in batches * 3:
+        optimizer.zero_grad()
+        squares(model, batch).backward()
+        optimizer.step()
+    comparison = optimizer._comparison
+    average = comparison.average.values(optimizer.state)
+    behind = comparison._behind(average, 0.0, lambda: None)
+    here = squares(model, batches[0]).item()
+    with torch.no_grad():
+        for p, a in zip(model.parameters(), average, strict=True):
+            p.copy_(a)
+    assert sum(behind) == pytest.approx(squares(model, batches[0]).item() - here, rel=1e-9)
+    assert len(behind) == 2
+
+
+def squares(model, batch):
+    return (model(batch[0]) - batch[1]).square().mean()
+
+
+def test_each_tensor_has_a_rate_of_its_own_and_nothing_is_measured() -> None:
     model, optimizer = make()
-    assert optimizer.rates == {"all": 3e-3}
+    names = [name for name, _ in model.named_parameters()]
+    assert optimizer.rates == dict.fromkeys(names, 3e-3)
     train(model, optimizer, 1)
-    assert optimizer.rates["all"] == 3e-3 * optimizer._comparison.adaptation.scale != 3e-3
+    assert len({*optimizer.rates.values()}) == 1, "they begin alike"
+    assert optimizer.rates[names[0]] != 3e-3
     train(model, optimizer, 60)
+    assert len({*optimizer.rates.values()}) > 1
     assert optimizer.counts["measured"] == 0
-    assert optimizer.counts["compared"] >= 6
-    assert optimizer.rates["all"] == pytest.approx(3e-3 * optimizer._comparison.adaptation.scale)
-    model, optimizer = make(partition="canonical", every=20)
+    assert optimizer.counts["compared"] == 8  # before steps 0, 4, 8, 12, 18, 27, 40 and 60
+    scales = optimizer._comparison.adaptation.scales
+    assert list(optimizer.rates.values()) == pytest.approx([3e-3 * scale for scale in scales])
+    model, optimizer = make(every=20)
     train(model, optimizer, 50)
     assert optimizer.counts["measured"] == 3
+
+
+def test_one_group_takes_the_sign_of_the_sum() -> None:
+    model, optimizer = make(partition="trivial")
+    train(model, optimizer, 30)
+    assert list(optimizer.rates) == ["all"]
+    assert optimizer.rates["all"] == pytest.approx(3e-3 * optimizer._comparison.adaptation.scales[0])
 
 
 @pytest.mark.parametrize("direction", ["gradient", "momentum"])
@@ -444,8 +489,8 @@ def test_training_is_the_same_with_another_constant_and_factor_in_the_loss(direc
     eps = 1e-8
     model, optimizer = trained(loss_fn, eps)
     other, changed = trained(lambda m, batch: factor * loss_fn(m, batch) + constant, eps * factor)
-    assert changed.rates["all"] == pytest.approx(optimizer.rates["all"], rel=1e-6)
-    assert abs(math.log(optimizer.rates["all"] / 3e-3)) > 0.1, "the rate never moved"
+    assert changed.rates == pytest.approx(optimizer.rates, rel=1e-6)
+    assert all(abs(math.log(rate / 3e-3)) > 0.1 for rate in optimizer.rates.values()), "a rate never moved"
     for p, q in zip(model.parameters(), other.parameters(), strict=True):
         torch.testing.assert_close(p, q, rtol=1e-6, atol=1e-8)
 

@@ -95,11 +95,11 @@ class Loss:
     @contextlib.contextmanager
     def movable(
         self, batch: Any, partition: Partition, rewind: Callable[[], None] | None = None
-    ) -> Iterator[tuple[list[Tensor], Callable[[], float]]]:
+    ) -> Iterator[tuple[list[Tensor], LossHere]]:
         """A block in which the parameters of a partition may be moved in place; afterwards they hold what they held.
 
-        It gives what they hold, and a function that computes the loss where they are, with the same random numbers each
-        time.  Gradients are on, as they are in training: a loss may differentiate by itself, or ask.  They move in
+        It gives what they hold, and what computes the loss where they are, with the same random numbers each time.
+        Gradients are on, as they are in training: a loss may differentiate by itself, or ask.  They move in
         their own memory, because the loss may know that by other tensors: views that were made before.
 
         Args:
@@ -111,16 +111,11 @@ class Loss:
         content = [data.clone() for data in before]
         moved = [c if 0 in data.stride() else data for c, data in zip(content, before, strict=True)]  # some expanded
         with self.undisturbed(differentiable=False, rewind=rewind) as rewind:
-
-            def loss() -> float:
-                rewind()
-                return self.value(batch)
-
             try:
                 for p, data in zip(partition.parameters, moved, strict=True):
                     p.data = data
                 with torch.no_grad():
-                    yield moved, torch.enable_grad()(loss)
+                    yield moved, LossHere(self, batch, partition.parameters, rewind)
             finally:
                 for p, data, held in zip(partition.parameters, before, content, strict=True):
                     if p.data_ptr() == data.data_ptr():
@@ -175,6 +170,35 @@ def without_hooks(parameters: Sequence[Tensor]) -> Iterator[None]:
     finally:
         for p, hooks in hooked:
             p._backward_hooks = hooks
+
+
+class LossHere:
+    """The loss on one batch where the parameters are by now, with the same random numbers each time.
+
+    Args:
+        loss: the loss and its model.
+        batch: whatever it takes.
+        parameters: by which :meth:`gradient` differentiates.
+        rewind: restores the random states.
+    """
+
+    def __init__(
+        self, loss: Loss, batch: Any, parameters: Sequence[Tensor], rewind: Callable[[], None]
+    ) -> None:
+        self._loss, self._batch, self._parameters, self._rewind = loss, batch, parameters, rewind
+
+    @torch.enable_grad()
+    def __call__(self) -> float:
+        """The loss."""
+        self._rewind()
+        return self._loss.value(self._batch)
+
+    @torch.enable_grad()
+    def gradient(self) -> tuple[float, list[Tensor | None]]:
+        """The loss, and its gradient by each parameter; nothing for those that it does not depend on."""
+        self._rewind()
+        with self._loss.evaluated(self._batch) as value:
+            return value.item(), gradients_of(value, self._parameters)
 
 
 def scalar(value: Any) -> Tensor:

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import contextlib
 import logging
-import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -14,7 +12,7 @@ from torch import Tensor, nn
 from newton_summary.measure.along import LossAlongStep
 from newton_summary.measure.batches import batch_size
 from newton_summary.measure.loss import preserved_randomness
-from newton_summary.optim.cadence import COMPARISONS, ComparisonCadence, Price, affordable_interval
+from newton_summary.optim.cadence import ComparisonCadence
 from newton_summary.optim.directions import State
 from newton_summary.optim.directions.affordable import SidesByCount
 from newton_summary.optim.first_length import first_scale
@@ -28,24 +26,25 @@ logger = logging.getLogger(__name__)
 
 
 class AverageComparison:
-    """Now and then evaluates the loss of a new batch at the weights and at their average, for rates to be adapted.
+    """Now and then finds what each group adds to the loss from the weights to their average, for rates to be adapted.
 
-    The first evaluation, before the first step, also counts which sides of matrices are worth a Kronecker factor.
-    Where the loss has diverged, the weights go back to their average.
+    That takes one gradient on a new batch, half way between the two, which takes about as long as a training step.
+    The first evaluation, before the first step, is of the loss alone; it counts which sides of matrices are worth a
+    Kronecker factor.  Where the loss has diverged, the weights go back to their average.
 
     Args:
         samples: where batches come from.
-        every: the number of steps between comparisons; ``None``: by their price.
+        every: the number of steps between comparisons.
         sides: what is chosen at the first evaluation, if anything.
 
     Attributes:
-        adaptation: what is found: the scale of the rates.
+        adaptation: what is found: the scales of the rates.
         cadence: when.
         average: of the weights.
     """
 
-    def __init__(self, samples: Samples, every: int | None, sides: SidesByCount | None) -> None:
-        self.adaptation = RateAdaptation()
+    def __init__(self, samples: Samples, every: int, sides: SidesByCount | None) -> None:
+        self.adaptation = RateAdaptation(len(samples.partition))
         self.cadence = ComparisonCadence(every)
         self.average = WeightAverage(samples.partition.parameters)
         self._samples = samples
@@ -57,55 +56,60 @@ class AverageComparison:
         Args:
             state: the optimizer's, which holds the average.
             step: the number of steps taken.
-            holds: whether the scale stays as it is.
+            holds: whether the scales stay as they are.
         """
         gap = self.cadence.take(step)
-        if step == 0:
-            self.average.values(state)
-            self.adaptation.begin(self._evaluate(state, None)[0])
-            return
-        share = self.adaptation.share(step, gap)
-        here, there, diverged = self._evaluate(state, share)
-        if diverged:
-            logger.info("the loss has diverged to %g at step %d: back to averaged weights", here, step)
+        average = self.average.values(state)
+        with preserved_randomness(self._samples.loss.devices) as rewind:
+            if step == 0:
+                self.adaptation.begin(self._first_loss(rewind))
+                return
+            share = self.adaptation.share(step, gap)
+            behind = self._behind(average, share, rewind)
+        if behind is None:
+            logger.info("the loss has diverged at step %d: back to averaged weights", step)
             self.adaptation.roll_back()
             self.average.restore(state)
         else:
             self.average.update(state, share)
-            self.adaptation.compare(here, there, step, gap, holds)
+            self.adaptation.compare(behind, step, gap, holds)
 
-    def _evaluate(self, state: State, share: float | None) -> tuple[float, float, bool]:
-        """The losses of the next batch at the weights and at their average, and whether the first has diverged.
+    def _first_loss(self, rewind: Callable[[], None]) -> float:
+        """The loss of the next batch at the first weights, in the block whose randomness is preserved."""
+        samples = self._samples
+        batch = samples.next()
+        with samples.whole() as partition, samples.loss.movable(batch, partition, rewind) as (_, loss):
+            if self._sides is None:
+                return samples.mean(loss(), batch_size(batch))
+            here = self._sides.choose(partition.parameters, loss, samples.processes)
+            return samples.mean(here, batch_size(batch))
+
+    def _behind(self, average: Sequence[Tensor], share: float, rewind: Callable[[], None]) -> list[float] | None:
+        """By how much the loss of the next batch is higher at the average, as the parts of the groups.
 
         Args:
-            state: the optimizer's.
-            share: of the weights in the average; ``None`` before the first step, where they are their average.
+            average: of the weights, before they are taken into it.
+            share: of the weights in the average.
+            rewind: restores the random states.
+
+        Returns:
+            S numbers; nothing where the loss has diverged.
         """
         samples = self._samples
-        counting = self.cadence.every is None and share is not None
-        with preserved_randomness(samples.loss.devices) as rewind:
-            batch = samples.next()
-            size = batch_size(batch)
-            with (
-                samples.whole() as partition,
-                samples.loss.movable(batch, partition, rewind) as (weights, loss),
-                Price() if counting else contextlib.nullcontext() as price,
-            ):
-                if share is None:
-                    here = samples.mean(self._first_loss(partition, loss), size)
-                    return here, here, False
-                with Price() if counting else contextlib.nullcontext() as evaluation:
-                    here = samples.mean(loss(), size)
-                average = [unsharded(a) for a in self.average.values(state)]
-                torch._foreach_lerp_(weights, average, 1 - share)
-                there, diverged = samples.mean(loss(), size), False
-                if self.adaptation.may_have_diverged(here, there):
-                    torch._foreach_copy_(weights, average)
-                    there = samples.mean(loss(), size)
-                    diverged = math.isfinite(there) and not here <= there
-        if price is not None and evaluation is not None:
-            self.cadence.every = round(samples.mean(affordable_interval(price, evaluation, COMPARISONS)))
-        return here, there, diverged
+        batch = samples.next()
+        size = batch_size(batch)
+        with samples.whole() as partition, samples.loss.movable(batch, partition, rewind) as (weights, loss):
+            average = [unsharded(a) for a in average]
+            away = [(a - w) * (1 - share) for a, w in zip(average, weights, strict=True)]
+            torch._foreach_add_(weights, away, alpha=0.5)
+            midway, gradient = loss.gradient()
+            parts = torch.stack(partition.dot(gradient, away)).tolist()
+            midway, *behind = samples.means([midway, *parts], size)
+            if self.adaptation.is_suspicious(midway):
+                torch._foreach_copy_(weights, average)
+                if self.adaptation.has_diverged(midway, samples.mean(loss(), size)):
+                    return None
+        return behind
 
     def begin(self, u: Mapping[Tensor, Tensor], eta: Tensor) -> None:
         """Finds where the rates begin, on the next batch.
@@ -123,7 +127,7 @@ class AverageComparison:
                 start = [p.detach() for p in partition.parameters]
                 with samples.loss.movable(batch, partition, rewind) as (weights, loss):
                     losses = LossAlongStep(weights, start, step, lambda: samples.mean(loss(), size))
-                    self.adaptation.scale = first_scale(losses)
+                    self.adaptation.scales = [first_scale(losses)] * len(partition)
 
     def show_average(self, state: State) -> None:
         """Puts the average in the place of the weights, if the loss was found lower there.
@@ -139,12 +143,6 @@ class AverageComparison:
         """Puts the weights back that :meth:`show_average` has taken out."""
         if self.average.is_in_place:
             self.average.exchange(state)
-
-    def _first_loss(self, partition: Partition, loss: Callable[[], float]) -> float:
-        """The loss at the first weights."""
-        if self._sides is None:
-            return loss()
-        return self._sides.choose(partition.parameters, loss, self._samples.processes)
 
     def state_dict(self) -> dict[str, Any]:
         """Plain numbers; the average itself is in the optimizer's state."""

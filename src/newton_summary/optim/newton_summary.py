@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import warnings
 from collections.abc import Iterable, Sequence
 from functools import partial
@@ -15,7 +14,6 @@ from newton_summary._checks import check_count
 from newton_summary.measure import Engine, LossFunction
 from newton_summary.measure.together import OneOrSeveral, are_optimizers, members_of, together
 from newton_summary.optim.backtracking import backtrack
-from newton_summary.optim.cadence import MEASUREMENTS, Price, affordable_interval
 from newton_summary.optim.clipping import GradientClipping
 from newton_summary.optim.comparison import AverageComparison
 from newton_summary.optim.directions import SOAP, Direction, usual_rate
@@ -31,6 +29,7 @@ from newton_summary.solve import Status
 from newton_summary.summary import Summary
 
 _WAITING = 5  # steps from one measurement to the next, while none has given rates
+_MEASURED_EVERY = 100  # steps, where nothing else adapts the rates
 
 
 class NewtonSummary(MeasuredOptimizer):
@@ -40,19 +39,20 @@ class NewtonSummary(MeasuredOptimizer):
 
     1. The *direction* u is Adam's with Nesterov's momentum, in the eigenbases of Kronecker factors for those sides of
        weight matrices where a count of operations finds that cheap (:class:`~newton_summary.optim.directions.SOAP`).
-    2. There is one rate for everything.  It begins half way from 0.003 to a third of the best first step.
-    3. Every few steps the loss of a fresh batch is evaluated at the weights and at their average over the last quarter
-       of the run: while the weights are better, steps become longer, else shorter.
-    4. In a given share of the run's steps so far the rate changes by a given factor: quickly at first.
+    2. Each tensor has a rate of its own.  All begin half way from 0.003 to a third of the best first step.
+    3. Every 20 steps one gradient on a fresh batch, half way from the weights to their average over the last quarter of
+       the run, tells what each tensor adds to the loss on the way: if the weights are better, its steps become longer,
+       else shorter.
+    4. In a given share of the run's steps so far a rate changes by a given factor: quickly at first.
     5. A gradient three times as long as usual is shortened; weights that diverge go back to their average.
 
     Training is the same when a constant is added to the loss, or when it is multiplied by one, ε aside.  It is used in
     the loop that you have: ``zero_grad()``, ``backward()``, ``step()``.
 
-    With several groups (``partition=``), the ratios of their rates are measured: now and then the summary of the loss
-    along u is computed on a batch of ``curvature_data``, and the rates are solved for, from exact second and third
-    derivatives (:class:`~newton_summary.optim.rates.AveragedRates`).  So is the first rate along a direction that has
-    no usual one, such as the gradient.
+    Along a direction that has no usual rate, such as the gradient, the first rates of the groups are measured: the
+    summary of the loss along u is computed on a batch of ``curvature_data``, and the rates are solved for, from exact
+    second and third derivatives (:class:`~newton_summary.optim.rates.AveragedRates`); so they all are with
+    ``compare_every=0``, and every so often with ``every=``.
 
     Beside what the direction remembers, a copy of the weights is kept: their moving average.
 
@@ -64,20 +64,19 @@ class NewtonSummary(MeasuredOptimizer):
         curvature_data: batches to measure on, iterated for ever by an independent sampler (see
             :class:`~newton_summary.measure.stream.BatchStream`): a ``DataLoader`` over the training set, or a list of
             batches. Without it, call :meth:`measure`, whose rates hold until the next one.
-        partition: the groups, or the name of a constructor, such as ``"canonical"``.  Default: all parameters in one,
-            or, where the direction is that of several optimizers, one for each of these.  docs/research.md has what
-            rates of their own are worth to groups.
+        partition: the groups, or the name of a constructor, such as ``"trivial"``, one rate for everything.  Default:
+            one for each tensor; where the direction is that of several optimizers, one for each of these; where rates
+            are only measured, one for all.  docs/research.md has what rates of their own are worth to groups.
         direction: ``"soap"``, ``"nadam"``, ``"adam"``, ``"momentum"``, ``"gradient"``, a ``torch.optim.Optimizer``
             over the same parameters whose own step it is, a list of several, such as Muon for matrices and AdamW for
             the rest, or a :class:`~newton_summary.optim.directions.Direction`.  Default: SOAP's, as far as it is cheap;
             without ``curvature_data`` NAdam's.
         lr: λ_1, dimensionless: a scale on all rates, for every ``lr_scheduler`` to work on.
         steps: the length of the training, if known: over its last quarter, λ_1 goes to 0.
-        every: the number of steps between measurements.  Default: from 20 to 200, as many as keep the time that they
-            take small (:mod:`~newton_summary.optim.cadence`); none where there is one group and its first rate is
-            known.
-        compare_every: the number of steps between comparisons.  Default: from 10 to 20, in the same way.  The first
-            ones are closer.  With 0 there are none: rates are those that were measured, and λ_1 is ``lr``.
+        every: the number of steps between measurements.  Default: none once there are rates; 100 where there are no
+            comparisons.
+        compare_every: the number of steps between comparisons; the first ones are closer.  With 0 there are none: rates
+            are those that were measured, and λ_1 is ``lr``.
         regularization: λ_int, the weight of the cubic term.
         shrinkage: ρ, how strongly rates are drawn to the target (:func:`~newton_summary.solve.shrink`).
         target: ``"shared"``, one rate for all groups; or ``"invariant"``, which keeps training the same when groups are
@@ -112,7 +111,7 @@ class NewtonSummary(MeasuredOptimizer):
         ...     loss_fn(model, batch).backward()
         ...     optimizer.step()
         >>> sorted(optimizer.rates)
-        ['all']
+        ['bias', 'weight']
     """
 
     rule: AveragedRates
@@ -131,7 +130,7 @@ class NewtonSummary(MeasuredOptimizer):
         lr: float = 1.0,
         steps: int | None = None,
         every: int | None = None,
-        compare_every: int | None = None,
+        compare_every: int = 20,
         regularization: float = 1.0,
         shrinkage: float = 0.1,
         target: str = "shared",
@@ -149,12 +148,13 @@ class NewtonSummary(MeasuredOptimizer):
         if steps is not None:
             check_count("steps", steps)
         members = members_of(together(direction)) if are_optimizers(direction) else ()
-        groups = resolve_partition(partition, model, one_for_each(members, Partition.trivial))
+        compares = curvature_data is not None and compare_every != 0
+        own = Partition.canonical if compares else Partition.trivial
+        groups = resolve_partition(partition, model, one_for_each(members, own))
         groups.check_is_of(model)
         options = {"engine": engine, "seed": seed, "process_group": process_group}
         samples = Samples(model, loss_fn, groups, curvature_data, **options)
         rule = AveragedRates(regularization, shrinkage, target, averaging, groups.precision)
-        compares = samples.stream is not None and compare_every != 0
         by_count = direction is None and compares
         if direction is None:
             direction = "soap" if by_count else "nadam"
@@ -181,12 +181,12 @@ class NewtonSummary(MeasuredOptimizer):
         return 1.0 if self.steps is None else min(1.0, max(0.0, 4 - 4 * self._taken / self.steps))
 
     @property
-    def compare_every(self) -> int | None:
-        """The number of steps between comparisons; 0: there are none, ``None``: their price was not yet counted."""
+    def compare_every(self) -> int:
+        """The number of steps between comparisons; 0: there are none."""
         return 0 if self._comparison is None else self._comparison.cadence.every
 
     @property
-    def look_every(self) -> int | None:
+    def look_every(self) -> int:
         """The old name of :attr:`compare_every`."""
         warnings.warn("look_every is now compare_every", DeprecationWarning, stacklevel=2)
         return self.compare_every
@@ -196,7 +196,9 @@ class NewtonSummary(MeasuredOptimizer):
         """η: the rates as they were measured, or the relative rates at the scale that comparisons have found."""
         if self._comparison is None:
             return self.rule.rates
-        return None if self._relative.value is None else self._relative.value * self._comparison.adaptation.scale
+        if self._relative.value is None:
+            return None
+        return self._relative.value * torch.tensor(self._comparison.adaptation.scales, dtype=torch.float64)
 
     @property
     def _has_rates(self) -> bool:
@@ -245,22 +247,14 @@ class NewtonSummary(MeasuredOptimizer):
         """Whether the step to come is one that measures; before there are rates, every fifth does, at least."""
         if not self._has_rates:
             return self._taken % min(self.every or _WAITING, _WAITING) == 0
-        if self.every is not None:
-            return self._taken % self.every == 0
-        needed = self._comparison is None or len(self.partition) > 1  # a single relative rate stays what it is
-        return needed and self._taken % MEASUREMENTS.first == 0
+        every = self.every or (_MEASURED_EVERY if self._comparison is None else None)
+        return every is not None and self._taken % every == 0
 
     def _take_in(self, batch: Any, partition: Partition, along: Sequence[Tensor]) -> Summary:
         """Measures, and takes the relative rates from it; before there are any, backtracks."""
-        counting = self.every is None and self._samples.stream is not None and self._has_rates
-        with Price() if counting else contextlib.nullcontext() as price:
-            summary = super()._take_in(batch, partition, along)
-            if self.status is Status.SOLVED and self._relative.value is None:
-                self._backtrack(summary, batch, partition, along)
-        if price is not None:
-            with Price() as evaluation:
-                self._samples.evaluate(batch, partition, along)
-            self.every = round(self._samples.mean(affordable_interval(price, evaluation, MEASUREMENTS)))
+        summary = super()._take_in(batch, partition, along)
+        if self.status is Status.SOLVED and self._relative.value is None:
+            self._backtrack(summary, batch, partition, along)
         if self._comparison is not None and self.status is Status.SOLVED:
             self._relative.follow(self.rule)
         return summary

@@ -1,8 +1,9 @@
-"""One scale on all learning rates, which follows what the average of the weights tells (docs/method.md, section 2)."""
+"""A scale on each group's learning rate, which follows what the average of the weights tells (docs/method.md, 2)."""
 
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,6 +17,7 @@ class Constants:
     Args:
         gain: how fast rates change: while all comparisons agree, by the power ``gain`` of the factor by which the
             number of steps has grown, or by its inverse.
+        own: the share of a group's own sign in that, next to the sign of the sum over all groups, which is less noisy.
         settling: steps that are added to that number, so that a run does not begin with leaps.
         window: the part of the run, as 1/window of its steps, that the average of the weights is over.
         most: the share of the weights in their average, at most: with all of it, the two would be the same, and tell
@@ -27,6 +29,7 @@ class Constants:
     """
 
     gain: float = 2.0
+    own: float = 0.5
     settling: int = 50
     window: float = 4.0
     most: float = 0.5
@@ -36,22 +39,24 @@ class Constants:
 
 
 class RateAdaptation:
-    """Longer steps while the weights are better than their average, shorter ones while the average is better.
+    """Longer steps for groups whose weights are better than their average, shorter ones where the average is better.
 
     The average is over the last quarter of the run.  It is behind by what the run gains in an eighth of its length, and
     it is ahead by the noise that steps of this length leave in the weights.  Where the second is more than the first,
     shorter steps would gain more than time does.
 
-    At each *comparison* the loss of a fresh batch is evaluated at the weights and at their average.  Both see the same
-    samples, so that a constant in the loss, and most of what differs between batches, cancels; and what is used of the
-    difference is its sign, so that a factor on the loss does, too, and large differences of long ago do not outweigh
-    those of today.
+    The loss of the average, less that of the weights, is the sum over the groups of gradient times difference, half way
+    between the two: exactly so where the loss is quadratic, whose interactions between groups count half for either.
+    At each *comparison* these parts are found on a fresh batch.  A constant in the loss does not enter them; what is
+    used of each is its sign, so that a factor on the loss, and what a group matters for it, does not, either, and large
+    differences of long ago do not outweigh those of today.
 
     Args:
+        groups: S, how many there are.
         constants: of the rule.
 
     Attributes:
-        scale: on all rates.
+        scales: on the rate of each group, S numbers.
         advantage: of the average: by how much the loss is lower there, as a moving average over the last comparisons.
         cuts: how often the weights diverged.
 
@@ -59,71 +64,70 @@ class RateAdaptation:
         docs/method.md, section 2.
 
     Example:
-        >>> adaptation = RateAdaptation()
-        >>> for step in range(10, 100, 10):  # the average is better: rates fall
-        ...     adaptation.compare(weights=1.0, average=0.9, steps=step, gap=10)
-        >>> round(adaptation.scale, 2)
-        0.14
+        >>> adaptation = RateAdaptation(groups=2)
+        >>> for step in range(10, 100, 10):  # the average is worse for the first group, and better for the second
+        ...     adaptation.compare([0.01, -0.02], steps=step, gap=10)
+        >>> [round(scale, 2) for scale in adaptation.scales]
+        [7.19, 0.14]
     """
 
-    def __init__(self, constants: Constants | None = None) -> None:
+    def __init__(self, groups: int = 1, constants: Constants | None = None) -> None:
         self.constants = Constants() if constants is None else constants
-        self.scale = 1.0
+        self.scales = [1.0] * groups
         self.advantage = 0.0
         self.cuts = 0
         self._square = 0.0  # of the differences, averaged as they are
         self._count = 0
-        self._first: float | None = None  # the loss that the first comparison has found at the weights
+        self._first: float | None = None  # the loss at the first weights
 
-    def begin(self, weights: float) -> None:
+    def begin(self, loss: float) -> None:
         """Takes the loss at the first weights, which are their own average."""
-        self._first = weights if math.isfinite(weights) else None
+        self._first = loss if math.isfinite(loss) else None
 
     def share(self, steps: int, gap: int) -> float:
         """The share of the weights in their average, after so many steps, ``gap`` of them since the last time."""
         window = self.constants.window
         return min(window * gap / (steps + window), self.constants.most)
 
-    def may_have_diverged(self, weights: float, average: float) -> bool:
-        """Whether the weights should go back to their average, if that is better, where the losses are these.
+    def is_suspicious(self, loss: float) -> bool:
+        """Whether a loss half way from the weights to their average is none that training leads to."""
+        return not math.isfinite(loss) or (self._first is not None and self._count > 0 and loss > self._first)
 
-        That is where the loss is no number, or higher than at the beginning, higher at the weights than at their
-        average, and by far more than it is as a rule.
+    def has_diverged(self, loss: float, average: float) -> bool:
+        """Whether the weights should go back to their average, where the loss half way to it is suspicious.
+
+        That is where the loss of the average is a number, and lower by far more than the two differ as a rule.
         """
-        if not math.isfinite(weights):
-            return True
-        if self._first is None or self._count == 0 or not math.isfinite(average):
+        if not math.isfinite(average):
             return False
-        usual = self.constants.outlier * math.sqrt(self._square)
-        return weights > self._first and weights - average > usual
+        return not loss - average <= self.constants.outlier * math.sqrt(self._square)
 
     def roll_back(self) -> None:
         """Shorter steps, after a divergence."""
-        self.scale /= self.constants.cut
+        self.scales = [scale / self.constants.cut for scale in self.scales]
         self.cuts += 1
 
-    def compare(self, weights: float, average: float, steps: int, gap: int, holds: bool = False) -> None:
-        """Takes the losses of one batch at the weights and at their average.
+    def compare(self, behind: Sequence[float], steps: int, gap: int, holds: bool = False) -> None:
+        """Takes a comparison.
 
         Args:
-            weights: the loss at the weights.
-            average: the loss at their average.
+            behind: by how much the loss of the average is higher, as the parts of the groups: S numbers.
             steps: the number of steps taken.
             gap: those of them since the last comparison.
-            holds: whether the scale stays as it is.
+            holds: whether the scales stay as they are.
         """
-        behind = average - weights
-        if not abs(behind) < _LARGEST:
+        total = sum(behind)
+        if not abs(total) < _LARGEST:
             return
-        if self._first is None:
-            self._first = weights
         self._count += 1
         share = max(self.constants.recent, 1 / self._count)
-        self._square += share * (behind**2 - self._square)
-        self.advantage += share * (-behind - self.advantage)
-        if behind != 0 and not holds:
-            change = self.constants.gain * gap / (steps + self.constants.settling)
-            self.scale *= math.exp(math.copysign(change, behind))
+        self._square += share * (total**2 - self._square)
+        self.advantage += share * (-total - self.advantage)
+        if holds:
+            return
+        own, change = self.constants.own, self.constants.gain * gap / (steps + self.constants.settling)
+        changes = [change * (own * _sign(part) + (1 - own) * _sign(total)) for part in behind]
+        self.scales = [scale * math.exp(c) for scale, c in zip(self.scales, changes, strict=True)]
 
     def state_dict(self) -> dict[str, Any]:
         """Plain numbers."""
@@ -132,3 +136,7 @@ class RateAdaptation:
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """The inverse of :meth:`state_dict`."""
         vars(self).update(state)
+
+
+def _sign(number: float) -> float:
+    return math.copysign(1.0, number) if number else 0.0

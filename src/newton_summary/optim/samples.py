@@ -85,4 +85,8 @@ class Samples:
 
     def mean(self, number: float, samples: int = 1) -> float:
         """The mean of a number over all processes, by the samples of each."""
-        return self.processes.mean([number], [samples], self.partition.device)[0]
+        return self.means([number], samples)[0]
+
+    def means(self, numbers: Sequence[float], samples: int = 1) -> list[float]:
+        """The means of numbers over all processes, by the samples of each."""
+        return self.processes.mean(numbers, [samples] * len(numbers), self.partition.device)
