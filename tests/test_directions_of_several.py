@@ -68,9 +68,9 @@ def test_each_has_a_group_whose_rate_is_in_its_units():
     assert optimizer.partition.names == ("Muon", "AdamW")
     assert optimizer.rates == {"Muon": 2e-3, "AdamW": 5e-4}
     before = train(model, optimizer, 1)
-    assert optimizer.counts["measured"] == 1, "the ratio of the two is measured"
-    assert optimizer.rates["Muon"] / 2e-3 != pytest.approx(optimizer.rates["AdamW"] / 5e-4)
     assert train(model, optimizer, 150) < before / 3
+    assert optimizer.counts["measured"] == 0
+    assert optimizer.rates["Muon"] > 2e-3, "the weights get better still"
 
 
 def test_a_partition_of_ones_own_may_split_them_further():

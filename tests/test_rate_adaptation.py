@@ -59,8 +59,12 @@ def test_a_factor_of_the_loss_changes_nothing() -> None:
 
 def test_steps_of_a_group_grow_while_its_average_is_worse_and_shrink_while_it_is_better() -> None:
     adaptation = followed([([0.1, -0.3], 10 * n, 10) for n in range(1, 20)])
-    assert adaptation.scales[0] > 1 > adaptation.scales[1]
+    assert adaptation.scales[0] == pytest.approx(1.0), "as much for its own sign as against it for that of the sum"
+    assert adaptation.scales[1] < 1
     assert adaptation.advantage == pytest.approx(0.2)
+    better = followed([([0.1, -0.3, 0.4], 10 * n, 10) for n in range(1, 20)])
+    assert better.scales[0] == better.scales[2] > 1
+    assert better.scales[1] == pytest.approx(1.0)
 
 
 def test_parts_that_are_zero_or_no_numbers_tell_nothing() -> None:

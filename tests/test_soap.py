@@ -233,6 +233,19 @@ def test_a_gradient_of_zero_or_no_number_at_first_does_no_harm() -> None:
 # What is affordable ---------------------------------------------------------------------------------------------------
 
 
+def test_products_and_convolutions_are_counted_to_the_last_operation() -> None:
+    with Work([]) as linear:
+        torch.randn(5, 7) @ torch.randn(7, 11)
+    assert linear.operations == 2 * 5 * 7 * 11
+    with Work([]) as convolution:
+        functional.conv2d(torch.randn(2, 3, 8, 8), torch.randn(4, 3, 3, 3))
+    assert convolution.operations == 2 * 2 * 4 * 6 * 6 * 3 * 9
+    with Work([]) as nothing:
+        torch.ones(3).add_(1).tanh()
+    assert nothing.operations == 0
+    assert nothing.calls == 3
+
+
 def test_rows_are_what_a_layer_applies_its_matrix_to() -> None:
     layers = nn.Embedding(7, 6), nn.Linear(6, 5), nn.Conv1d(4, 3, 2), nn.Linear(4, 9)
     parameters = [layer.weight for layer in layers]

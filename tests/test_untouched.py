@@ -617,18 +617,19 @@ def test_nothing_changes_where_trainings_are_rehearsed(name: str, way) -> None:
 
 @pytest.mark.parametrize("name", [build.__name__ for build in OWN])
 def test_a_step_of_no_length_changes_nothing(name: str) -> None:
-    """The optimizer measures, and searches along the step, within its ``step()``."""
+    """The optimizer measures, searches along the step, and compares with the average, within its ``step()``."""
     user = make(name)
-    options = {"curvature_data": [user.batch] * 2, "lr": 0.0, "partition": "canonical"}  # one group is not measured
+    options = {"curvature_data": [user.batch] * 2, "lr": 0.0, "every": 3}
     optimizer = ns.NewtonSummary(user.model, user.loss_fn, **options)
     if name == "no_engine":
         with pytest.raises(Refusal):
             optimizer.step()
         return
     stepped = {"versions", *(["attributes"] if name == "recurrence" else [])}  # torch keeps parameters in one there
-    for _ in range(3):
+    for _ in range(5):
         assert set(broken(user, optimizer.step)) <= stepped
-    assert optimizer.counts["measured"] > 0
+    assert optimizer.counts["measured"] == 2
+    assert optimizer.counts["compared"] == 2
 
 
 @pytest.mark.parametrize("way", [*WAYS, *TRAININGS], ids=lambda way: way.__name__)

@@ -20,7 +20,7 @@ from newton_summary.optim.held_gradients import HeldGradients
 from newton_summary.optim.parameter_update import ParameterUpdate, by_parameter
 from newton_summary.optim.rates import RateRule
 from newton_summary.optim.samples import Samples
-from newton_summary.optim.state import KEY, Part, check_fits, check_parts, packed, unpack
+from newton_summary.optim.state import KEY, Part, check_fits, check_groups, check_parts, packed, unpack
 from newton_summary.parallel.sharding import unsharded
 from newton_summary.partition import Partition
 from newton_summary.solve import Status
@@ -299,9 +299,10 @@ class MeasuredOptimizer(torch.optim.Optimizer):
         Raises:
             ValueError: the state is of another optimizer, of other groups, or of another rule or direction.
         """
-        check_fits(state_dict, [group["name"] for group in self.param_groups], self._kinds())
+        check_fits(state_dict, self._kinds())
         own = state_dict[KEY]
         check_parts(self._parts(), own["parts"])
+        check_groups(state_dict, [group["name"] for group in self.param_groups])
         super().load_state_dict({key: value for key, value in state_dict.items() if key != KEY})
         self._taken, self.every, self.counts = own["taken"], own["every"], Counter(own["counts"])
         self.status = None if own["status"] is None else Status[own["status"]]

@@ -29,6 +29,7 @@ from newton_summary.solve import Status
 from newton_summary.summary import Summary
 
 _WAITING = 5  # steps from one measurement to the next, while none has given rates
+_COMPARED_EVERY = 20  # steps
 _MEASURED_EVERY = 100  # steps, where nothing else adapts the rates
 
 
@@ -75,8 +76,8 @@ class NewtonSummary(MeasuredOptimizer):
         steps: the length of the training, if known: over its last quarter, λ_1 goes to 0.
         every: the number of steps between measurements.  Default: none once there are rates; 100 where there are no
             comparisons.
-        compare_every: the number of steps between comparisons; the first ones are closer.  With 0 there are none: rates
-            are those that were measured, and λ_1 is ``lr``.
+        compare_every: the number of steps between comparisons.  Default: 20; the first ones are closer.  With 0 there
+            are none: rates are those that were measured, and λ_1 is ``lr``.
         regularization: λ_int, the weight of the cubic term.
         shrinkage: ρ, how strongly rates are drawn to the target (:func:`~newton_summary.solve.shrink`).
         target: ``"shared"``, one rate for all groups; or ``"invariant"``, which keeps training the same when groups are
@@ -130,7 +131,7 @@ class NewtonSummary(MeasuredOptimizer):
         lr: float = 1.0,
         steps: int | None = None,
         every: int | None = None,
-        compare_every: int = 20,
+        compare_every: int | None = None,
         regularization: float = 1.0,
         shrinkage: float = 0.1,
         target: str = "shared",
@@ -166,7 +167,8 @@ class NewtonSummary(MeasuredOptimizer):
         self._sides = None
         if by_count and isinstance(self.direction, SOAP):
             self._sides = SidesByCount(self.direction, groups.parameters)
-        self._comparison = AverageComparison(samples, compare_every, self._sides) if compares else None
+        every_steps = _COMPARED_EVERY if compare_every is None else compare_every
+        self._comparison = AverageComparison(samples, every_steps, self._sides) if compares else None
         usual = usual_rate(self.direction) if compares and target == "shared" else None
         self._relative = RelativeRates(
             None if usual is None else torch.full((len(groups),), usual, dtype=torch.float64)

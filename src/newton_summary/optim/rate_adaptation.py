@@ -47,9 +47,10 @@ class RateAdaptation:
 
     The loss of the average, less that of the weights, is the sum over the groups of gradient times difference, half way
     between the two: exactly so where the loss is quadratic, whose interactions between groups count half for either.
-    At each *comparison* these parts are found on a fresh batch.  A constant in the loss does not enter them; what is
-    used of each is its sign, so that a factor on the loss, and what a group matters for it, does not, either, and large
-    differences of long ago do not outweigh those of today.
+    At each *comparison* these parts are found on a fresh batch.  A constant in the loss does not enter them.  What is
+    used of them is signs, so that a factor on the loss does not, either, and large differences of long ago do not
+    outweigh those of today: half of a change follows the sign of the group's own part, half that of the sum, which is
+    less noisy.  So what a group does must be plain before it goes against all.
 
     Args:
         groups: S, how many there are.
@@ -65,10 +66,10 @@ class RateAdaptation:
 
     Example:
         >>> adaptation = RateAdaptation(groups=2)
-        >>> for step in range(10, 100, 10):  # the average is worse for the first group, and better for the second
+        >>> for step in range(10, 100, 10):  # the average is better, for the sake of the second group
         ...     adaptation.compare([0.01, -0.02], steps=step, gap=10)
         >>> [round(scale, 2) for scale in adaptation.scales]
-        [7.19, 0.14]
+        [1.0, 0.14]
     """
 
     def __init__(self, groups: int = 1, constants: Constants | None = None) -> None:

@@ -50,22 +50,25 @@ def check_parts(parts: Mapping[str, Part | None], saved: Mapping[str, Any]) -> N
             )
 
 
-def check_fits(state: Mapping[str, Any], names: list[str], kinds: list[str]) -> None:
+def check_groups(state: Mapping[str, Any], names: list[str]) -> None:
+    """Raises ``ValueError`` where a state dictionary is of other parameter groups than those of these names."""
+    saved = [group.get("name") for group in state["param_groups"]]
+    if saved != names:
+        raise ValueError(f"the state is of other groups, {saved}: make the optimizer with the same partition")
+
+
+def check_fits(state: Mapping[str, Any], kinds: list[str]) -> None:
     """Raises where a state dictionary is not of an optimizer like this one.
 
     Args:
         state: the whole of it.
-        names: of the optimizer's parameter groups.
         kinds: the types of what the optimizer is made of.
 
     Raises:
-        ValueError: it is of another kind of optimizer, of other groups, or of another rule or direction.
+        ValueError: it is of another kind of optimizer, or of another rule or direction.
     """
     if KEY not in state:
         raise ValueError("the state is not that of a NewtonSummary optimizer")
-    saved = [group.get("name") for group in state["param_groups"]]
-    if saved != names:
-        raise ValueError(f"the state is of other groups, {saved}: make the optimizer with the same partition")
     if state[KEY]["kinds"] != kinds:
         raise ValueError(
             f"the state is of an optimizer made of {', '.join(state[KEY]['kinds'])}, this one is made of "
