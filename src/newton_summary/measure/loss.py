@@ -182,9 +182,7 @@ class LossHere:
         rewind: restores the random states.
     """
 
-    def __init__(
-        self, loss: Loss, batch: Any, parameters: Sequence[Tensor], rewind: Callable[[], None]
-    ) -> None:
+    def __init__(self, loss: Loss, batch: Any, parameters: Sequence[Tensor], rewind: Callable[[], None]) -> None:
         self._loss, self._batch, self._parameters, self._rewind = loss, batch, parameters, rewind
 
     @torch.enable_grad()

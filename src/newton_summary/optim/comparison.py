@@ -20,7 +20,6 @@ from newton_summary.optim.rate_adaptation import RateAdaptation
 from newton_summary.optim.samples import Samples
 from newton_summary.optim.weight_average import WeightAverage
 from newton_summary.parallel.sharding import unsharded
-from newton_summary.partition import Partition
 
 logger = logging.getLogger(__name__)
 

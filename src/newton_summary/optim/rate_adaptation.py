@@ -17,7 +17,6 @@ class Constants:
     Args:
         gain: how fast rates change: while all comparisons agree, by the power ``gain`` of the factor by which the
             number of steps has grown, or by its inverse.
-        own: the share of a group's own sign in that, next to the sign of the sum over all groups, which is less noisy.
         settling: steps that are added to that number, so that a run does not begin with leaps.
         window: the part of the run, as 1/window of its steps, that the average of the weights is over.
         most: the share of the weights in their average, at most: with all of it, the two would be the same, and tell
@@ -29,7 +28,6 @@ class Constants:
     """
 
     gain: float = 2.0
-    own: float = 0.5
     settling: int = 50
     window: float = 4.0
     most: float = 0.5
@@ -47,10 +45,9 @@ class RateAdaptation:
 
     The loss of the average, less that of the weights, is the sum over the groups of gradient times difference, half way
     between the two: exactly so where the loss is quadratic, whose interactions between groups count half for either.
-    At each *comparison* these parts are found on a fresh batch.  A constant in the loss does not enter them.  What is
-    used of them is signs, so that a factor on the loss does not, either, and large differences of long ago do not
-    outweigh those of today: half of a change follows the sign of the group's own part, half that of the sum, which is
-    less noisy.  So what a group does must be plain before it goes against all.
+    At each *comparison* these parts are found on a fresh batch.  A constant in the loss does not enter them; what is
+    used of each is its sign, so that a factor on the loss, and what a group matters for it, does not, either, and large
+    differences of long ago do not outweigh those of today.
 
     Args:
         groups: S, how many there are.
@@ -66,10 +63,10 @@ class RateAdaptation:
 
     Example:
         >>> adaptation = RateAdaptation(groups=2)
-        >>> for step in range(10, 100, 10):  # the average is better, for the sake of the second group
+        >>> for step in range(10, 100, 10):  # the average is worse for the first group, and better for the second
         ...     adaptation.compare([0.01, -0.02], steps=step, gap=10)
         >>> [round(scale, 2) for scale in adaptation.scales]
-        [1.0, 0.14]
+        [7.08, 0.14]
     """
 
     def __init__(self, groups: int = 1, constants: Constants | None = None) -> None:
@@ -126,9 +123,9 @@ class RateAdaptation:
         self.advantage += share * (-total - self.advantage)
         if holds:
             return
-        own, change = self.constants.own, self.constants.gain * gap / (steps + self.constants.settling)
-        changes = [change * (own * _sign(part) + (1 - own) * _sign(total)) for part in behind]
-        self.scales = [scale * math.exp(c) for scale, c in zip(self.scales, changes, strict=True)]
+        change = math.exp(self.constants.gain * gap / (steps + self.constants.settling))
+        factors = [1.0 if part == 0 else change if part > 0 else 1 / change for part in behind]
+        self.scales = [scale * factor for scale, factor in zip(self.scales, factors, strict=True)]
 
     def state_dict(self) -> dict[str, Any]:
         """Plain numbers."""
@@ -138,6 +135,3 @@ class RateAdaptation:
         """The inverse of :meth:`state_dict`."""
         vars(self).update(state)
 
-
-def _sign(number: float) -> float:
-    return math.copysign(1.0, number) if number else 0.0

@@ -27,7 +27,8 @@ _FUSED = ("rnn", "lstm", "gru")  # operations that no registry counts
 class Work(TorchDispatchMode):
     """Counts what is dispatched in a block: calls, floating-point operations, and the rows that each matrix meets.
 
-    Operations are those of products and convolutions.  A row is what a layer applies its matrix to: a sample, a position of a convolution, a step in time.
+    Operations are those of products and convolutions.  A row is what a layer applies its matrix to: a sample, a
+    position of a convolution, a step in time.
     """
 
     def __init__(self, parameters: Sequence[Tensor]) -> None:
