@@ -536,7 +536,7 @@ def clipped(ratios: Sequence[float]) -> float:
 
 # Divergence -----------------------------------------------------------------------------------------------------------
 
-BATCHES, PERIODS, SCALES = (0.32, 1.0, 5.0), (5, 10, 50), (0.3, 1.0, 3.0)  # batches in units of the problem's own
+BATCHES, SCALES = (0.32, 1.0, 5.0), (0.3, 1.0, 3.0)  # of batches in units of the problem's own, of initial weights
 
 
 def failure(record: Record) -> str:
@@ -561,10 +561,9 @@ class Setting:
     scale: float
 
     @property
-    def names(self) -> dict[str, int]:
-        """What is run at it, and the period of its comparisons: of the tuned Adam, 0."""
-        ours = {f"ours, {self.batch}, × {self.scale:g}, every {n}": n for n in PERIODS}
-        return {**ours, f"adam, {self.batch}, × {self.scale:g}": 0}
+    def names(self) -> tuple[str, str]:
+        """What is run at it: ours and the tuned Adam."""
+        return f"ours, {self.batch}, × {self.scale:g}", f"adam, {self.batch}, × {self.scale:g}"
 
 
 def settings(problems: Sequence[Problem], batches: Sequence[float] = BATCHES) -> list[Setting]:
@@ -578,12 +577,9 @@ def robust(problems: Sequence[Problem], baseline: Store, own: Store) -> None:
     for setting, seed in tqdm(grid, desc="settings"):
         problem = setting.problem
         options = {"scale": setting.scale, "batch_size": setting.batch}
-        *periods, (adam, _) = setting.names.items()
-        runs = [
-            own.get(problem, name, ours(problem, seed, compare_every=n, batch_size=setting.batch), 0.0, seed, **options)
-            for name, n in periods
-        ]
-        if any(map(failure, runs)):
+        name, adam = setting.names
+        run = own.get(problem, name, ours(problem, seed, batch_size=setting.batch), 0.0, seed, **options)
+        if failure(run):
             rate = baseline.best(problem.name, "adam")[0].rate
             for other in SEEDS:
                 own.get(problem, adam, TUNED["adam"], rate, other, **options)
@@ -600,19 +596,17 @@ def robust_table(own: Store, problems: Sequence[Problem]) -> str:
         "a run of ours has failed. Batches are a third, one and five times the problem's own. Written by",
         "`python benchmarks/untuned.py robust`, which goes on where it was stopped; “–” was not run.",
         "",
-        "| problem | batch | weights × | " + " | ".join(f"compared every {n}" for n in PERIODS) + " | Adam |",
-        "|" + "---|" * (len(PERIODS) + 4),
+        "| problem | batch | weights × | ours | Adam |",
+        "|---|---|---|---|---|",
     ]
     runs = failed = alone = 0
     for setting in settings(problems):
-        found = {name: [failure(r) for r in own.find(setting.problem.name, name)] for name in setting.names}
-        *ours_of, adam = found.values()
-        if not any(ours_of):
+        kinds, adam = ([failure(r) for r in own.find(setting.problem.name, name)] for name in setting.names)
+        if not kinds:
             continue
-        kinds = [kind for kinds in ours_of for kind in kinds]
         runs, failed = runs + len(kinds), failed + sum(map(bool, kinds))
         alone += 0 if any(adam) else sum(map(bool, kinds))
-        cells = " | ".join(map(_failures, found.values()))
+        cells = f"{_failures(kinds)} | {_failures(adam)}"
         lines.append(f"| {setting.problem.name} | {setting.batch} | {setting.scale:g} | {cells} |")
     total = f"Of {runs} runs of ours {failed} failed, {alone} of them where no run of the tuned Adam does."
     return "\n".join([*lines, "", total]) + "\n"

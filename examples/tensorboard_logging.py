@@ -54,7 +54,7 @@ print(monitor.advice)
 # %%
 # And with nothing to tune: `newton_summary/rate/GROUP` is the learning rate of a group.
 model = make_model()
-optimizer = ns.NewtonSummary(model, loss_fn, curvature_data=loader, partition="canonical", steps=EPOCHS * len(loader))
+optimizer = ns.NewtonSummary(model, loss_fn, curvature_data=loader, steps=EPOCHS * len(loader))
 with TensorBoard("logs/newton-summary") as board:
     board.attach(optimizer)
     print(f"NewtonSummary: loss {train(model, optimizer):.4f}")

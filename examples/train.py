@@ -34,7 +34,7 @@ def loss_fn(model, batch):
 # measure on. The optimizer reads those batches by itself, in an order of its own. If you know how many steps you will
 # take, say so: steps then shrink to nothing at the end.
 epochs = 15
-optimizer = ns.NewtonSummary(model, loss_fn, curvature_data=loader, partition="canonical", steps=epochs * len(loader))
+optimizer = ns.NewtonSummary(model, loss_fn, curvature_data=loader, steps=epochs * len(loader))
 history = {name: [] for name in optimizer.partition.names}
 for epoch in range(epochs):
     total = 0.0
@@ -57,6 +57,6 @@ ax = plots.rates(history, Figure(figsize=(8, 3.8), layout="constrained").subplot
 ax.figure.savefig("rates.png", dpi=110)
 
 # %%
-# What it did, and how the last solve ended. A measurement that fails changes nothing but a counter. `state_dict()` has
+# What it did: comparisons of the weights with their average, each of which takes as long as a step. `state_dict()` has
 # everything that is needed to go on bit for bit.
-print(dict(optimizer.counts), optimizer.status.name)
+print(dict(optimizer.counts))

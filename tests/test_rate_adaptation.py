@@ -333,9 +333,10 @@ def test_looks_in_step_with_the_batches_do_not_stop_a_run() -> None:
     assert sum(loss_fn(model, batch).item() for batch in batches) < before / 2
 
 
-def test_a_plateau_of_vanished_gradients_is_left_without_an_explosion() -> None:
-    """The first rate that is measured there is hundreds of times too long, and searches are rare."""
-    torch.manual_seed(0)
+@pytest.mark.parametrize("seed", [1, 2, 3])
+def test_a_plateau_of_vanished_gradients_is_left_without_an_explosion(seed) -> None:
+    """With one rate for all only the second of these is; with either, there are seeds whose plateau is not left."""
+    torch.manual_seed(seed)
     x = torch.randn(400, 20)
     y = x[:, :4].argmax(1)
     hidden = [layer for _ in range(10) for layer in (nn.Linear(64, 64), nn.ELU())]
@@ -344,7 +345,7 @@ def test_a_plateau_of_vanished_gradients_is_left_without_an_explosion() -> None:
         for parameter in model.parameters():
             parameter.mul_(0.3)
     loader = DataLoader(TensorDataset(x, y), 20, shuffle=True)
-    optimizer = ns.NewtonSummary(model, loss_fn, curvature_data=loader, compare_every=50)
+    optimizer = ns.NewtonSummary(model, loss_fn, curvature_data=loader)
     losses = [loss_fn(model, (x, y)).item()]
     for _ in range(25):
         for batch in loader:

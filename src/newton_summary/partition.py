@@ -367,7 +367,7 @@ class Partition:
         """
         return torch.stack(self.sums(tensors))
 
-    def sums(self, tensors: Sequence[Tensor | None]) -> list[Tensor]:
+    def sums(self, tensors: Iterable[Tensor | None]) -> list[Tensor]:
         """What :meth:`reduce` gives, as S scalars.
 
         Each has a graph of its own: a backward pass from one of them does not run through the graphs of all.
@@ -386,12 +386,12 @@ class Partition:
                     totals[group] = totals[group] + parts[group]
         return totals
 
-    def dot(self, left: Sequence[Tensor | None], right: Sequence[Tensor]) -> list[Tensor]:
+    def dot(self, left: Iterable[Tensor | None], right: Iterable[Tensor]) -> list[Tensor]:
         """The inner product of two vectors of parameters, group by group: S scalars.  ``None`` stands for zeros.
 
-        Complex numbers count as pairs of real ones.
+        One product of two tensors is there at a time.  Complex numbers count as pairs of real ones.
         """
-        return self.sums([None if a is None else _product(a, b) for a, b in zip(left, right, strict=True)])
+        return self.sums(None if a is None else _product(a, b) for a, b in zip(left, right, strict=True))
 
     def spread(self, values: Sequence[float]) -> list[float | Tensor]:
         """One number for each group (S) to one factor for each tensor (I v): a number, or a tensor of its shape.

@@ -99,11 +99,11 @@ class AverageComparison:
         size = batch_size(batch)
         with samples.whole() as partition, samples.loss.movable(batch, partition, rewind) as (weights, loss):
             average = [unsharded(a) for a in average]
-            away = [(a - w) * (1 - share) for a, w in zip(average, weights, strict=True)]
-            torch._foreach_add_(weights, away, alpha=0.5)
+            torch._foreach_lerp_(weights, average, (1 - share) / 2)
             midway, gradient = loss.gradient()
-            parts = torch.stack(partition.dot(gradient, away)).tolist()
-            midway, *behind = samples.means([midway, *parts], size)
+            rest = (a - w for a, w in zip(average, weights, strict=True))  # of the way, and what the share leaves of it
+            parts = torch.stack(partition.dot(gradient, rest)) * (2 * (1 - share) / (1 + share))
+            midway, *behind = samples.means([midway, *parts.tolist()], size)
             if self.adaptation.is_suspicious(midway):
                 torch._foreach_copy_(weights, average)
                 if self.adaptation.has_diverged(midway, samples.mean(loss(), size)):

@@ -66,7 +66,7 @@ class RateAdaptation:
         >>> for step in range(10, 100, 10):  # the average is worse for the first group, and better for the second
         ...     adaptation.compare([0.01, -0.02], steps=step, gap=10)
         >>> [round(scale, 2) for scale in adaptation.scales]
-        [7.08, 0.14]
+        [6.93, 0.14]
     """
 
     def __init__(self, groups: int = 1, constants: Constants | None = None) -> None:
