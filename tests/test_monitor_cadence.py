@@ -12,8 +12,8 @@ from torch import nn
 
 import newton_summary as ns
 from newton_summary.measure import Loss
+from newton_summary.measure.price import CALL, Price
 from newton_summary.measure.slices import RandomSamples
-from newton_summary.optim.cadence import CALL, Price
 from newton_summary.watch.cadence import FEW, SHORTEST, Affordable
 from newton_summary.watch.record import Record
 

@@ -44,7 +44,7 @@ def test_the_readme_looks_finds_and_trains(tmp_path, monkeypatch, capsys) -> Non
     assert (tmp_path / "interactions.png").stat().st_size > 5000
     assert names["summary"].hessian.shape == (6, 6)
     assert mean_loss(names) < 0.1
-    assert set(names["optimizer"].rates) == {"all"}
+    assert set(names["optimizer"].rates) == {name for name, _ in names["model"].named_parameters()}
     assert "Suggested learning rates" in capsys.readouterr().out
 
 

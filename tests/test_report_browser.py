@@ -121,7 +121,7 @@ def test_pictures_are_there(browser, page):
         " return [box.width, box.height, box.x >= 0 && box.y >= 0 && box.x + box.width <= all.width"
         " && box.y + box.height <= all.height]; })"
     )
-    assert len(lines) == 3 * 2 + 1  # curves of two runs, and the rate of one of them
+    assert len(lines) == 3 * 2 + 4  # curves of two runs, and the rates of four tensors of one of them
     assert all(inside for _, _, inside in lines)
     assert all(width > 250 and height > 50 for width, height, _ in lines[:4])  # against epochs
     colours = browser.execute_script(

@@ -134,4 +134,3 @@ class RateAdaptation:
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """The inverse of :meth:`state_dict`."""
         vars(self).update(state)
-

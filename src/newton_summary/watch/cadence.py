@@ -12,7 +12,7 @@ from typing import Protocol, TypeAlias
 
 import torch
 
-from newton_summary.optim.cadence import CALL, Price
+from newton_summary.measure.price import CALL, Price
 
 Agreement: TypeAlias = Callable[[Sequence[float]], list[float]]
 """Makes of every process's numbers those that all go by: their means."""
@@ -110,7 +110,7 @@ class Affordable:
     measurement is paid for by a hundred steps; but not below a / b, where half the price is not for samples, so that
     fewer would hardly be cheaper; nor below eight; and it is all where it would be more than half.  What a measurement
     then takes too long it makes up for by being rarer.  Before anything was measured a / b is guessed by counting
-    (:mod:`newton_summary.optim.cadence`) the operations of the loss, which grow with the samples, and its calls, which
+    (:mod:`newton_summary.measure.price`) the operations of the loss, which grow with the samples, and its calls, which
     do not.
 
     Otherwise nothing is counted in place of being timed, as it is for the optimizer: what is promised is a share of

@@ -21,11 +21,11 @@ from newton_summary._frozen import Frozen
 from newton_summary.measure import Engine, Loss, LossFunction, preserved_randomness, resolve_engine
 from newton_summary.measure.batches import batch_size
 from newton_summary.measure.next_step import check_needs_no_closure, next_step, rate_of
+from newton_summary.measure.price import Price
 from newton_summary.measure.slices import RandomSamples
 from newton_summary.measure.stream import BatchStream
 from newton_summary.measure.together import OneOrSeveral, members_of, together
 from newton_summary.optim import MeasuredOptimizer
-from newton_summary.optim.cadence import Price
 from newton_summary.parallel.processes import Processes
 from newton_summary.parallel.sharding import measurable
 from newton_summary.partition import Partition, one_for_each, resolve_partition

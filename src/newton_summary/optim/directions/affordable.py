@@ -8,9 +8,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils.flop_counter import flop_registry
 
+from newton_summary.measure.price import CALL, GRADIENT, Price
 from newton_summary.optim.directions.soap import SOAP, Sides, matrix_shape
 from newton_summary.parallel.processes import Processes
 
@@ -19,31 +18,23 @@ _FEWEST = 0.25  # of the sides: for less, the one kernel that a step without fac
 _CALLS = 7  # that a side takes in a step
 _PRODUCTS = 6.5  # multiply-adds of a side, in n² for each entry of the other one: 2 in its factor, 4 to turn and back
 _BASIS = 6  # the same of a refresh, in n³
-_CALL = 450_000  # floating-point operations that take as long as a call of Python and torch: about 15 µs of a core
-_GRADIENT = 3  # its operations, in those of the loss; its calls, compiled ones, are as dear as the loss's own
 _FUSED = ("rnn", "lstm", "gru")  # operations that no registry counts
 
 
-class Work(TorchDispatchMode):
-    """Counts what is dispatched in a block: calls, floating-point operations, and the rows that each matrix meets.
+class Work(Price):
+    """Counts a loss as :class:`Price` does, and the rows that each matrix among the parameters meets.
 
-    Operations are those of products and convolutions.  A row is what a layer applies its matrix to: a sample, a
-    position of a convolution, a step in time.
+    A row is what a layer applies its matrix to: a sample, a position of a convolution, a step in time.
     """
 
     def __init__(self, parameters: Sequence[Tensor]) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]
-        self.calls, self.operations = 0, 0
+        super().__init__()
         self.rows: defaultdict[int, float] = defaultdict(float)  # by the number of the parameter
         self._numbers = {p.data_ptr(): n for n, p in enumerate(parameters) if p.dim() >= 2 and p.numel() > 0}
         self._parameters = parameters
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        kwargs = kwargs or {}
-        out = func(*args, **kwargs)
-        count = flop_registry.get(getattr(func, "_overloadpacket", None))
-        self.calls += 1
-        self.operations += 0 if count is None else int(count(*args, **kwargs, out_val=out))
+        out = super().__torch_dispatch__(func, types, args, kwargs)
         result = out[0] if isinstance(out, (tuple, list)) and out else out
         if isinstance(result, Tensor):
             flat = [a for arg in args for a in (arg if isinstance(arg, (tuple, list)) else [arg])]
@@ -83,14 +74,14 @@ def affordable_sides(
     """
     with Work(parameters) as work:
         loss()
-    budget = SHARE * (work.calls * _CALL + _GRADIENT * work.operations)
+    budget = SHARE * (work.calls * CALL + GRADIENT * work.operations)
     offers = []
     for number, (parameter, sides) in enumerate(zip(parameters, allowed, strict=True)):
         shape = matrix_shape(parameter) if any(sides) else (0, 0)
         for axis, (n, other) in enumerate((shape, shape[::-1])):
             if sides[axis]:
-                price = _PRODUCTS * n * n * other + _BASIS * n**3 / refresh_every + _CALLS * _CALL
-                own = 2 * _GRADIENT * max(work.rows[number], 1.0) * n * other
+                price = _PRODUCTS * n * n * other + _BASIS * n**3 / refresh_every + _CALLS * CALL
+                own = 2 * GRADIENT * max(work.rows[number], 1.0) * n * other
                 offers.append((price / own, number, axis, price))
     chosen = [[False, False] for _ in parameters]
     for _, number, axis, price in sorted(offers):
