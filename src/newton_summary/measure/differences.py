@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from newton_summary.measure.loss import Loss, gradients_of
+from newton_summary.measure.loss import Loss
 from newton_summary.partition import Partition
 
 _DOUBT = 10.0  # how many times what differences disagree among themselves
@@ -181,17 +181,13 @@ def differences_of(
     step = length * ratio(partition.parameters, direction)
     losses, slopes = {}, {}
     factors = partition.spread(rates(len(partition)))
-    with loss.movable(batch, partition, rewind) as (moved, _), torch.enable_grad():
+    with loss.movable(batch, partition, rewind) as (moved, here):
         start = [p.clone() for p in moved]
         for k in (0, *DISTANCES, *(-k for k in DISTANCES)):
-            with torch.no_grad():
-                for p, p0, u, f in zip(moved, start, direction, factors, strict=True):
-                    p.copy_(p0).add_(u * f, alpha=k * step)
-            rewind()
-            with loss.evaluated(batch) as value:
-                gradient = gradients_of(value, partition.parameters)
-                losses[k] = value.item()
-                slopes[k] = torch.stack(partition.dot(gradient, direction)).double()
+            for p, p0, u, f in zip(moved, start, direction, factors, strict=True):
+                p.copy_(p0).add_(u * f, alpha=k * step)
+            losses[k], gradient = here.gradient()
+            slopes[k] = torch.stack(partition.dot(gradient, direction)).double()
     return Differences(losses, slopes, step, precision, order)
 
 

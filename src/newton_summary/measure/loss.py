@@ -342,7 +342,9 @@ def gradients_of(
     create_graph: bool = False,
     along: Sequence[Tensor] | None = None,
 ) -> list[Tensor | None]:
-    """The gradients of a loss by parameters; nothing for those that it does not depend on, or that are frozen.
+    """The gradients of a loss by parameters; nothing for those that it does not depend on, or that were frozen then.
+
+    One that the loss has frozen after it was used, as adversaries do with each other, is a parameter of its graph still.
 
     Args:
         value: the loss; or several tensors, whose inner product with ``along`` is differentiated.
@@ -350,11 +352,16 @@ def gradients_of(
         create_graph: whether the gradients can be differentiated again.
         along: constants.
     """
-    moving = [p for p in parameters if p.requires_grad]
-    if not moving or (isinstance(value, Tensor) and not value.requires_grad):
+    if not parameters or (isinstance(value, Tensor) and not value.requires_grad):
         return [None] * len(parameters)
-    found = iter(torch.autograd.grad(value, moving, along, allow_unused=True, create_graph=create_graph))
-    return [next(found) if p.requires_grad else None for p in parameters]
+    frozen = [p for p in parameters if not p.requires_grad]
+    try:
+        for p in frozen:
+            p.requires_grad_(True)
+        return list(torch.autograd.grad(value, parameters, along, allow_unused=True, create_graph=create_graph))
+    finally:
+        for p in frozen:
+            p.requires_grad_(False)
 
 
 def check_dependence(gradients: Iterable[Tensor | None]) -> None:
