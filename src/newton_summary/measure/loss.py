@@ -344,7 +344,7 @@ def gradients_of(
 ) -> list[Tensor | None]:
     """The gradients of a loss by parameters; nothing for those that it does not depend on, or that were frozen then.
 
-    One that the loss has frozen after it was used, as adversaries do with each other, is a parameter of its graph still.
+    One that the loss has frozen after its use, as adversaries do with each other, is a parameter of its graph still.
 
     Args:
         value: the loss; or several tensors, whose inner product with ``along`` is differentiated.
