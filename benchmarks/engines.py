@@ -183,7 +183,8 @@ class _FlatCrossEntropy(nn.CrossEntropyLoss):
 def _load_all_code(engine: Any, device: torch.device) -> None:
     """Measures something tiny, so that code is not counted as memory."""
     tiny, few = mlp([4, 4, 3]).to(device), (torch.randn(5, 4, device=device), torch.randint(3, (5,), device=device))
-    engine.measure(Loss(cross_entropy, tiny), few, ns.Partition.canonical(tiny), list(tiny.parameters()), 3, "diagonal")
+    u = [p.detach() for p in tiny.parameters()]
+    engine.measure(Loss(cross_entropy, tiny), few, ns.Partition.canonical(tiny), u, 3, "diagonal")
 
 
 PARTS = {part.__name__: part for part in (forward, nested, full, accuracy, curvlinops)}
