@@ -266,7 +266,7 @@ def cost(clock: Clock) -> list[str]:
         f"last section and, for {STEPS // 3:,} steps, two with larger batches. A step is a forward and a backward",
         "pass and Adam's update, the median. First: the first measurement, which records the graph, in steps; later:",
         "the others, the median; each with its advice and the loss after the step. Samples: of a batch, at the end.",
-        "Share: of all measurements, the first included, in the time of all steps. The last one is not paid for yet.",
+        "Share: of all measurements, the first included, in the time of all steps.",
         "",
         "| network | S | step, ms | first, steps | later, steps | measured | samples | share |",
         "|---|---|---|---|---|---|---|---|",
