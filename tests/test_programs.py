@@ -231,7 +231,7 @@ def running_mean(m, layer, h):
 def hooked(m, layer, h):
     h = layer(h)
     if h.requires_grad:
-        h.register_hook(lambda g: g.clone())
+        h.register_hook(lambda g: None if g is None else g.clone())  # torch calls hooks without gradients, too
     return h.sin()
 
 
@@ -337,7 +337,7 @@ CONSTANTS = {
     "penalty",
 }
 """Pieces in which autograd takes for a constant what moves: differences of the gradient are no reference."""
-ONCE = {"kernel", "distances", "parametrised"}
+ONCE = {"kernel", "distances", "parametrised", "cumulative"}
 """Pieces that autograd does not differentiate twice, or wrongly: double backward passes are no reference."""
 
 
