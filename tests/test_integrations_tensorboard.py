@@ -16,6 +16,7 @@ from torch.utils.tensorboard import SummaryWriter
 import newton_summary as ns
 from newton_summary import plots
 from newton_summary.integrations.tensorboard import TensorBoard
+from newton_summary.optim.cadence import ComparisonCadence
 
 GROUPS = ("0.weight", "0.bias", "2.weight", "2.bias")
 
@@ -81,7 +82,7 @@ def test_the_optimizers_rates_are_logged_in_a_writer_that_stays_open(tmp_path):
     writer = SummaryWriter(str(tmp_path))
     board = TensorBoard(writer, images=False).attach(optimizer)
     rates = []
-    for count in (1, 5):  # up to the steps that measure, because looks move rates between them
+    for count in (1, 4, 1):  # up to the steps that measure or compare
         train(model, optimizer, list(loader)[:count])
         rates.append(optimizer.rates)
     board.close()
@@ -91,8 +92,9 @@ def test_the_optimizers_rates_are_logged_in_a_writer_that_stays_open(tmp_path):
     assert events.Tags()["images"] == []
     for name in GROUPS:
         logged = [(event.step, event.value) for event in events.Scalars(f"newton_summary/rate/{name}")]
-        assert logged == [(5 * i, pytest.approx(found[name], rel=1e-6)) for i, found in enumerate(rates)]
-    assert [event.value for event in events.Scalars("newton_summary/measured")] == [1, 2]
+        found = [pytest.approx(each[name], rel=1e-6) for each in rates]
+        assert logged == list(zip((0, 4, 5), found, strict=True))
+    assert [event.value for event in events.Scalars("newton_summary/measured")] == [1, 1, 2]
     assert "mine" in events.Tags()["scalars"]
 
 
@@ -128,9 +130,12 @@ def test_a_measurement_that_failed_is_counted_and_draws_nothing(tmp_path):
 def test_the_example_runs(tmp_path, monkeypatch, capsys):
     names = run_example("tensorboard_logging.py", tmp_path, monkeypatch, EPOCHS=12)
     assert "factors on the learning rates" in capsys.readouterr().out
-    every, steps = names["optimizer"].every, 12 * len(names["loader"])
-    assert 20 <= every <= 200 < steps
-    assert names["optimizer"].counts["measured"] == len(range(0, steps, every)) > 1
+    cadence, compared = ComparisonCadence(20), []
+    while cadence.due < 12 * len(names["loader"]):
+        compared.append(cadence.due)
+        cadence.take(cadence.due)
+    assert names["optimizer"].counts["compared"] == len(compared) > 10
     assert read(tmp_path / "logs" / "adam").Tags()["images"]
     rates = read(tmp_path / "logs" / "newton-summary").Scalars("newton_summary/rate/0.weight")
-    assert [event.step for event in rates] == list(range(0, steps, every))
+    assert [event.step for event in rates] == compared
+    assert len({event.value for event in rates}) > 10

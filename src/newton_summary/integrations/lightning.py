@@ -125,7 +125,8 @@ class MonitorCallback(Callback):
         logger.log_metrics(measured.with_words if takes_words else measured.scalars, step=step)
         if measured.sentences and hasattr(logger.experiment, "add_text"):
             logger.experiment.add_text(TAG, measured.text, step)
-        if self.images and measured.summary.is_finite() and hasattr(logger.experiment, "add_image"):
+        summary = measured.summary
+        if self.images and summary is not None and summary.is_finite() and hasattr(logger.experiment, "add_image"):
             from newton_summary.integrations.tensorboard import draw
 
-            draw(logger.experiment, measured.summary, step)
+            draw(logger.experiment, summary, step)

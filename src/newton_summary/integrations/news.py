@@ -1,4 +1,4 @@
-"""What a monitor, or an optimizer that measures by itself, has to tell since it was last asked."""
+"""What a monitor, or an optimizer that finds its rates by itself, has to tell since it was last asked."""
 
 from __future__ import annotations
 
@@ -19,19 +19,20 @@ Source: TypeAlias = Monitor | MeasuredOptimizer
 
 @dataclass(frozen=True)
 class Measured:
-    """A measurement, ready to be logged.
+    """A measurement, or new rates, ready to be logged.
 
     Args:
         step: the optimizer's steps before it.
         scalars: numbers by tags, all finite.  Of a monitor :meth:`~newton_summary.watch.record.Record.scalars`; of an
-            optimizer the loss, λ_1, every group's rate, and how many measurements were made and failed.
-        summary: of the groups.
+            optimizer λ_1, every group's rate, how many measurements and comparisons were made, how many failed, and the
+            loss where it was measured.
+        summary: of the groups; ``None`` where weights were compared with their average, and nothing was measured.
         sentences: a monitor's advice, the most important first; an optimizer that measures by itself has none.
     """
 
     step: int
     scalars: dict[str, float]
-    summary: Summary
+    summary: Summary | None
     sentences: tuple[str, ...] = ()
 
     @property
@@ -46,7 +47,7 @@ class Measured:
 
 
 class News:
-    """Tells each measurement once.
+    """Tells each measurement, and each comparison, once.
 
     Args:
         source: a :class:`~newton_summary.Monitor` or a :class:`~newton_summary.NewtonSummary`.
@@ -54,7 +55,7 @@ class News:
 
     def __init__(self, source: Source) -> None:
         self.source = source
-        self._told = source.counts["measured"]
+        self._told = self._counts()
 
     @property
     def optimizers(self) -> tuple[torch.optim.Optimizer, ...]:
@@ -62,26 +63,33 @@ class News:
         return self.source.optimizers if isinstance(self.source, Monitor) else (self.source,)
 
     def latest(self) -> Measured | None:
-        """The last measurement, to be asked for after the optimizer's step; ``None`` where there is none that is new.
+        """The last one, to be asked for after the optimizer's step; ``None`` where there is none that is new.
 
         A monitor's measurement that was not finite is no news; an optimizer's is, for its count of failures.
         """
-        if self.source.counts["measured"] == self._told or self.source.summary is None:
+        counts = self._counts()
+        if counts == self._told:
             return None
         if isinstance(self.source, Monitor) and self.source.is_waiting:  # for the other ones of several optimizers
             return None
-        self._told = self.source.counts["measured"]
+        is_measured, self._told = counts[0] != self._told[0], counts
         if isinstance(self.source, Monitor):
-            if not (self.source.records and self.source.summary.is_finite()):
+            if not (self.source.records and self.source.summary is not None and self.source.summary.is_finite()):
                 return None
             record = self.source.records[-1]
             return Measured(record.step, record.scalars(), self.source.summary, record.sentences)
-        return Measured(self.source._taken - 1, _of_optimizer(self.source), self.source.summary)
+        summary = self.source.summary if is_measured else None
+        return Measured(self.source._taken - 1, _of_optimizer(self.source, summary), summary)
+
+    def _counts(self) -> tuple[int, int]:
+        """How many measurements and comparisons there were."""
+        return self.source.counts["measured"], self.source.counts["compared"]
 
 
-def _of_optimizer(optimizer: MeasuredOptimizer) -> dict[str, float]:
-    assert optimizer.summary is not None
-    scalars = {"loss": optimizer.summary.loss.item(), "lr": float(optimizer.param_groups[0]["lr"])}
-    scalars |= {key: float(optimizer.counts[key]) for key in ("measured", "failed")}
+def _of_optimizer(optimizer: MeasuredOptimizer, summary: Summary | None) -> dict[str, float]:
+    scalars = {"lr": float(optimizer.param_groups[0]["lr"])}
+    if summary is not None:
+        scalars["loss"] = summary.loss.item()
+    scalars |= {key: float(optimizer.counts[key]) for key in ("measured", "failed", "compared")}
     scalars |= {f"rate/{name}": rate for name, rate in optimizer.rates.items()}
     return {f"newton_summary/{tag}": value for tag, value in scalars.items() if math.isfinite(value)}

@@ -20,7 +20,7 @@ from newton_summary.watch.record import TAG
 
 
 class TensorBoard:
-    """Logs every measurement of a monitor or of a :class:`~newton_summary.NewtonSummary` optimizer, after its step.
+    """Logs every measurement of a monitor, and all new rates of a :class:`~newton_summary.NewtonSummary` optimizer.
 
     Args:
         writer: a ``SummaryWriter``, or the folder of a new one.
@@ -62,12 +62,12 @@ class TensorBoard:
         return self
 
     def log(self, measured: Measured) -> None:
-        """Logs a measurement."""
+        """Logs a measurement, or new rates."""
         for tag, value in measured.scalars.items():
             self.writer.add_scalar(tag, value, measured.step)
         if measured.sentences:
             self.writer.add_text(TAG, measured.text, measured.step)
-        if self.images and measured.summary.is_finite():
+        if self.images and measured.summary is not None and measured.summary.is_finite():
             draw(self.writer, measured.summary, measured.step)
 
     def close(self) -> None:
