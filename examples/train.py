@@ -51,8 +51,8 @@ for epoch in range(epochs):
         print(f"epoch {epoch + 1:2}: training loss {total / len(loader):.4f}, test accuracy {right:.1%}")
 
 # %%
-# The rates that it found, in units of Adam's learning rate. They differ between layers, and they change.
-print({name: float(f"{rate:.2g}") for name, rate in optimizer.rates.items()})
+# The rates that it found, before they went to zero, in units of Adam's learning rate. They differ, and they change.
+print({name: float(f"{rates[3 * len(rates) // 4]:.2g}") for name, rates in history.items()})
 ax = plots.rates(history, Figure(figsize=(8, 3.8), layout="constrained").subplots())
 ax.figure.savefig("rates.png", dpi=110)
 

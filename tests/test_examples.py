@@ -34,7 +34,8 @@ def adamw_rates(cells, names) -> None:
 
 def train(cells, names) -> None:
     assert float(names["right"]) > 0.95
-    assert "SOLVED" in printed(cells)
+    assert names["optimizer"].counts["compared"] > 10
+    assert len({rates[-100] for rates in names["history"].values()}) > 1
 
 
 def pinn(cells, names) -> None:
@@ -49,7 +50,7 @@ def transformer(cells, names) -> None:
 
 
 def own_partition(cells, names) -> None:
-    assert names["loss"].item() < 0.2
+    assert names["loss"].item() < 0.3  # of one batch
     assert "in no group: add it to one" in printed(cells)
 
 
