@@ -240,8 +240,9 @@ def shuffled(m, layer, h):
 
 
 def convolved(m, layer, h):
+    weighted = h * torch.linspace(0.5, 1.5, WIDTH).to(h)  # else a layer norm sums to 0, and rounding decides the pool
     y = F.conv1d(
-        F.pad(h.t()[None], (1, 1)), layer.weight[None, :, :3].transpose(0, 1).expand(WIDTH, WIDTH, 3), layer.bias
+        F.pad(weighted.t()[None], (1, 1)), layer.weight[None, :, :3].transpose(0, 1).expand(WIDTH, WIDTH, 3), layer.bias
     )
     return F.max_pool1d(y, 2, 1, 0).mean(2).expand(SAMPLES, -1) + F.avg_pool1d(h[None], 3, 1, 1)[0]
 
