@@ -13,11 +13,11 @@ import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
+
+from newton_summary.measure.price import Price
 
 aten = torch.ops.aten
 FORMULAS = flop_registry | {  # torch's own formulas, for what its table leaves out
@@ -30,29 +30,14 @@ FORMULAS = flop_registry | {  # torch's own formulas, for what its table leaves 
 }
 
 
-class _Products(TorchDispatchMode):
-    """Counts multiply-adds of matrix products, convolutions and attention as they run.
-
-    ``FlopCounterMode`` does so with hooks on modules; a loss whose gradients have hooks is measured with a check more.
-    """
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.total = 0.0
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        out = func(*args, **(kwargs or {}))
-        formula = FORMULAS.get(func._overloadpacket)
-        if formula is not None:
-            self.total += formula(*args, **(kwargs or {}), out_val=out) / 2
-        return out
-
-
 def multiply_adds(function: Callable[[], object]) -> float:
-    """The multiply-adds of products that a call executes."""
-    with _Products() as counter:
+    """The multiply-adds of matrix products, convolutions and attention that a call executes.
+
+    ``FlopCounterMode`` counts with hooks on modules; a loss whose gradients have hooks is measured with a check more.
+    """
+    with Price(FORMULAS) as price:
         function()
-    return counter.total
+    return price.operations / 2
 
 
 def add_device(parser: argparse.ArgumentParser) -> None:

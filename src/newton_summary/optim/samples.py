@@ -79,10 +79,6 @@ class Samples:
         """The loss on all processes' batches after a step of these rates."""
         return self.mean(self.loss.after_step(batch, partition, along, eta.tolist()), batch_size(batch))
 
-    def evaluate(self, batch: Any, partition: Partition, along: Sequence[Tensor]) -> None:
-        """Evaluates the loss once, on this process's batch, for its price to be counted."""
-        self.loss.after_step(batch, partition, along, [0.0] * len(partition))
-
     def mean(self, number: float, samples: int = 1) -> float:
         """The mean of a number over all processes, by the samples of each."""
         return self.means([number], samples)[0]
