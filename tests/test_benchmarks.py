@@ -19,7 +19,7 @@ from newton_summary_experiments.models import mlp
 from newton_summary_experiments.suite import PROBLEMS
 from newton_summary_experiments.tasks import cross_entropy
 
-UNTIMED = {"cost", "digits_rates", "kernels"}  # counts; searches rates; chooses kernels of the processor
+UNTIMED = {"bounded", "cost", "digits_rates", "kernels"}  # on the host; counts; searches rates; chooses kernels
 SCRIPTS = sorted(
     path.stem
     for path in (Path(__file__).parents[1] / "benchmarks").glob("*.py")
@@ -212,6 +212,18 @@ def test_solvers_write_a_page(load, device, monkeypatch, tmp_path) -> None:
     solvers.main()
     page = load("clock").results_of(tmp_path / "solvers.md", device).read_text(encoding="utf-8")
     assert page.count("\n| ") == 1 + len(solvers.SOLVERS) * len(solvers.CASES)
+
+
+def test_bounded_solves_are_compared(load, monkeypatch, tmp_path) -> None:
+    bounded = load("bounded")
+    for name, value in (("SIZES", (3,)), ("PROBLEMS", 2), ("RESULTS", tmp_path / "bounded.md")):
+        monkeypatch.setattr(bounded, name, value)
+    bounded.main()
+    rows = (tmp_path / "bounded.md").read_text(encoding="utf-8").split("\n| 3 | ")[1:]
+    assert len(rows) == len(bounded.SOLVERS) * len(bounded.CASES)
+    definite = {cells[1]: cells[2:4] for cells in (row.split(" | ") for row in rows[:3])}
+    assert all(lost == "0" for lost, _ in definite.values()), "a convex model has one minimum"
+    assert definite["this package"][1] == "0"
 
 
 # What it costs by shape -----------------------------------------------------------------------------------------------
