@@ -116,9 +116,12 @@ def test_torch_is_as_wrong_as_the_page_says(layer, mode, cell) -> None:
         with pytest.raises(NotImplementedError):
             MODES[mode](own)
         return
-    for order, (value, right, said) in enumerate(
-        zip(MODES[mode](own), reverse(plain), cell.split(","), strict=True), start=1
-    ):
+    if torch.__version__ >= "2.14" and mode == "nested reverse" and layer in ("batch_norm", "instance_norm"):
+        with pytest.raises(RuntimeError, match="batch_norm does not support 3rd"):
+            MODES[mode](own)
+        return
+    values = MODES[mode](own)
+    for order, (value, right, said) in enumerate(zip(values, reverse(plain), cell.split(","), strict=True), start=1):
         error = abs(value - right) / abs(right)
         if "**" in said:
             assert error > 1e-3, f"torch has mended {layer}, order {order}, {mode}: take it out of {PAGE.name}"

@@ -315,20 +315,24 @@ def _plain_checkpoints() -> Iterator[None]:
     if module is None:
         yield
         return
-    name = "_checkpoint_without_reentrant_generator"
-    original, own = getattr(module, name, None), vars(module.CheckpointFunction).get("apply")
+    names = [name for name in _CHECKPOINTS if hasattr(module, name)]
+    originals, own = [getattr(module, name) for name in names], vars(module.CheckpointFunction).get("apply")
     module.CheckpointFunction.apply = staticmethod(lambda run, preserve_rng_state, *args: run(*args))
     try:
-        if original is not None:
+        for name in names:
             setattr(module, name, _no_checkpoint)
         yield
     finally:
-        if original is not None:
+        for name, original in zip(names, originals, strict=True):
             setattr(module, name, original)
         if own is None:
             del module.CheckpointFunction.apply  # what it inherits is seen again
         else:  # of a block around this one
             module.CheckpointFunction.apply = own
+
+
+_CHECKPOINTS = ("_checkpoint_without_reentrant_generator", "_checkpoint_without_reentrant_generator_impl")
+"""What torch makes checkpoints of that are not reentrant: until 2.13, and from 2.14 on."""
 
 
 def _no_checkpoint(*args: Any, **kwargs: Any) -> Iterator[None]:

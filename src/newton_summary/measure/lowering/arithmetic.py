@@ -11,6 +11,9 @@ from torch import Tensor
 from newton_summary.measure.lowering.algebra import root
 from newton_summary.measure.lowering.table import CONSTANT, as_it_is, aten, in_one_type, lowers, same_type
 
+_SHARES_TIES = torch.__version__ >= "2.14"
+"""Whether both of two equal numbers have half of the slope of ``fmax`` and ``fmin``; before, the first had all."""
+
 
 @lowers(aten.div.Tensor)
 def _div(x: Tensor, y: Any) -> Any:
@@ -41,13 +44,15 @@ def _minimum(x: Tensor, y: Tensor) -> Any:
 @lowers(aten.fmax.default)
 def _fmax(x: Tensor, y: Tensor) -> Tensor:
     x, y = in_one_type(x, y)
-    return torch.where((x >= y) | y.isnan(), x, y)
+    larger = torch.where((x >= y) | y.isnan(), x, y)
+    return torch.where(x == y, (x + y) / 2, larger) if _SHARES_TIES else larger
 
 
 @lowers(aten.fmin.default)
 def _fmin(x: Tensor, y: Tensor) -> Tensor:
     x, y = in_one_type(x, y)
-    return torch.where((x <= y) | y.isnan(), x, y)
+    smaller = torch.where((x <= y) | y.isnan(), x, y)
+    return torch.where(x == y, (x + y) / 2, smaller) if _SHARES_TIES else smaller
 
 
 @lowers(aten.log_sigmoid_forward.default)
