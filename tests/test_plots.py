@@ -38,7 +38,7 @@ def test_a_heatmap_shows_the_hessian_with_names_on_a_symmetric_scale():
     norm = ax.images[0].norm
     assert (norm.vmin, norm.vmax) == (-2.0, 2.0)
     assert norm(0.0) == 0.5
-    assert "linear" in ax.figure.axes[1].get_ylabel()
+    assert ax.figure.axes[1].get_ylabel() == "units of the loss"
 
 
 def test_summary_plot_draws_on_the_given_axes():
@@ -126,7 +126,8 @@ def test_rates_are_drawn_with_kind_and_depth_and_honest_zeros():
     assert lines["a.weight"].get_color() == lines["a.bias"].get_color() != lines["b.weight"].get_color()
     assert list(lines["b.weight"].get_ydata()) == [1.0, 2.0, 3.0]
     np.testing.assert_array_equal(lines["a.weight"].get_ydata(), [1e-3, np.nan, 1e-2])
-    assert lines["a.weight"].get_marker() == "."
+    assert (lines["a.weight"].get_marker(), lines["a.weight"].get_markevery()) == (".", [0, 2])
+    assert lines["a.bias"].get_marker() == "None", "dashes can be seen"
     zeros = [line for line in ax.lines if line.get_marker() == "|"]
     assert [list(line.get_xdata()) for line in zeros] == [[20]]
     assert zeros[0].get_color() == lines["a.weight"].get_color()

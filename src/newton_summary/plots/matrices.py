@@ -49,7 +49,9 @@ def correlations(summary: Summary, ax: Axes | None = None, title: str = "H̄ as 
         ValueError: the summary has no H̄.
     """
     ax = ax or new_axes(6.0, 5.2)
-    draw_matrix(ax, correlations_of(summary.cpu()), summary.names, "H̄_ij / √|H̄_ii H̄_jj|")
+    draw_matrix(
+        ax, correlations_of(summary.cpu()), summary.names, "1: the same work,  0: nothing in common,  below 0: help"
+    )
     ax.set_title(title)
     return ax
 

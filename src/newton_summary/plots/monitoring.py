@@ -145,7 +145,7 @@ def strongest(
     ax.invert_yaxis()
     largest = max(*(abs(value) for value in shown), 1e-12)
     ax.set_xlim(-1.05 * largest if min(shown) < 0 else 0.0, 1.05 * largest if max(shown) > 0 else 0.0)
-    ax.set_xlabel("H̄_ij / √|H̄_ii H̄_jj|\n> 0: against each other, < 0: together", fontsize=8)
+    ax.set_xlabel("> 0: each makes the other's best step shorter;  < 0: longer;  1: the same work", fontsize=8)
     ax.set_title(title)
     quiet(ax)
     return ax

@@ -44,7 +44,7 @@ def new_axes(width: float, height: float) -> Axes:
 
 def draw_matrix(ax: Axes, values: torch.Tensor, names: Sequence[str], unit: str) -> None:
     """A square matrix as a heatmap, with names on both axes and a colour bar."""
-    norm, scale = _signed_scale(values)
+    norm = _signed_scale(values)
     cmap = colormaps["RdBu_r"].with_extremes(bad="0.6")
     image = ax.imshow(values.numpy(), cmap=cmap, norm=norm, interpolation="nearest", aspect="equal")
     _label_groups(ax, names)
@@ -53,20 +53,21 @@ def draw_matrix(ax: Axes, values: torch.Tensor, names: Sequence[str], unit: str)
     bar = figure.colorbar(image, ax=ax, shrink=0.85)
     if isinstance(norm, SymLogNorm):
         bar.set_ticks(signed_decades(norm.vmax or 1.0, norm.linthresh), minor=False)
-    bar.set_label(f"{unit}, {scale} scale", fontsize=8)
+        unit = f"{unit}, symmetric logarithmic scale"
+    bar.set_label(unit, fontsize=8)
     bar.ax.tick_params(labelsize=7)
 
 
-def _signed_scale(values: torch.Tensor) -> tuple[Normalize, str]:
-    """A colour scale that is symmetric about 0, and its name."""
+def _signed_scale(values: torch.Tensor) -> Normalize:
+    """A colour scale that is symmetric about 0."""
     sizes = values.abs()[values.isfinite() & (values != 0)]
     if not len(sizes):
-        return Normalize(-1.0, 1.0), "linear"
+        return Normalize(-1.0, 1.0)
     top = float(sizes.max())
     if float(sizes.quantile(0.25)) > top * 10**-1.5:
-        return Normalize(-top, top), "linear"
+        return Normalize(-top, top)
     threshold = max(top * 10**-_DECADES, float(sizes.min()))
-    return SymLogNorm(threshold, linscale=0.5, vmin=-top, vmax=top, base=10), "symmetric logarithmic"
+    return SymLogNorm(threshold, linscale=0.5, vmin=-top, vmax=top, base=10)
 
 
 def signed_decades(largest: float, threshold: float) -> list[float]:

@@ -45,9 +45,10 @@ def rates(
     colour = {name: colormaps["viridis"](0.85 * i / max(len(layers) - 1, 1)) for i, name in enumerate(layers)}
     for name, values in history.items():
         shown = [value if value > 0 else math.nan for value in values]
-        marker = "" if all(value > 0 for value in values) else "."  # a rate between two zeros has no line to it
-        line = "--" if is_bias(name) else "-"
-        ax.plot(x, shown, line, marker=marker, markersize=3, label=name, linewidth=1.3, color=colour[layer(name)])
+        alone = [i for i, value in enumerate(values) if value > 0 and not _has_neighbour(values, i)]
+        style = "--" if is_bias(name) else "-"
+        (line,) = ax.plot(x, shown, style, label=name, linewidth=1.3, color=colour[layer(name)])
+        line.set(marker="." if alone else "None", markevery=alone or None, markersize=3)  # which no line leads to
     ax.set_yscale("log")
     _draw_zeros(ax, x, history, colour)
     ax.set_ylabel("rate η")
@@ -57,8 +58,14 @@ def rates(
     if len(history) <= _MOST_IN_LEGEND:
         words = "solid: weights\ndashed: biases"
         anchor = (1.03, 0.5)
-        ax.legend(loc="center left", bbox_to_anchor=anchor, fontsize=7, frameon=False, title=words, title_fontsize=7)
+        small = {"fontsize": 8, "title_fontsize": 8, "handlelength": 3}
+        ax.legend(loc="center left", bbox_to_anchor=anchor, frameon=False, title=words, **small)
     return ax
+
+
+def _has_neighbour(values: Sequence[float], i: int) -> bool:
+    """Whether the value before or after is above 0."""
+    return any(value > 0 for value in [*values[max(i - 1, 0) : i], *values[i + 1 : i + 2]])
 
 
 def stack(count: int) -> tuple[Figure, list[Axes]]:

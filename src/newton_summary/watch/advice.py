@@ -180,9 +180,9 @@ class Advice:
     def _repr_html_(self) -> str:
         """A table for notebooks, with all sentences; groups that they do not single out are grey."""
         rows = [
-            [Cell(text, grey=not tells(g.words)) for text in (g.name, _times(g.alone), interval, joint)]
+            [Cell(text, grey=not tells(g.words)) for text in (g.name, times(g.alone), interval, joint)]
             for g in self.groups
-            for interval, joint in [(_interval(g.low, g.high), _times(g.joint))]
+            for interval, joint in [(_interval(g.low, g.high), times(g.joint))]
         ]
         caption = f"Factors on the learning rates, for one step; from {self.batches} batches"
         header = ("group", "alone", f"{self.level:.0%} interval", "jointly")
@@ -191,7 +191,7 @@ class Advice:
     def __repr__(self) -> str:
         interval = f"{self.level:.0%} interval"
         rows = [("group", "alone", interval, "jointly")]
-        rows += [(g.name, _times(g.alone), _interval(g.low, g.high), _times(g.joint)) for g in self.groups]
+        rows += [(g.name, times(g.alone), _interval(g.low, g.high), times(g.joint)) for g in self.groups]
         lines = [f"Advice from {self.batches} batch{'es' if self.batches != 1 else ''}: factors on the learning rates"]
         return "\n".join([*lines, *aligned(rows), *(f"  {sentence}" for sentence in self.sentences())])
 
@@ -523,7 +523,8 @@ def _short(value: float) -> str:
     return f"{rounded:g}" if 1e-3 <= rounded < 1e5 else f"{rounded:.1e}"
 
 
-def _times(value: float) -> str:
+def times(value: float) -> str:
+    """A factor as tables have it: 0.62×, 6.3×, 210×."""
     return "–" if math.isnan(value) else f"{_short(value)}×"
 
 

@@ -19,7 +19,7 @@ from newton_summary.measure.together import OneOrSeveral, members_of, together
 from newton_summary.optim import MeasuredOptimizer
 from newton_summary.partition import Partition, one_for_each, resolve_partition, unwrap
 from newton_summary.summary import Summary
-from newton_summary.watch.advice import alone
+from newton_summary.watch.advice import alone, times
 from newton_summary.watch.rehearsal import rehearsal
 
 _HEADER = ("group", "learning rate", "before", "factor")
@@ -73,7 +73,7 @@ class SuggestedRates:
 
     def _rows(self) -> list[tuple[str, str, str, str]]:
         return [
-            (name, f"{rate:.2g}", f"{self.before[name]:.2g}", f"{rate / self.before[name]:.2g}×")
+            (name, f"{rate:.2g}", f"{self.before[name]:.2g}", times(rate / self.before[name]))
             for name, rate in self.rates.items()
         ]
 
