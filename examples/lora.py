@@ -95,20 +95,20 @@ print(f"loss {monitor.summary.loss:.2f}\n{advice}")
 # On the right, the best factor on the learning rate of each, all others standing still, with 90 % intervals. It is
 # often advised to give B a larger rate than A (LoRA+); along Adam's steps, for this model and at this moment, the
 # intervals of most pairs overlap.
-figure = Figure(figsize=(12.5, 6.2), layout="constrained")
+figure = Figure(figsize=(10.8, 5.2), layout="constrained")
 left, right = figure.subplots(1, 2, width_ratios=[1.45, 1])
 plots.correlations(monitor.summary, left, "How adapters interact in the loss")
 for row, group in enumerate(advice.groups):
     colour = "#d55e00" if group.name.endswith("A") else "#0072b2"
     right.plot([max(group.low, 0.1), min(group.high, 100)], [row, row], color=colour, alpha=0.5, linewidth=5)
-    right.plot(max(group.alone, 0.1), row, marker="o", color=colour)
+    right.plot(max(group.alone, 0.11), row, marker="o" if group.alone > 0.11 else "<", color=colour)
 right.set(xscale="log", xlim=(0.1, 100), ylim=(len(partition) - 0.5, -0.5))
-right.set_title("Best factor on the learning rate: A orange, B blue")
+right.set_title("Best factor: A orange, B blue")
 right.set_xticks([0.1, 1, 10, 100], ["≤ 0.1×", "1×", "10×", "100×"])
 right.axvline(1.0, color="black", linewidth=0.8)
-right.set_yticks(range(len(partition)), partition.names)
+right.set_yticks(range(len(partition)), partition.names, fontsize=9)
 right.grid(axis="x", color="0.9")
-figure.savefig("lora.png", dpi=100)
+figure.savefig("lora.png", dpi=130)
 
 # %%
 # The mean between A and B of one adapter, and between those of different ones:

@@ -1,7 +1,8 @@
 """Train with nothing to tune
 
 `NewtonSummary` is a `torch.optim.Optimizer` for the loop that you have. It has no learning rate to search for: every
-20 steps it measures, and solves for the rate of every tensor.
+20 steps it asks, on a fresh batch, whether each tensor is better now than on average lately: then its steps become
+longer, else shorter.
 """
 
 # %%

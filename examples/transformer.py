@@ -82,7 +82,8 @@ print(partition)
 
 
 # %%
-# Training, 300 steps with one measurement in twenty; and AdamW at three rates beside it.
+# Training, 300 steps with one comparison in twenty; and AdamW at three rates beside it. The rates that the groups came
+# to are printed without the schedule, which ends at 0.
 def train(model, optimizer):
     losses = []
     for batch in batches:
@@ -101,7 +102,7 @@ for lr in (1e-3, 3e-3, 1e-2):
 
 optimizer = ns.NewtonSummary(model, loss_fn, curvature_data=batches, partition=partition, steps=len(batches))
 print(f"nothing tuned: loss {train(model, optimizer):.3f} in the last 30 steps")
-print({name: float(f"{rate:.2g}") for name, rate in optimizer.rates.items()})
+print({name: float(f"{rate:.2g}") for name, rate in optimizer.measured_rates.items()})
 
 # %%
 # The interactions of the groups along the gradient, after training, free of the units of their steps.
