@@ -69,7 +69,7 @@ def held(tensors: Sequence[Any]) -> int:
         for t in tensor if isinstance(tensor, list | tuple) else (tensor,):
             if isinstance(t, Tensor) and t.layout is torch.strided:
                 storage = t.untyped_storage()
-                sizes[storage.data_ptr()] = storage.nbytes()
+                sizes[storage._cdata] = storage.nbytes()
     return sum(sizes.values())
 
 

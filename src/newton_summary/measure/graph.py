@@ -21,7 +21,10 @@ aten = torch.ops.aten
 
 @dataclass(slots=True)
 class Instruction:
-    """One operation: what is called, with which arguments, and where the result goes."""
+    """One operation: what is called, with which arguments, and where the result goes.
+
+    It is the last to use some values, and the first to use some inputs.
+    """
 
     op: Any
     args: tuple[Any, ...]
@@ -30,6 +33,7 @@ class Instruction:
     reads: tuple[int, ...]
     nested: bool
     last_use: tuple[int, ...] = ()
+    first_use: tuple[int, ...] = ()
 
     def arguments(self, values: Sequence[Any]) -> tuple[Any, ...]:
         """The arguments with the values in place of the references."""
@@ -264,6 +268,10 @@ def _compile(lowerer: _Lowerer, inputs: list[tuple[int, int, int | None]], resul
         number[result],
         len(number),
     )
+    inputs_left = {slot for slot, _, _ in graph.inputs}
+    for step in instructions:
+        step.first_use = tuple(s for s in step.reads if s in inputs_left)
+        inputs_left.difference_update(step.first_use)
     seen = {graph.result}
     for step in reversed(instructions):
         step.last_use = tuple(s for s in dict.fromkeys((*step.reads, step.out)) if s not in seen)

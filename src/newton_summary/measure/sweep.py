@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import warnings
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -54,22 +54,18 @@ class Request:
         """What is asked for, whatever the direction."""
         return self.order, self.third
 
-    def jets(self, wanted: Groups) -> list[Jet | None]:
-        """The parameters' tangents by some groups: u, split by groups."""
-        result: list[Jet | None] = []
-        some = set(wanted)
-        for label, groups, u in zip(self.partition.labels, self.partition.groups_of, self.direction, strict=True):
-            here = tuple(g for g in groups if g in some)
-            if not here:
-                result.append(None)
-                continue
-            rows = (
-                u.unsqueeze(0)
-                if isinstance(label, int)
-                else torch.stack([torch.where(label.to(u.device) == g, u, 0.0) for g in here])
-            )
-            result.append(Jet((), here, rows.detach()))
-        return result
+    def jet(self, parameter: int, wanted: Groups) -> Jet | None:
+        """A parameter's tangents by some groups: u, split by groups."""
+        label, u = self.partition.labels[parameter], self.direction[parameter]
+        here = tuple(g for g in self.partition.groups_of[parameter] if g in wanted)
+        if not here:
+            return None
+        rows = (
+            u.unsqueeze(0)
+            if isinstance(label, int)
+            else torch.stack([torch.where(label.to(u.device) == g, u, 0.0) for g in here])
+        )
+        return Jet((), here, rows.detach())
 
     def part_bytes(self) -> int:
         """The bytes of a group's tangents of parameters that are split between groups, on average, rounded up."""
@@ -138,8 +134,8 @@ class Tape:
         """The bytes of values and adjoints that operations made."""
         given = {slot for slot, _, _ in self.graph.inputs} | {slot for slot, _ in self.graph.constants}
         made = [value for slot, value in enumerate(self.values) if slot not in given]
-        inputs = {v.untyped_storage().data_ptr() for v in (self.values[slot] for slot in given)}
-        own = [v for v in made if not (isinstance(v, Tensor) and v.untyped_storage().data_ptr() in inputs)]
+        inputs = {v.untyped_storage()._cdata for v in (self.values[slot] for slot in given)}
+        own = [v for v in made if not (isinstance(v, Tensor) and v.untyped_storage()._cdata in inputs)]
         return held([*own, *self.adjoints.values()])
 
 
@@ -303,16 +299,23 @@ def _push(
     jets: list[Any] = [None] * graph.slots
     size = graph.widest * 2 * len(groups)
     holders = _Holders() if calls is None and is_large(size) else None
-    directions = request.jets(groups)
+    parameters = {slot: number for slot, _, number in graph.inputs if number is not None}
     sections = {section.head.number: section for section in graph.sections} if calls is None else {}
     done: frozenset[int] = frozenset()
-    for slot, _, parameter in graph.inputs:
-        if parameter is not None:
-            jets[slot] = directions[parameter]
-            if holders is not None:
-                holders.add(directions[parameter], 2)
+
+    def begin(inputs: Iterable[int]) -> None:
+        """Places what moves by itself, once it is used: what is whole for a moment need not be so longer."""
+        for slot in inputs:
+            if slot in parameters:
+                jets[slot] = request.jet(parameters.pop(slot), groups)
+                if holders is not None:
+                    holders.add(jets[slot], 2)
+
     for number, (instruction, step) in enumerate(zip(graph.instructions, tape.steps, strict=True)):
+        begin(instruction.first_use)
         section = sections.get(number)
+        if section is not None:
+            begin(slot for member in section.numbers for slot in graph.instructions[member].first_use)
         if section is not None and is_wide(section, instruction, jets, values, request.diagonal, positions.ENTRIES):
             assert step is not None
             weights = adjoints if request.order > 1 else None
@@ -399,7 +402,7 @@ class _Holders:
 
 
 def _memory(jet: Jet) -> int:
-    return jet.rows.untyped_storage().data_ptr()
+    return jet.rows.untyped_storage()._cdata
 
 
 # All of the third order -----------------------------------------------------------------------------------------------

@@ -10,6 +10,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from newton_summary.measure.paging import settle
+from newton_summary.parallel.sharding import unsharded
 from newton_summary.partition import unwrap
 from newton_summary.summary import Summary
 
@@ -61,7 +63,7 @@ class Processes:
 
         Args:
             summaries: as many in every process, of the same groups and orders.
-            along: their direction.
+            along: their direction, or this process's part of it.
 
         Raises:
             RuntimeError: the processes have different directions; or another one is gone, or did not come within the
@@ -92,12 +94,14 @@ class Processes:
     def total(self, number: Tensor) -> Tensor:
         """The sum of a number over all processes, in place, on its device."""
         if self.count > 1:
+            settle()
             dist.all_reduce(number, group=self._group)
         return number
 
     def _weighted_means(self, vectors: Sequence[Tensor], weights: Sequence[float]) -> list[tuple[Tensor, Tensor]]:
         """For each vector its mean over the processes, and the sum of its weights, on the host."""
         rows = torch.stack([torch.cat([w * v, v.new_tensor([w])]) for v, w in zip(vectors, weights, strict=True)])
+        settle()
         try:
             dist.all_reduce(rows, group=self._group)
         except RuntimeError as error:
@@ -122,7 +126,7 @@ class Processes:
 def _mark(direction: Sequence[Tensor]) -> Tensor:
     """A number that two directions hardly share, shape (1,): their lengths, and sums that see every sign and place."""
     marks = []
-    for u in direction:
+    for u in map(unsharded, direction):
         waves = torch.arange(u.numel(), dtype=torch.float32, device=u.device).cos_()
         marks.append((u.float().norm() + (u.float().flatten() @ waves).abs()).double())
     return torch.stack(marks).sum().reshape(1)

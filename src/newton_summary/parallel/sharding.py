@@ -1,19 +1,22 @@
 """Models whose parameters are spread over processes by ``torch.distributed.fsdp.fully_shard``: whole for a measurement.
 
 Steps, directions and their memories are computed on the shards, as any optimizer's are.  A derivative needs every
-parameter: for a measurement each process gathers them, measures on its own samples, and gives them back.
+parameter: each process measures on its own samples, and gathers the parameters and the direction of a module that is
+sharded by itself when operations come to it, one such module at a time (:mod:`newton_summary.measure.paging`).
 """
 
 from __future__ import annotations
 
 import contextlib
 import copy
+from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from typing import Any, TypeAlias, cast
 
 import torch
 from torch import Tensor, nn
 
+from newton_summary.measure.paging import Block, Page, Pages
 from newton_summary.partition import Partition
 
 _PLAIN = (Tensor, nn.Parameter)
@@ -39,11 +42,13 @@ def gathered(model: nn.Module, partition: Partition, direction: Sequence[Tensor]
         yield partition, direction
         return
     _check_plain_inside(model)
-    whole = {p: nn.Parameter(unsharded(p.detach()), p.requires_grad) for p in model.parameters()}
+    blocks = _Blocks(model)
+    whole = {p: nn.Parameter(blocks.whole(p, "parameters", p), p.requires_grad) for p in model.parameters()}
+    along = [blocks.whole(u, "direction", p) for u, p in zip(direction, partition.parameters, strict=False)]
     over_whole = copy.copy(partition)
     over_whole.parameters = tuple(whole[p] for p in partition.parameters)
-    with _swapped(model, whole), _without_hooks(model):
-        yield over_whole, [unsharded(u) for u in direction]
+    with _swapped(model, whole), _without_hooks(model), blocks.pages():
+        yield over_whole, along
 
 
 @contextlib.contextmanager
@@ -81,6 +86,66 @@ def sharded_like(tensor: Tensor, parameter: Tensor) -> Tensor:
 
     assert isinstance(parameter, DTensor)
     return distribute_tensor(tensor, parameter.device_mesh, parameter.placements, src_data_rank=None)
+
+
+class _Blocks:
+    """What is gathered together: all that belongs to the innermost module that ``fully_shard`` was applied to.
+
+    Args:
+        model: it has sharded parameters.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        self._mesh = next(_mesh(p) for p in model.parameters() if is_sharded(p))
+        self._owner = _owners(model)
+        self._members: defaultdict[tuple[str, nn.Module], list[Page]] = defaultdict(list)
+
+    def whole(self, tensor: Tensor, lane: str, parameter: Tensor) -> Tensor:
+        """The whole of a tensor that is split as a parameter is: gathered when it is looked at.
+
+        What is spread over other processes than the first parameter is gathered at once, and stays.
+        """
+        tensor = tensor.detach()
+        if not is_sharded(tensor) or _mesh(tensor) != self._mesh:
+            return unsharded(tensor)
+        page = Page(tensor, lambda: unsharded(tensor))
+        self._members[lane, self._owner[parameter]].append(page)
+        return page.whole
+
+    def pages(self) -> Pages:
+        """The block of code in which they come and go."""
+        return Pages([Block(pages, lane) for (lane, _), pages in self._members.items()], self._exchange)
+
+    def _exchange(self, number: int) -> list[int]:
+        """What number each process gives."""
+        from torch.distributed.tensor import DTensor, Shard
+
+        mesh = self._mesh
+        own = torch.tensor([number], device=mesh.device_type)
+        numbers: list[int] = DTensor.from_local(own, mesh, [Shard(0)] * mesh.ndim, run_check=False).full_tensor().tolist()
+        return numbers
+
+
+def _mesh(tensor: Tensor) -> Any:
+    """The processes that a sharded tensor is spread over."""
+    return cast(Any, tensor).device_mesh
+
+
+def _owners(model: nn.Module) -> dict[Tensor, nn.Module]:
+    """For each parameter the innermost module around it that ``fully_shard`` was applied to."""
+    from torch.distributed.fsdp import FSDPModule
+
+    owners: dict[Tensor, nn.Module] = {}
+
+    def visit(module: nn.Module, owner: nn.Module) -> None:
+        owner = module if isinstance(module, FSDPModule) else owner
+        for child in module.children():
+            visit(child, owner)
+        for parameter in module.parameters(recurse=False):
+            owners.setdefault(parameter, owner)
+
+    visit(model, model)
+    return owners
 
 
 @contextlib.contextmanager

@@ -383,7 +383,7 @@ class Monitor:
                 for batch, size in zip(taken, sizes, strict=True)
             ]
         counts = _Counts(sum(sizes), sum(available)) if self._counts_samples else _Counts()
-        return _Measured(own, along, taken, randomness, counts)
+        return _Measured(own, u, taken, randomness, counts)
 
     @torch.no_grad()
     def _take_in(self, measured: _Measured) -> Advice | None:
