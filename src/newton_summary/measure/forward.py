@@ -23,8 +23,9 @@ from newton_summary._checks import check_memory
 from newton_summary.measure.autograd import once_differentiable, own_derivatives
 from newton_summary.measure.batches import batch_size
 from newton_summary.measure.differences import rates
+from newton_summary.measure.gradient import Gradient
 from newton_summary.measure.graph import Graph, first_line, lower
-from newton_summary.measure.loss import Loss, check_dependence, differentiable_recurrence, gradients_of
+from newton_summary.measure.loss import Loss, check_dependence, differentiable_recurrence
 from newton_summary.measure.own_gradient import JUDGED, NoDerivative, check_own_gradient
 from newton_summary.measure.record import Leaf, Recorder, Recording, Refusal
 from newton_summary.measure.recorded_line import RecordedLine
@@ -84,7 +85,7 @@ class ForwardEngine:
         known = self._known.setdefault(loss.model, _Known())
         on_host = partition.device.type == "cpu"
         with loss.undisturbed(differentiable=not on_host) as rewind, differentiable_recurrence(loss.model):
-            recording, gradient = _recorded(loss, batch, partition)
+            recording, gradient = _recorded(loss, batch, request)
             entry = self._entry(known, recording)
             recording.values.clear()
             known_refusal = entry.refusal or entry.refused.get(_kind(request))
@@ -144,7 +145,7 @@ class ForwardEngine:
         recording: Recording,
         request: Request,
         weight: float,
-        gradient: Sequence[Tensor | None] | None,
+        gradient: Gradient | None,
         expected: _Expected | None,
     ) -> Summary:
         """The summary, with what is to be checked compared."""
@@ -152,7 +153,8 @@ class ForwardEngine:
         assert graph is not None
         try:
             with torch.autocast(request.partition.device.type, enabled=False):
-                tape = Tape(graph, recording.leaves, is_new or gradient is not None, keep=request.full)
+                wanted = request.gradients if is_new or gradient is not None else None
+                tape = Tape(graph, recording.leaves, wanted, keep=request.full)
                 _check_value(tape, recording.loss)
                 self._check_gradients(tape, recording, request, gradient, expected)
                 asked = replace(request, order=max(request.order, 2)) if is_new else request
@@ -177,7 +179,7 @@ class ForwardEngine:
         tape: Tape,
         recording: Recording,
         request: Request,
-        gradient: Sequence[Tensor | None] | None,
+        gradient: Gradient | None,
         expected: _Expected | None,
     ) -> None:
         """Holds the gradient of the recorded operations to that of the loss, and that to what it should be.
@@ -246,8 +248,9 @@ class _Known:
 _CHECKED = 256
 
 
-def _recorded(loss: Loss, batch: Any, partition: Partition) -> tuple[Recording, Sequence[Tensor | None] | None]:
+def _recorded(loss: Loss, batch: Any, request: Request) -> tuple[Recording, Gradient | None]:
     """One evaluation of the loss, and its gradient where that may be of the user's own making."""
+    partition = request.partition
     recorder = Recorder(partition.parameters, partition.parameter_names)
     with loss.evaluated(batch, recorder) as value:
         with torch.no_grad():
@@ -256,7 +259,7 @@ def _recorded(loss: Loss, batch: Any, partition: Partition) -> tuple[Recording, 
             check_dependence([None])
         gradient = None
         if recorder.is_hooked() or own_derivatives(value):
-            gradient = gradients_of(value, partition.parameters)
+            gradient = request.gradients.of(value, partition.parameters)
     recording.loss = value.detach()
     return recording, gradient
 
@@ -305,11 +308,12 @@ def _check_value(tape: Tape, expected: Tensor) -> None:
         raise Refusal(f"the recorded operations give a loss of {tape.loss.item()}, the model {expected.item()}")
 
 
-def _check_gradient(tape: Tape, names: Sequence[str], wanted: Sequence[Tensor | None]) -> None:
+def _check_gradient(tape: Tape, names: Sequence[str], wanted: Gradient) -> None:
     """Compares a graph's gradient, tensor by tensor."""
-    norm = max((float(torch.linalg.vector_norm(g.detach().to_dense())) for g in wanted if g is not None), default=0.0)
-    for number, (name, expected) in enumerate(zip(names, wanted, strict=True)):
-        got = tape.gradient.get(number)
+    assert tape.gradient is not None
+    norms = [float(torch.linalg.vector_norm(g.detach().to_dense())) for g in wanted.parts if g is not None]
+    norm = max(norms, default=0.0)
+    for name, got, expected in zip(names, tape.gradient.parts, wanted.parts, strict=True):
         if got is None and expected is None:
             continue
         known = got if got is not None else expected
@@ -339,13 +343,14 @@ class _Expected:
             loss.evaluated(batch, differentiable=True) as value,
         ):
             self.is_finite = bool(value.isfinite())
+            gradients = request.gradients
             try:
-                gradient = gradients_of(value, parameters, create_graph=True)
+                gradient = gradients.of(value, parameters, create_graph=True)
                 unknown = own or once_differentiable(value)
-                self.rows = None if unknown else _hessian_rows(gradient, parameters, request)
+                self.rows = None if unknown else gradients.hessian_rows(gradient, parameters)
             except RuntimeError:  # no second derivatives by autograd
-                gradient, self.rows = gradients_of(value, parameters), None
-            self.gradient = [None if g is None else g.detach() for g in gradient]
+                gradient, self.rows = gradients.of(value, parameters), None
+            self.gradient = gradient.detached()
 
     def unlike(self, summary: Summary, tape: Tape) -> int | None:
         """The group whose second derivatives along the line are others."""
@@ -367,17 +372,6 @@ def _along(summary: Summary) -> Tensor:
     return summary.hessian @ torch.tensor(rates(len(summary)), dtype=torch.float64, device=summary.hessian.device)
 
 
-def _hessian_rows(gradient: Sequence[Tensor | None], parameters: Sequence[Tensor], request: Request) -> Tensor:
-    """H̄ times the groups' rates, from a gradient with its graph, by these parameters."""
-    partition = request.partition
-    moves = [u * f for u, f in zip(request.direction, partition.spread(rates(len(partition))), strict=True)]
-    pairs = [(g, u) for g, u in zip(gradient, moves, strict=True) if g is not None and g.requires_grad]
-    if not pairs:
-        return torch.zeros(len(partition), dtype=torch.float64, device=partition.device)
-    product = gradients_of([g for g, _ in pairs], parameters, along=[u for _, u in pairs])
-    return torch.stack(partition.dot(product, request.direction))
-
-
 def _replayed_rows(graph: Graph, leaves: Sequence[Leaf], request: Request) -> Tensor | None:
     """H̄ times the groups' rates, of the recorded operations, by autograd; nothing where it has no such derivatives.
 
@@ -391,7 +385,8 @@ def _replayed_rows(graph: Graph, leaves: Sequence[Leaf], request: Request) -> Te
             parameters[number] = tensor.requires_grad_()
     try:
         value = graph.run(tensors)[graph.result]
-        return _hessian_rows(gradients_of(value, parameters, create_graph=True), parameters, request)
+        gradients = request.gradients
+        return gradients.hessian_rows(gradients.of(value, parameters, create_graph=True), parameters)
     except RuntimeError:
         return None
 

@@ -80,7 +80,7 @@ class Graph:
 
     def run(
         self,
-        tensors: Sequence[Tensor],
+        tensors: Sequence[Tensor | Callable[[], Tensor]],
         instead: Mapping[Any, Callable[..., Any]] | None = None,
         constants: Sequence[Any] | None = None,
         whole: bool = True,
@@ -88,18 +88,25 @@ class Graph:
         """Every value, by slot.  Differentiable with respect to the inputs.
 
         Args:
-            tensors: one for each of :attr:`inputs`.
+            tensors: one for each of :attr:`inputs`; or what gives it, called where it is used first.
             instead: what to call in place of some operations.
             constants: values by slot, from which to take what counts as a constant.  Default: as it is computed anew.
             whole: whether all values are kept, not the loss alone.
         """
         replaced = instead or {}
         values: list[Any] = [None] * self.slots
+        waiting: dict[int, Callable[[], Tensor]] = {}
         for (slot, _, _), tensor in zip(self.inputs, tensors, strict=True):
-            values[slot] = tensor
+            if isinstance(tensor, Tensor):
+                values[slot] = tensor
+            else:
+                waiting[slot] = tensor
         for slot, tensor in self.constants:
             values[slot] = tensor
         for step in self.instructions:
+            for slot in step.first_use:
+                if slot in waiting:
+                    values[slot] = waiting.pop(slot)()
             if step.op is CONSTANT:
                 values[step.out] = values[step.reads[0]].detach() if constants is None else constants[step.out]
             else:
@@ -108,6 +115,8 @@ class Graph:
             if not whole:
                 for slot in step.last_use:
                     values[slot] = None
+        if self.result in waiting:  # a parameter that is the loss
+            values[self.result] = waiting[self.result]()
         return values
 
 

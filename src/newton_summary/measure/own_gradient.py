@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from newton_summary.measure.differences import rates
+from newton_summary.measure.gradient import Gradient
 from newton_summary.measure.graph import Instruction
 from newton_summary.measure.lowering import CONSTANT
 from newton_summary.measure.record import Leaf, Refusal
@@ -27,7 +28,7 @@ class NoDerivative(Refusal):
     """What autograd gives is no derivative of the loss, so that no engine can measure it."""
 
 
-def check_own_gradient(tape: Tape, leaves: Sequence[Leaf], request: Request, gradient: Sequence[Tensor | None]) -> None:
+def check_own_gradient(tape: Tape, leaves: Sequence[Leaf], request: Request, gradient: Gradient) -> None:
     """Holds a gradient to differences of the loss that the recorded operations give, along a line.
 
     Nothing is said where differences cannot tell: at kinks, in half precision, and where the loss is flat.
@@ -49,23 +50,23 @@ def check_own_gradient(tape: Tape, leaves: Sequence[Leaf], request: Request, gra
     line = RecordedLine(tape.graph, leaves, request)
     found = line.slope()
     if found.excludes(slope, size):
-        recorded = [tape.gradient.get(n) for n in range(len(gradient))]
+        recorded = tape.gradient
+        assert recorded is not None
         is_theirs = found.excludes(*_slope_along(request, recorded))
-        culprit = _culprit(line) if is_theirs else None
+        culprit = (_culprit(line) if is_theirs else None) or _unlike(recorded.parts, request, gradient.parts)
         raise NoDerivative(
             f"autograd's gradient is not that of the loss: along the direction it gives {slope:.6g}, differences of "
-            f"the loss give {found.value:.6g}, because of {culprit or _unlike(recorded, request, gradient)}.  A matrix "
+            f"the loss give {found.value:.6g}, because of {culprit}.  A matrix "
             "is taken for symmetric or triangular that is not (build it so: A + A.T, A.tril()), an entry is written "
             "twice (write each once, or accumulate), or gradients are scaled (scale_grad_by_freq=False)"
         )
 
 
-def _slope_along(request: Request, gradient: Sequence[Tensor | None]) -> tuple[float, float]:
+def _slope_along(request: Request, gradient: Gradient) -> tuple[float, float]:
     """The slope along the line that a gradient gives, and the size of its terms."""
     partition = request.partition
     slopes = [
-        rate * float(s)
-        for rate, s in zip(rates(len(partition)), partition.dot(gradient, request.direction), strict=True)
+        rate * float(s) for rate, s in zip(rates(len(partition)), request.gradients.slopes(gradient), strict=True)
     ]
     return sum(slopes), sum(map(abs, slopes))
 

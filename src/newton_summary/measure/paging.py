@@ -34,12 +34,15 @@ class Page:
     Args:
         like: a tensor of its shape, type and device.
         fetch: gives what it holds, with the help of all processes.
+        cut: of a tensor of its shape, a copy of the part that this process keeps.
 
     Attributes:
         whole: the tensor.
+        cut: as given.
     """
 
-    def __init__(self, like: Tensor, fetch: Callable[[], Tensor]) -> None:
+    def __init__(self, like: Tensor, fetch: Callable[[], Tensor], cut: Callable[[Tensor], Tensor]) -> None:
+        self.cut = cut
         self.whole = torch.empty(like.shape, dtype=like.dtype, device=like.device)
         self._size = self.whole.untyped_storage().nbytes()
         self._seen = self.whole.data  # the same memory, and a version of its own: to be fetched is no change
@@ -102,6 +105,7 @@ class Pages(TorchDispatchMode):
         self._exchange = exchange
         self._is_broken = False
         self._number = {page.memory: n for n, block in enumerate(blocks) for page in block.pages}
+        self._page = {page.memory: page for block in blocks for page in block.pages}
 
     @override
     def __enter__(self) -> Pages:
@@ -132,9 +136,14 @@ class Pages(TorchDispatchMode):
         return func(*args, **kwargs)
 
     def settle(self) -> None:
-        """Gives this process's parts to the others, until no one wants any: before they tell each other other things."""
+        """Gives this process's parts to the others until no one wants any: before they tell each other other things."""
         while not self._is_broken and self._serve(_NOTHING):
             pass
+
+    def part_of(self, tensor: Tensor, value: Tensor) -> Tensor:
+        """This process's part of a value of a tensor's shape, such as a gradient; all of it, where the tensor stays."""
+        page = self._page.get(tensor.untyped_storage()._cdata) if tensor.layout is torch.strided else None
+        return value if page is None or value.layout is not torch.strided else page.cut(value)
 
     def _numbers_of(self, values: Any) -> Iterator[int]:
         """The blocks that some arguments look at."""
@@ -185,6 +194,17 @@ def settle() -> None:
     pages = _CURRENT.get()
     if pages is not None:
         pages.settle()
+
+
+def is_active() -> bool:
+    """Whether tensors come and go now."""
+    return _CURRENT.get() is not None
+
+
+def part_of(tensor: Tensor, value: Tensor) -> Tensor:
+    """What this process keeps of a value of a tensor's shape: see :meth:`Pages.part_of`."""
+    pages = _CURRENT.get()
+    return value if pages is None else pages.part_of(tensor, value)
 
 
 _CURRENT: ContextVar[Pages | None] = ContextVar("pages", default=None)

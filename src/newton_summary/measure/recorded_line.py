@@ -6,8 +6,9 @@ another one by intention is that of what is run here.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -53,7 +54,7 @@ class RecordedLine:
         self._step = self.precision.step * ratio(request.partition.parameters, request.direction)
         self._factors = request.partition.spread(rates(len(request.partition)))
         with torch.no_grad():
-            self.here = self.graph.run(self._inputs(0)) if values is None else values
+            self.here = self.graph.run([i() for i in self._inputs(0)]) if values is None else values
 
     def _precision(self) -> Precision:
         if self._is_wide:
@@ -67,15 +68,16 @@ class RecordedLine:
     def _widened(self, tensor: Tensor) -> Tensor:
         return _wide(tensor) if self._is_wide else tensor
 
-    def _inputs(self, k: int) -> list[Tensor]:
-        inputs = []
-        for _, leaf, number in self.graph.inputs:
-            tensor = self._widened(self._leaves[leaf].tensor.detach())
-            if number is not None:
-                move = self._widened(self._request.direction[number]) * self._factors[number]
-                tensor = tensor + move * (k * self._step)
-            inputs.append(tensor)
-        return inputs
+    def _inputs(self, k: int) -> list[Callable[[], Tensor]]:
+        """What gives each input some steps along the line."""
+        return [partial(self._input, leaf, number, k) for _, leaf, number in self.graph.inputs]
+
+    def _input(self, leaf: int, number: int | None, k: int) -> Tensor:
+        tensor = self._widened(self._leaves[leaf].tensor.detach())
+        if number is None:
+            return tensor
+        move = self._widened(self._request.direction[number]) * self._factors[number]
+        return tensor + move * (k * self._step)
 
     def values(self, k: int, whole: bool = True) -> list[Any]:
         """Every value some steps along the line, by slot; the loss alone if so wanted."""
@@ -98,7 +100,7 @@ class RecordedLine:
 
     def _slopes(self, k: int) -> tuple[float, Tensor]:
         """The loss, and every group's slope."""
-        partition, inputs = self._request.partition, self._inputs(k)
+        partition, inputs = self._request.partition, [i() for i in self._inputs(k)]
         parameters = [p.detach() for p in partition.parameters]
         for tensor, (_, _, number) in zip(inputs, self.graph.inputs, strict=True):
             if number is not None:

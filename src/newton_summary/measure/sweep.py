@@ -15,6 +15,7 @@ from torch import Tensor
 from newton_summary.measure import positions
 from newton_summary.measure.arena import arena, is_large
 from newton_summary.measure.budget import held, tangent_bytes, together
+from newton_summary.measure.gradient import Gradient, GradientAlong
 from newton_summary.measure.graph import Graph, Instruction, first_line
 from newton_summary.measure.lowering import CONSTANT
 from newton_summary.measure.positions import find_sections, is_wide, push_section
@@ -33,6 +34,11 @@ class Request:
     direction: Sequence[Tensor]
     order: int
     third: str
+
+    @property
+    def gradients(self) -> GradientAlong:
+        """Finds gradients along the direction."""
+        return GradientAlong(self.partition, self.direction)
 
     @property
     def diagonal(self) -> bool:
@@ -93,14 +99,16 @@ class Tape:
     Args:
         graph: the loss.
         leaves: those of the recording that it is run for.
-        with_gradient: whether the gradient by the parameters is wanted, too.
+        gradients: finds the gradient by the parameters, where that is wanted, too.
         keep: whether another backward pass will follow.
 
     Attributes:
-        gradient: by the number of the parameter.
+        gradient: by the parameters, where it was wanted.
     """
 
-    def __init__(self, graph: Graph, leaves: Sequence[Leaf], with_gradient: bool = False, keep: bool = False) -> None:
+    def __init__(
+        self, graph: Graph, leaves: Sequence[Leaf], gradients: GradientAlong | None = None, keep: bool = False
+    ) -> None:
         self.graph = graph
         self.final: Jet | None = None
         tensors = [leaves[leaf].tensor.detach() for _, leaf, _ in graph.inputs]
@@ -108,11 +116,15 @@ class Tape:
         self.values = graph.run(tensors, _BATCHABLE if keep else None)
         self.loss: Tensor = self.values[graph.result]
         self.steps = _plan(graph, self.values)
-        self.adjoints, gradient = self._differentiate(list(moving.values()) if with_gradient else [], keep)
-        self.gradient = dict(zip(moving, gradient, strict=False))
+        self.adjoints: dict[int, Any] = {}
+        self.gradient: Gradient | None = None
+        if gradients is None:
+            self._differentiate({}, keep)
+        else:
+            self.gradient = gradients.taken(lambda: self._differentiate(moving, keep), moving)
 
-    def _differentiate(self, leaves: list[Tensor], keep: bool) -> tuple[dict[int, Any], list[Tensor | None]]:
-        """Adjoints of the results of all curved operations, by slot, and the gradient."""
+    def _differentiate(self, leaves: dict[int, Tensor], keep: bool) -> dict[int, Tensor | None]:
+        """Finds adjoints of the results of all curved operations; gives the gradient by some leaves."""
         slots = [s.out for s, step in zip(self.graph.instructions, self.steps, strict=True) if step and step.curved]
         wanted: list[Tensor] = []
         for slot in slots:
@@ -120,15 +132,15 @@ class Tape:
             wanted += [v for v in _several(value) if _moves(v)]
         found: list[Tensor | None] = [None] * (len(wanted) + len(leaves))
         if self.loss.requires_grad and found:
-            found = list(torch.autograd.grad(self.loss, [*wanted, *leaves], allow_unused=True, retain_graph=keep))
+            by = [*wanted, *leaves.values()]
+            found = list(torch.autograd.grad(self.loss, by, allow_unused=True, retain_graph=keep))
         rest = iter(found)
-        adjoints: dict[int, Any] = {}
         for slot in slots:
             value = self.values[slot]
             several = [next(rest) if _moves(v) else None for v in _several(value)]
             if any(a is not None for a in several):
-                adjoints[slot] = several[0] if isinstance(value, Tensor) else several
-        return adjoints, list(rest)
+                self.adjoints[slot] = several[0] if isinstance(value, Tensor) else several
+        return dict(zip(leaves, rest, strict=True))
 
     def held(self) -> int:
         """The bytes of values and adjoints that operations made."""
@@ -351,6 +363,7 @@ def _push(
             if holders is not None:
                 holders.add(jets[slot], -1)
             jets[slot] = values[slot] = None
+    begin([graph.result])  # a parameter that is the loss
     result: Jet | None = jets[graph.result]
     return result
 
@@ -402,7 +415,8 @@ class _Holders:
 
 
 def _memory(jet: Jet) -> int:
-    return jet.rows.untyped_storage()._cdata
+    key: int = jet.rows.untyped_storage()._cdata
+    return key
 
 
 # All of the third order -----------------------------------------------------------------------------------------------

@@ -108,7 +108,7 @@ class _Blocks:
         tensor = tensor.detach()
         if not is_sharded(tensor) or _mesh(tensor) != self._mesh:
             return unsharded(tensor)
-        page = Page(tensor, lambda: unsharded(tensor))
+        page = Page(tensor, lambda: unsharded(tensor), lambda value: local(sharded_like(value, tensor)).clone())
         self._members[lane, self._owner[parameter]].append(page)
         return page.whole
 
@@ -122,7 +122,9 @@ class _Blocks:
 
         mesh = self._mesh
         own = torch.tensor([number], device=mesh.device_type)
-        numbers: list[int] = DTensor.from_local(own, mesh, [Shard(0)] * mesh.ndim, run_check=False).full_tensor().tolist()
+        numbers: list[int] = (
+            DTensor.from_local(own, mesh, [Shard(0)] * mesh.ndim, run_check=False).full_tensor().tolist()
+        )
         return numbers
 
 
