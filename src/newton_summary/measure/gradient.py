@@ -9,11 +9,13 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from newton_summary.measure import paging
+from newton_summary.measure.autograd import nodes
 from newton_summary.measure.differences import rates
 from newton_summary.measure.loss import gradients_of
 from newton_summary.partition import Partition
@@ -59,14 +61,19 @@ class GradientAlong:
         def found() -> Mapping[int, Tensor | None]:
             return dict(enumerate(gradients_of(value, parameters, create_graph)))
 
-        return self.taken(found, dict(enumerate(parameters)), create_graph)
+        return self.taken(value, found, dict(enumerate(parameters)), create_graph)
 
     def taken(
-        self, find: Callable[[], Mapping[int, Tensor | None]], leaves: Mapping[int, Tensor], create_graph: bool = False
+        self,
+        value: Tensor,
+        find: Callable[[], Mapping[int, Tensor | None]],
+        leaves: Mapping[int, Tensor],
+        create_graph: bool = False,
     ) -> Gradient:
         """The gradient that a backward pass finds.
 
         Args:
+            value: what it begins with.
             find: takes the pass, and gives the gradients by the numbers of their parameters.
             leaves: what it differentiates by.
             create_graph: whether it can be differentiated again.
@@ -83,9 +90,10 @@ class GradientAlong:
             slopes = self._dot([gradient if n == number else None for n in range(count)])
             along[:] = [total + slope.detach() for total, slope in zip(along, slopes, strict=True)]
             turning.extend(s * f for s, f in zip(slopes, self._rates, strict=True) if s.requires_grad)
-            parts[number] = paging.part_of(leaves[number], gradient.detach())
+            part, known = paging.part_of(leaves[number], gradient.detach()), parts[number]
+            parts[number] = part if known is None else known + part
 
-        _visit(find, leaves, take)
+        _visit(value, find, leaves, take)
         return Gradient(parts, along, torch.stack(turning).sum() if create_graph and turning else None)
 
     def hessian_rows(self, gradient: Gradient, parameters: Sequence[Tensor]) -> Tensor:
@@ -111,23 +119,62 @@ class GradientAlong:
         return self._partition.dot(gradient, self._direction)
 
 
+_VIEWS = {"TBackward0", "TransposeBackward0", "PermuteBackward0", "ViewBackward0", "UnsqueezeBackward0"}
+"""What a parameter goes through on its way into products; backward, too, it is a way of looking at memory."""
+
+
+@dataclass(frozen=True)
+class _Way:
+    """How the gradient of a value becomes that of a parameter, by its number: through the functions of some views."""
+
+    number: int
+    views: tuple[Any, ...] = ()
+
+    def back(self, gradient: Tensor) -> Tensor:
+        for view in self.views:
+            gradient = view(gradient)
+        return gradient
+
+
 def _visit(
-    find: Callable[[], Mapping[int, Tensor | None]], leaves: Mapping[int, Tensor], take: Callable[[int, Tensor], None]
+    value: Tensor,
+    find: Callable[[], Mapping[int, Tensor | None]],
+    leaves: Mapping[int, Tensor],
+    take: Callable[[int, Tensor], None],
 ) -> None:
-    """Hands each gradient of a backward pass over as it is found, and keeps none."""
+    """Hands each term of each gradient of a backward pass over as it is found, and keeps none.
+
+    Autograd would add up the terms of a gradient, and of all gradients at once where a gradient is differentiated: each
+    has one term from where its parameter is used forward, and one from where it is used backward.
+    """
+    numbers = {id(leaf): number for number, leaf in leaves.items()}
     taken: set[int] = set()
 
-    def hook(number: int, gradient: Tensor) -> Tensor:
-        take(number, gradient)
-        taken.add(number)
-        return torch.zeros((), dtype=gradient.dtype, device=gradient.device).expand(gradient.shape)
+    def way_from(node: Any) -> _Way | None:
+        number = numbers.get(id(getattr(node, "variable", None)))
+        if number is not None:
+            return _Way(number)
+        if type(node).__name__ not in _VIEWS or node.next_functions[0][0] is None:
+            return None
+        way = way_from(node.next_functions[0][0])
+        return None if way is None else _Way(way.number, (node, *way.views))
+
+    def hook(ways: Mapping[int, _Way], gradients: tuple[Tensor | None, ...]) -> tuple[Tensor | None, ...]:
+        for place, way in ways.items():
+            gradient = gradients[place]
+            if gradient is not None:
+                take(way.number, way.back(gradient))
+                taken.add(way.number)
+        return tuple(None if place in ways else gradient for place, gradient in enumerate(gradients))
 
     with contextlib.ExitStack() as hooks:
-        for number, leaf in leaves.items():
-            if leaf.requires_grad:
-                handle = leaf.register_hook(lambda gradient, number=number: hook(number, gradient))
+        for node in nodes(value):
+            following = enumerate(node.next_functions)
+            ways = {place: way for place, (n, _) in following if n is not None and (way := way_from(n)) is not None}
+            if ways and way_from(node) is None:
+                handle = node.register_hook(lambda gradients, _, ways=ways: hook(ways, gradients))
                 hooks.callback(handle.remove)
         found = find()
     for number, gradient in found.items():
-        if gradient is not None and number not in taken:  # one that the loss has frozen after its use
+        if gradient is not None and number not in taken:  # a parameter that is the loss
             take(number, gradient)

@@ -121,7 +121,7 @@ class Tape:
         if gradients is None:
             self._differentiate({}, keep)
         else:
-            self.gradient = gradients.taken(lambda: self._differentiate(moving, keep), moving)
+            self.gradient = gradients.taken(self.loss, lambda: self._differentiate(moving, keep), moving)
 
     def _differentiate(self, leaves: dict[int, Tensor], keep: bool) -> dict[int, Tensor | None]:
         """Finds adjoints of the results of all curved operations; gives the gradient by some leaves."""
