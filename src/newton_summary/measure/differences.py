@@ -181,7 +181,7 @@ def differences_of(
     step = length * ratio(partition.parameters, direction)
     losses, slopes = {}, {}
     factors = partition.spread(rates(len(partition)))
-    with loss.movable(batch, partition, rewind) as (moved, here):
+    with loss.movable(batch, partition, rewind, alike=False) as (moved, here):
         start = [p.clone() for p in moved]
         for k in (0, *DISTANCES, *(-k for k in DISTANCES)):
             for p, p0, u, f in zip(moved, start, direction, factors, strict=True):

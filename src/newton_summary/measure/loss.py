@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from newton_summary.measure import paging
 from newton_summary.measure.attributes import Attributes, generator_rewind, owners
 from newton_summary.measure.batches import fresh, kept
 from newton_summary.measure.composed import Composed
@@ -94,7 +95,7 @@ class Loss:
 
     @contextlib.contextmanager
     def movable(
-        self, batch: Any, partition: Partition, rewind: Callable[[], None] | None = None
+        self, batch: Any, partition: Partition, rewind: Callable[[], None] | None = None, alike: bool = True
     ) -> Iterator[tuple[list[Tensor], LossHere]]:
         """A block in which the parameters of a partition may be moved in place; afterwards they hold what they held.
 
@@ -106,11 +107,17 @@ class Loss:
             batch: whatever the loss function takes.
             partition: of the parameters that move.
             rewind: restores the random states, where a block around this one does; else they are saved here.
+            alike: whether all processes that share these parameters move them, and in the same way.
         """
         before = [p.data for p in partition.parameters]
-        content = [data.clone() for data in before]
-        moved = [c if 0 in data.stride() else data for c, data in zip(content, before, strict=True)]  # some expanded
-        with self.undisturbed(differentiable=False, rewind=rewind) as rewind:
+        content = [None if alike and paging.is_page(data) else data.clone() for data in before]
+        moved = [
+            c if c is not None and 0 in data.stride() else data for c, data in zip(content, before, strict=True)
+        ]  # some are expanded
+        with (
+            self.undisturbed(differentiable=False, rewind=rewind) as rewind,
+            paging.moving() if alike else contextlib.nullcontext(),
+        ):
             try:
                 for p, data in zip(partition.parameters, moved, strict=True):
                     p.data = data
@@ -118,7 +125,7 @@ class Loss:
                     yield moved, LossHere(self, batch, partition.parameters, rewind)
             finally:
                 for p, data, held in zip(partition.parameters, before, content, strict=True):
-                    if p.data_ptr() == data.data_ptr():
+                    if held is not None and p.data_ptr() == data.data_ptr():
                         data.copy_(held)
                     p.data = data
 
@@ -189,13 +196,14 @@ class LossHere:
     def __call__(self) -> float:
         """The loss."""
         self._rewind()
-        return self._loss.value(self._batch)
+        with paging.standing():
+            return self._loss.value(self._batch)
 
     @torch.enable_grad()
     def gradient(self) -> tuple[float, list[Tensor | None]]:
         """The loss, and its gradient by each parameter; nothing for those that it does not depend on."""
         self._rewind()
-        with self._loss.evaluated(self._batch) as value:
+        with paging.standing(), self._loss.evaluated(self._batch) as value:
             return value.item(), gradients_of(value, self._parameters)
 
 

@@ -12,6 +12,7 @@ now, and all give their parts of everything that anyone wants.
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Iterator, Sequence
 from contextvars import ContextVar
 from dataclasses import dataclass, field
@@ -33,7 +34,8 @@ class Page:
 
     Args:
         like: a tensor of its shape, type and device.
-        fetch: gives what it holds, with the help of all processes.
+        part: what this process has of what it holds.
+        gather: makes the whole of everyone's part; a collective.
         cut: of a tensor of its shape, a copy of the part that this process keeps.
 
     Attributes:
@@ -41,12 +43,14 @@ class Page:
         cut: as given.
     """
 
-    def __init__(self, like: Tensor, fetch: Callable[[], Tensor], cut: Callable[[Tensor], Tensor]) -> None:
-        self.cut = cut
+    def __init__(
+        self, like: Tensor, part: Tensor, gather: Callable[[Tensor], Tensor], cut: Callable[[Tensor], Tensor]
+    ) -> None:
+        self._part, self._gather, self.cut = part, gather, cut
+        self._moved: Tensor | None = None
         self.whole = torch.empty(like.shape, dtype=like.dtype, device=like.device)
         self._size = self.whole.untyped_storage().nbytes()
         self._seen = self.whole.data  # the same memory, and a version of its own: to be fetched is no change
-        self._fetch = fetch
         self.free()
 
     @property
@@ -57,10 +61,18 @@ class Page:
 
     def fill(self, keep: bool) -> None:
         """Fetches what the tensor holds; for others alone, where it is not kept."""
-        content = self._fetch()
+        content = self._gather(self._part if self._moved is None else self._moved)
         if keep:
             self.whole.untyped_storage().resize_(self._size)
             self._seen.copy_(content)
+
+    def keep_part(self) -> None:
+        """Keeps this process's part of what was written into the tensor."""
+        self._moved = self.cut(self.whole)
+
+    def forget(self) -> None:
+        """Goes back to what it held before that."""
+        self._moved = None
 
     def free(self) -> None:
         """Gives the memory back."""
@@ -75,7 +87,7 @@ class Block:
         pages: the tensors.
         lane: blocks of one lane are there one at a time; parameters have one, their direction another.
         is_here: whether they have memory.
-        is_written: whether something was written into them: they stay from then on.
+        is_written: whether something was written into them: they stay, unless all processes write the same.
     """
 
     pages: Sequence[Page]
@@ -104,6 +116,7 @@ class Pages(TorchDispatchMode):
         self.blocks = blocks
         self._exchange = exchange
         self._is_broken = False
+        self._are_moving = self._may_move = False
         self._number = {page.memory: n for n, block in enumerate(blocks) for page in block.pages}
         self._page = {page.memory: page for block in blocks for page in block.pages}
 
@@ -128,6 +141,8 @@ class Pages(TorchDispatchMode):
         kwargs = kwargs or {}
         if func not in _LOOK_AT_NOTHING:
             numbers = list(dict.fromkeys(self._numbers_of((*args, *kwargs.values()))))
+            if len(numbers) > 1 and _is_for_each(func) and len(args[0]) > 1:
+                return self._for_each(func, types, args, kwargs)
             if numbers:
                 with torch.no_grad():
                     self._need(numbers)
@@ -135,10 +150,56 @@ class Pages(TorchDispatchMode):
                     self.blocks[number].is_written = True
         return func(*args, **kwargs)
 
+    def _for_each(self, func: Any, types: Any, args: Sequence[Any], kwargs: Any) -> Any:
+        """Takes an operation on many tensors one tensor at a time."""
+        count = len(args[0])
+        results: list[Any] = []
+        for n in range(count):
+            own = [a[n : n + 1] if isinstance(a, list | tuple) and len(a) == count else a for a in args]
+            results += self.__torch_dispatch__(func, types, tuple(own), kwargs) or ()
+        return results or None
+
+    @contextlib.contextmanager
+    def moving(self) -> Iterator[None]:
+        """A block in which all processes write the same into tensors, part by part; then these hold what they held."""
+        self.settle()
+        self._are_moving = self._may_move = True
+        try:
+            yield
+        finally:
+            self.settle()
+            self._are_moving = self._may_move = False
+            for block in self.blocks:
+                if block.is_written:
+                    block.is_written = False
+                    self._free(block)
+                for page in block.pages:
+                    page.forget()
+
+    @contextlib.contextmanager
+    def standing(self) -> Iterator[None]:
+        """A block within :meth:`moving` in which what is written is this process's own affair: a loss is evaluated."""
+        if not self._may_move:
+            yield
+            return
+        self.settle()
+        for block in self.blocks:
+            self._keep_parts(block)
+        self._are_moving = False
+        try:
+            yield
+        finally:
+            self.settle()
+            self._are_moving = True
+
     def settle(self) -> None:
         """Gives this process's parts to the others until no one wants any: before they tell each other other things."""
         while not self._is_broken and self._serve(_NOTHING):
             pass
+
+    def has(self, tensor: Tensor) -> bool:
+        """Whether a tensor looks at one that comes and goes."""
+        return tensor.untyped_storage()._cdata in self._number
 
     def part_of(self, tensor: Tensor, value: Tensor) -> Tensor:
         """This process's part of a value of a tensor's shape, such as a gradient; all of it, where the tensor stays."""
@@ -162,8 +223,10 @@ class Pages(TorchDispatchMode):
             if self.blocks[number].is_here:
                 continue
             for other, block in enumerate(self.blocks):
-                if block.lane == self.blocks[number].lane and other not in numbers and not block.is_written:
-                    self._free(block)
+                if block.lane == self.blocks[number].lane and other not in numbers:
+                    self._keep_parts(block)
+                    if not block.is_written:
+                        self._free(block)
             while not self.blocks[number].is_here:
                 self._serve(number)
 
@@ -172,6 +235,7 @@ class Pages(TorchDispatchMode):
         try:
             wishes = sorted({number for number in self._exchange(wanted) if number != _NOTHING})
             for number in wishes:
+                self._keep_parts(self.blocks[number])
                 for page in self.blocks[number].pages:
                     page.fill(keep=number == wanted)
         except BaseException:
@@ -180,6 +244,13 @@ class Pages(TorchDispatchMode):
         if wanted in wishes:
             self.blocks[wanted].is_here = True
         return bool(wishes)
+
+    def _keep_parts(self, block: Block) -> None:
+        """Keeps of what was written what this process keeps of tensors, where the others do likewise."""
+        if block.is_written and self._are_moving:
+            for page in block.pages:
+                page.keep_part()
+            block.is_written = False
 
     @staticmethod
     def _free(block: Block) -> None:
@@ -196,6 +267,28 @@ def settle() -> None:
         pages.settle()
 
 
+@contextlib.contextmanager
+def moving() -> Iterator[None]:
+    """A block in which tensors are moved alike in all processes: see :meth:`Pages.moving`."""
+    pages = _CURRENT.get()
+    with contextlib.nullcontext() if pages is None else pages.moving():
+        yield
+
+
+@contextlib.contextmanager
+def standing() -> Iterator[None]:
+    """A block in which they are not: see :meth:`Pages.standing`."""
+    pages = _CURRENT.get()
+    with contextlib.nullcontext() if pages is None else pages.standing():
+        yield
+
+
+def is_page(tensor: Tensor) -> bool:
+    """Whether a tensor comes and goes."""
+    pages = _CURRENT.get()
+    return pages is not None and tensor.layout is torch.strided and pages.has(tensor)
+
+
 def is_active() -> bool:
     """Whether tensors come and go now."""
     return _CURRENT.get() is not None
@@ -208,5 +301,10 @@ def part_of(tensor: Tensor, value: Tensor) -> Tensor:
 
 
 _CURRENT: ContextVar[Pages | None] = ContextVar("pages", default=None)
+
+
+def _is_for_each(op: Any) -> bool:
+    return isinstance(op, torch._ops.OpOverload) and op._schema.name.startswith("aten::_foreach_")
+
 
 _LOOK_AT_NOTHING = {torch.ops.aten.detach.default, torch.ops.aten.alias.default}

@@ -19,7 +19,6 @@ from newton_summary.optim.first_length import first_scale
 from newton_summary.optim.rate_adaptation import RateAdaptation
 from newton_summary.optim.samples import Samples
 from newton_summary.optim.weight_average import WeightAverage
-from newton_summary.parallel.sharding import unsharded
 
 logger = logging.getLogger(__name__)
 
@@ -77,7 +76,7 @@ class AverageComparison:
         """The loss of the next batch at the first weights, in the block whose randomness is preserved."""
         samples = self._samples
         batch = samples.next()
-        with samples.whole() as partition, samples.loss.movable(batch, partition, rewind) as (_, loss):
+        with samples.whole() as (partition, _), samples.loss.movable(batch, partition, rewind) as (_, loss):
             if self._sides is None:
                 return samples.mean(loss(), batch_size(batch))
             here = self._sides.choose(partition.parameters, loss, samples.processes)
@@ -97,8 +96,10 @@ class AverageComparison:
         samples = self._samples
         batch = samples.next()
         size = batch_size(batch)
-        with samples.whole() as partition, samples.loss.movable(batch, partition, rewind) as (weights, loss):
-            average = [unsharded(a) for a in average]
+        with (
+            samples.whole(average) as (partition, average),
+            samples.loss.movable(batch, partition, rewind) as (weights, loss),
+        ):
             torch._foreach_lerp_(weights, average, (1 - share) / 2)
             midway, gradient = loss.gradient()
             rest = (a - w for a, w in zip(average, weights, strict=True))  # of the way, and what the share leaves of it

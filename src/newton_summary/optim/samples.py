@@ -61,14 +61,14 @@ class Samples:
         It gives the partition over them, and the direction, 0 where u has none.
         """
         direction = [u[p] if p in u else torch.zeros_like(p) for p in self.partition.parameters]
-        with measurable(self.loss.model, self.partition, direction) as whole:
+        with self.whole(direction) as whole:
             yield whole
 
     @contextlib.contextmanager
-    def whole(self) -> Iterator[Partition]:
-        """The same block where there is no direction."""
-        with measurable(self.loss.model, self.partition, []) as (partition, _):
-            yield partition
+    def whole(self, beside: Sequence[Tensor] = ()) -> Iterator[tuple[Partition, list[Tensor]]]:
+        """The same block with other tensors of the parameters' shapes, or with none."""
+        with measurable(self.loss.model, self.partition, beside) as whole:
+            yield whole
 
     def summary(self, batch: Any, partition: Partition, along: Sequence[Tensor]) -> Summary:
         """The measurement on all processes' batches together."""

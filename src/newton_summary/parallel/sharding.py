@@ -11,6 +11,7 @@ import contextlib
 import copy
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
+from functools import partial
 from typing import Any, TypeAlias, cast
 
 import torch
@@ -20,7 +21,7 @@ from newton_summary.measure.paging import Block, Page, Pages
 from newton_summary.partition import Partition
 
 _PLAIN = (Tensor, nn.Parameter)
-_Whole: TypeAlias = tuple[Partition, Sequence[Tensor]]
+_Whole: TypeAlias = tuple[Partition, list[Tensor]]
 
 
 @contextlib.contextmanager
@@ -39,7 +40,7 @@ def gathered(model: nn.Module, partition: Partition, direction: Sequence[Tensor]
         ValueError: parameters are sharded by something else than ``fully_shard``.
     """
     if not any(is_sharded(p) for p in model.parameters()):
-        yield partition, direction
+        yield partition, list(direction)
         return
     _check_plain_inside(model)
     blocks = _Blocks(model)
@@ -108,7 +109,9 @@ class _Blocks:
         tensor = tensor.detach()
         if not is_sharded(tensor) or _mesh(tensor) != self._mesh:
             return unsharded(tensor)
-        page = Page(tensor, lambda: unsharded(tensor), lambda value: local(sharded_like(value, tensor)).clone())
+        page = Page(
+            tensor, local(tensor), partial(_joined, tensor), lambda value: local(sharded_like(value, tensor)).clone()
+        )
         self._members[lane, self._owner[parameter]].append(page)
         return page.whole
 
@@ -126,6 +129,14 @@ class _Blocks:
             DTensor.from_local(own, mesh, [Shard(0)] * mesh.ndim, run_check=False).full_tensor().tolist()
         )
         return numbers
+
+
+def _joined(like: Any, part: Tensor) -> Tensor:
+    """The whole of everyone's part of a tensor that is split as another one is."""
+    from torch.distributed.tensor import DTensor
+
+    mesh, placements, shape, stride = like.device_mesh, like.placements, like.shape, like.stride()
+    return unsharded(DTensor.from_local(part, mesh, placements, run_check=False, shape=shape, stride=stride))
 
 
 def _mesh(tensor: Tensor) -> Any:

@@ -30,7 +30,7 @@ class Work(Price):
     def __init__(self, parameters: Sequence[Tensor]) -> None:
         super().__init__()
         self.rows: defaultdict[int, float] = defaultdict(float)  # by the number of the parameter
-        self._numbers = {p.data_ptr(): n for n, p in enumerate(parameters) if p.dim() >= 2 and p.numel() > 0}
+        self._numbers = {_place(p): n for n, p in enumerate(parameters) if p.dim() >= 2 and p.numel() > 0}
         self._parameters = parameters
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -52,9 +52,11 @@ class Work(Price):
             self.operations += int(2 * rows * parameter.numel())
 
 
-def _place(tensor: Tensor) -> int | None:
-    """Where a tensor lies; nothing for sparse ones, which lie in several places."""
-    return tensor.data_ptr() if tensor.layout is torch.strided else None
+def _place(tensor: Tensor) -> tuple[int, int] | None:
+    """The memory that a tensor lies in, and where; nothing for sparse ones, which lie in several places."""
+    if tensor.layout is not torch.strided:
+        return None
+    return tensor.untyped_storage()._cdata, int(tensor.storage_offset())
 
 
 def affordable_sides(
