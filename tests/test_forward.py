@@ -22,6 +22,8 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import newton_summary as ns
 from newton_summary.measure import AutoEngine, ForwardEngine, Loss, NestedEngine, Refusal, arena, forward, sweep
+from newton_summary.measure.gradient import Gradient
+from newton_summary.measure.recorded_line import RecordedLine
 from newton_summary.measure.rules import bilinear
 
 GENERAL = {  # operations that no rule of their own takes
@@ -569,9 +571,24 @@ def test_gradients_in_half_precision_may_differ_by_the_rounding_of_so_many_opera
     graph = SimpleNamespace(coarsest=dtype, kinked=False, instructions=[None] * operations)
     gradient, noise = torch.randn(2, 1000, dtype=torch.float64).unbind()
     noise *= deviation * gradient.norm() / noise.norm()
-    tape = SimpleNamespace(graph=graph, gradient={0: gradient + noise})
+    tape = SimpleNamespace(graph=graph, gradient=Gradient([gradient + noise]))
     with contextlib.nullcontext() if agree else pytest.raises(Refusal, match="another gradient for 'weight'"):
-        forward._check_gradient(tape, ["weight"], [gradient])
+        forward._check_gradient(tape, ["weight"], Gradient([gradient]))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("scale", [1.0, 30.0])
+def test_two_runs_tell_that_a_gradient_is_one_where_a_step_along_it_goes_far(dtype, scale, monkeypatch) -> None:
+    model = nn.Sequential(nn.Linear(64, 400), nn.Tanh(), nn.Linear(400, 400), nn.Tanh(), nn.Linear(400, 50)).to(dtype)
+    batch = scale * torch.randn(20, 64, dtype=dtype), torch.randint(50, (20,))
+    runs, values = [], RecordedLine.values
+    monkeypatch.setattr(RecordedLine, "values", lambda self, *a, **k: runs.append(self) or values(self, *a, **k))
+
+    def loss_fn(model, batch):
+        return nn.functional.cross_entropy(4 * model(batch[0]), batch[1])
+
+    ns.summarize(loss_fn, model, [batch], order=2, engine=ForwardEngine())
+    assert len(runs) == 2
 
 
 # Memory ---------------------------------------------------------------------------------------------------------------

@@ -72,8 +72,9 @@ def ratio(parameters: Sequence[Tensor], direction: Sequence[Tensor]) -> float:
     return max(size, 1e-3) / max(length, 1e-30)
 
 
-def _wide(t: Tensor) -> torch.dtype:
-    return torch.complex128 if t.is_complex() else torch.float64
+def _wide(t: Tensor) -> torch.dtype | None:
+    """The type to find the length of a tensor in: its own, unless squares may not fit there."""
+    return torch.float32 if t.dtype in (torch.float16, torch.bfloat16) else None
 
 
 class Slope:

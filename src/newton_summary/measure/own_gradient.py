@@ -45,7 +45,7 @@ def check_own_gradient(tape: Tape, leaves: Sequence[Leaf], request: Request, gra
     if tape.graph.coarsest not in JUDGED:
         return
     slope, size = _slope_along(request, gradient)
-    if RecordedLine(tape.graph, leaves, request, tape.values).slope([1]).may_be(slope, size):
+    if RecordedLine(tape.graph, leaves, request, tape.values, size).slope([1]).may_be(slope, size):
         return
     line = RecordedLine(tape.graph, leaves, request)
     found = line.slope()

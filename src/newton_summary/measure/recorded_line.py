@@ -6,6 +6,7 @@ another one by intention is that of what is run here.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from functools import partial
@@ -31,6 +32,9 @@ from newton_summary.measure.loss import gradients_of
 from newton_summary.measure.record import Leaf
 from newton_summary.measure.sweep import Request
 
+_ROUNDINGS = 32  # units in the last place of a loss: what they make of a slope is within its tolerance
+_SHORTEST = 1e-3  # of the usual step: a loss that is near 0 by itself tells nothing of its rounding
+
 _WIDE = {torch.float32: torch.float64, torch.complex64: torch.complex128}
 
 
@@ -42,10 +46,16 @@ class RecordedLine:
         leaves: of a recording.
         request: what is measured.
         values: those of the graph there.  Default: they are computed anew, in double precision where that can be.
+        size: of the terms of the slope that is expected: no step is longer than it takes to tell.
     """
 
     def __init__(
-        self, graph: Graph, leaves: Sequence[Leaf], request: Request, values: Sequence[Any] | None = None
+        self,
+        graph: Graph,
+        leaves: Sequence[Leaf],
+        request: Request,
+        values: Sequence[Any] | None = None,
+        size: float = 0.0,
     ) -> None:
         self._leaves, self._request = leaves, request
         self._is_wide = values is None and graph.coarsest == torch.float32
@@ -55,6 +65,16 @@ class RecordedLine:
         self._factors = request.partition.spread(rates(len(request.partition)))
         with torch.no_grad():
             self.here = self.graph.run([i() for i in self._inputs(0)]) if values is None else values
+        self._step = min(self._step, max(self._telling(size), _SHORTEST * self._step))
+
+    def _telling(self, size: float) -> float:
+        """How long a step is that changes the loss by enough for differences to tell, whatever rounding does to it.
+
+        Along a gradient the loss of a large model bends soon: it moves by as much as it has within some thousandths of
+        the parameters' length.
+        """
+        loss = abs(self.here[self.graph.result].item())
+        return _ROUNDINGS * self.precision.eps / self.precision.slope * loss / size if size > 0 else math.inf
 
     def _precision(self) -> Precision:
         if self._is_wide:
@@ -76,8 +96,10 @@ class RecordedLine:
         tensor = self._widened(self._leaves[leaf].tensor.detach())
         if number is None:
             return tensor
-        move = self._widened(self._request.direction[number]) * self._factors[number]
-        return tensor + move * (k * self._step)
+        u, factor = self._widened(self._request.direction[number]), self._factors[number]
+        if isinstance(factor, Tensor):
+            return torch.addcmul(tensor, u, self._widened(factor), value=k * self._step)
+        return torch.add(tensor, u, alpha=k * self._step * factor)
 
     def values(self, k: int, whole: bool = True) -> list[Any]:
         """Every value some steps along the line, by slot; the loss alone if so wanted."""
