@@ -453,8 +453,8 @@ def page(rows: Sequence[Sequence[object]]) -> str:
         "operations a second; a multiply-add is two). That share is assumed, and operations that are no products are",
         "left out. Seconds: of a gradient, and of a measurement, on one accelerator. Memory: of weights and direction,",
         "of values and adjoints, and of the tangents of all groups at once, which a budget (`memory=`) bounds at the",
-        "price of more sweeps. Parameters are gathered whole while a model is measured, so what does not fit one",
-        "accelerator cannot be measured yet.",
+        "price of more sweeps. A sharded model's parameters are gathered a block at a time: of n accelerators each",
+        "has an n-th of the first figure, and all of the others for samples of its own.",
         "",
         *table(
             ["model", "tokens", "S", "order", "gradients", *[f"{name}, s" for name in ACCELERATORS], "memory, GB"],

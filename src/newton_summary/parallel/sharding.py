@@ -15,6 +15,7 @@ from functools import partial
 from typing import Any, TypeAlias, cast
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
 from newton_summary.measure.paging import Block, Page, Pages
@@ -121,14 +122,12 @@ class _Blocks:
 
     def _exchange(self, number: int) -> list[int]:
         """What number each process gives."""
-        from torch.distributed.tensor import DTensor, Shard
-
-        mesh = self._mesh
-        own = torch.tensor([number], device=mesh.device_type)
-        numbers: list[int] = (
-            DTensor.from_local(own, mesh, [Shard(0)] * mesh.ndim, run_check=False).full_tensor().tolist()
-        )
-        return numbers
+        numbers = torch.tensor([number], device=self._mesh.device_type)
+        for dimension in range(self._mesh.ndim):
+            own, numbers = numbers, numbers.new_empty(self._mesh.size(dimension) * numbers.numel())
+            dist.all_gather_into_tensor(numbers, own, group=self._mesh.get_group(dimension))
+        everyones: list[int] = numbers.tolist()
+        return everyones
 
 
 def _joined(like: Any, part: Tensor) -> Tensor:
