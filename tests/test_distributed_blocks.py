@@ -20,7 +20,7 @@ from newton_summary.parallel.processes import Processes
 from newton_summary.parallel.sharding import measurable, sharded_like, unsharded
 
 DTYPE = torch.float64
-WIDTH, HIDDEN, WORDS, BLOCKS = 6, 22, 17, 5
+WIDTH, HIDDEN, WORDS, BLOCKS = 6, 22, 17, 4
 
 
 class Block(nn.Module):
@@ -126,7 +126,7 @@ def test_parts_of_tensors_are_groups_of_sharded_models_too(two) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("groups", ["blocks", "tensors", "parts"])
+@pytest.mark.parametrize("groups", ["tensors", "parts"])
 def test_four_processes_measure_as_one(four, groups) -> None:
     expected = measure(groups=groups)
     for found in four.run(measure, groups=groups):
@@ -205,7 +205,7 @@ def each_alone(kind: str):
     return [one.to_dict() for one in found]
 
 
-@pytest.mark.parametrize("kind", LOSSES)
+@pytest.mark.parametrize("kind", [pytest.param("often", marks=pytest.mark.slow), "doubled"])
 def test_processes_that_compute_differently_wait_for_each_other(two, kind) -> None:
     results = two.run(each_alone, kind)
     for sharded, again, *expected in results:
@@ -300,9 +300,7 @@ def watch(what: str):
         with torch.no_grad(), measurable(model, partition, direction) as (over, along):
             engine.measure(loss, own_batch(), over, along, 3, "diagonal")
     with Watch(model) as found, torch.no_grad(), measurable(model, partition, direction) as (over, along):
-        if what == "further along":
-            loss.after_step(own_batch(), over, along, [0.1] * len(partition))
-        elif what == "compared":
+        if what == "moved":
             with loss.movable(own_batch(), over) as (weights, here):
                 torch._foreach_lerp_(weights, along, 0.5)
                 here()
@@ -311,7 +309,7 @@ def watch(what: str):
     return max(found.seen), len(found.seen)
 
 
-@pytest.mark.parametrize("what", ["first", "later", "further along", "compared"])
+@pytest.mark.parametrize("what", ["first", "later", "moved"])
 def test_one_block_is_whole_at_a_time_with_its_direction(two, what) -> None:
     matrix, block, everything = sizes_of_blocks()
     for most, turns in two.run(watch, what):
