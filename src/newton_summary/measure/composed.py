@@ -120,9 +120,15 @@ def _statistics_last(norm: Callable[..., Tensor]) -> Callable[..., Tensor]:
 
 
 def _standardised(x: Tensor, dims: list[int], eps: float) -> Tensor:
-    x = x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
-    variance, mean = torch.var_mean(x, dims, correction=0, keepdim=True)
-    return (x - mean) * (variance + eps).rsqrt()
+    return standardised(x.float() if x.dtype in (torch.float16, torch.bfloat16) else x, dims, eps)[0]
+
+
+def standardised(x: Tensor, dims: list[int], eps: float) -> tuple[Tensor, Tensor, Tensor]:
+    """A value minus its mean, divided by its deviation; with the mean and the reciprocal deviation."""
+    mean = x.mean(dims, keepdim=True)
+    centred = x - mean
+    reciprocal = (centred.square().mean(dims, keepdim=True) + eps).rsqrt()
+    return centred * reciprocal, mean, reciprocal
 
 
 def _affine(x: Tensor, weight: Tensor | None, bias: Tensor | None, first: int) -> Tensor:

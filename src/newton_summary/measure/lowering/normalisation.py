@@ -7,15 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from newton_summary.measure.composed import standardised
 from newton_summary.measure.lowering.table import aten, lowers, wide
-
-
-def _normalised(x: Tensor, dims: list[int], eps: float) -> tuple[Tensor, Tensor, Tensor]:
-    """A value minus its mean, divided by its deviation; with the mean and the reciprocal deviation."""
-    mean = x.mean(dims, keepdim=True)
-    centred = x - mean
-    reciprocal = (centred.square().mean(dims, keepdim=True) + eps).rsqrt()
-    return centred * reciprocal, mean, reciprocal
 
 
 def _channels(parameter: Tensor | None, x: Tensor) -> Tensor | None:
@@ -54,7 +47,7 @@ def _rms_norm(x: Tensor, shape: list[int], weight: Tensor | None, eps: float | N
 def _group_norm(
     x: Tensor, weight: Tensor | None, bias: Tensor | None, n: int, c: int, size: int, groups: int, eps: float
 ) -> tuple[Tensor, Tensor, Tensor]:
-    normal, mean, reciprocal = _normalised(wide(x).reshape(n, groups, -1), [2], eps)
+    normal, mean, reciprocal = standardised(wide(x).reshape(n, groups, -1), [2], eps)
     scaled = _scaled(normal.reshape(x.shape), _channels(weight, x), _channels(bias, x), x.dtype)
     return scaled, mean.view(n, groups), reciprocal.view(n, groups)
 
@@ -70,7 +63,7 @@ def _batch_norm(
 ) -> tuple[Tensor, Tensor, Tensor]:
     w, b, value = _channels(weight, x), _channels(bias, x), wide(x)
     if training or running_mean is None or running_var is None:
-        normal, mean, reciprocal = _normalised(value, [0, *range(2, x.dim())], eps)
+        normal, mean, reciprocal = standardised(value, [0, *range(2, x.dim())], eps)
         return _scaled(normal, w, b, x.dtype), mean.flatten(), reciprocal.flatten()
     shift, variance = _channels(running_mean, x), _channels(running_var, x)
     assert shift is not None
