@@ -703,7 +703,7 @@ def profiles(verdicts: Sequence[Verdict], names: Sequence[str], path: Path) -> N
         axes.set(xscale="log", xlim=(1, ticks[-1]), ylim=(0, 1.02))
         axes.set_xticks(ticks, labels=[f"{tick}×" for tick in ticks])
         axes.set_xticks([], minor=True)
-    of_loss.legend(fontsize=8)
+    figure.legend(*of_loss.get_legend_handles_labels(), loc="outside right center", fontsize=9, frameon=False)
     figure.savefig(path, dpi=150)
 
 
