@@ -60,6 +60,22 @@ def rates_held(optimizer: torch.optim.Optimizer) -> dict[int, float]:
     }
 
 
+def check_runs_hooks(optimizer: torch.optim.Optimizer) -> None:
+    """Raises where nobody would hear of an optimizer's steps.
+
+    Raises:
+        TypeError: its steps run no hooks.
+    """
+    step = type(optimizer).step
+    if not getattr(step, "hooked", False) or not hasattr(optimizer, "_optimizer_step_post_hooks"):
+        inner = getattr(optimizer, "optimizer", None)
+        cure = f"watch the {type(inner).__name__} inside it" if inner is not None else "call that in its own"
+        raise TypeError(
+            f"{type(optimizer).__name__} runs no hooks, because its __init__ does not call that of "
+            f"torch.optim.Optimizer, so a monitor would not hear of its steps: {cure}"
+        )
+
+
 def rate_of(group: dict[str, Any]) -> float:
     """The learning rate of a parameter group of an optimizer; 1 where it has none.
 

@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-import importlib
-import json
 import logging
 import math
 import warnings
 from collections import Counter, deque
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -20,7 +18,7 @@ from newton_summary._checks import check_count, check_fraction, check_positive
 from newton_summary._frozen import Frozen
 from newton_summary.measure import Engine, Loss, LossFunction, preserved_randomness, resolve_engine
 from newton_summary.measure.batches import batch_size
-from newton_summary.measure.next_step import check_needs_no_closure, next_step, rate_of
+from newton_summary.measure.next_step import check_needs_no_closure, check_runs_hooks, next_step, rate_of
 from newton_summary.measure.price import Price
 from newton_summary.measure.slices import RandomSamples
 from newton_summary.measure.stream import BatchStream
@@ -30,23 +28,14 @@ from newton_summary.parallel.processes import Processes
 from newton_summary.parallel.sharding import measurable
 from newton_summary.partition import Partition, one_for_each, resolve_partition
 from newton_summary.summary import Summary
-from newton_summary.watch.advice import Advice, advise, correlations
+from newton_summary.watch.advice import Advice, advise
 from newton_summary.watch.cadence import Affordable, Cadence, Fixed
-from newton_summary.watch.record import TAG, Record, markdown
+from newton_summary.watch.measured import Counts, Measured, Randomness, record_of
+from newton_summary.watch.output import Writer, frame_of, write
+from newton_summary.watch.record import Record
 from newton_summary.watch.rehearsed_advice import RehearsedAdvice, rehearse
 
 logger = logging.getLogger(__name__)
-
-
-class Writer(Protocol):
-    """What scalars are written to, such as a TensorBoard ``SummaryWriter``.
-
-    Where it has ``add_text(tag, text, step)``, too, it gets the advice in words.
-    """
-
-    def add_scalar(self, tag: str, scalar_value: float, global_step: int) -> Any:
-        """Takes one number."""
-        ...
 
 
 class Monitor:
@@ -156,7 +145,7 @@ class Monitor:
         for member in self.optimizers:
             if isinstance(member, MeasuredOptimizer):
                 raise TypeError("NewtonSummary measures by itself: read optimizer.summary and optimizer.rates")
-            _check_runs_hooks(member)
+            check_runs_hooks(member)
         check_needs_no_closure(self.optimizer)
         self.partition = resolve_partition(partition, model, one_for_each(self.optimizers))
         self.every, self.level, self.regularization = every, level, regularization
@@ -177,7 +166,7 @@ class Monitor:
         self._window: deque[tuple[Summary, Tensor]] = deque(maxlen=window)
         self._taken = 0
         self._stepped: set[int] = set()  # which of several optimizers have stepped in this round
-        self._awaiting: _Measured | None = None
+        self._awaiting: Measured | None = None
         self._hooks = [member.register_step_pre_hook(self._before_step) for member in self.optimizers]
         self._hooks += [member.register_step_post_hook(self._after_step) for member in self.optimizers]
         if all(math.isnan(rate) for rate in self._learning_rates().tolist()):
@@ -250,7 +239,7 @@ class Monitor:
     def _attempt(self, batches: Callable[[], list[Any]]) -> Advice | None:
         """Measures; what fails ends the measurements, in all processes, and not the training."""
         error: Exception | None = None
-        measured: _Measured | None = None
+        measured: Measured | None = None
         with self.cadence.spending():
             try:
                 measured = self._measured(batches(), self._counts_samples)
@@ -367,11 +356,11 @@ class Monitor:
         )
 
     @torch.no_grad()
-    def _measured(self, batches: Sequence[Any], cuts: bool = False) -> _Measured:
+    def _measured(self, batches: Sequence[Any], cuts: bool = False) -> Measured:
         """Measures on this process's batches, or on some samples of each."""
         self._frozen.warn_of_new()
         device = self.partition.device
-        randomness = _Randomness(device, self._loss.generator_rewind())
+        randomness = Randomness(device, self._loss.generator_rewind())
         if not batches:
             raise ValueError("there are no batches to measure on")
         u = next_step(self.optimizer, self.partition.parameters)
@@ -382,11 +371,11 @@ class Monitor:
                 replace(self.engine.measure(self._loss, batch, partition, along, 3, "diagonal"), weight=float(size))
                 for batch, size in zip(taken, sizes, strict=True)
             ]
-        counts = _Counts(sum(sizes), sum(available)) if self._counts_samples else _Counts()
-        return _Measured(own, u, taken, randomness, counts)
+        counts = Counts(sum(sizes), sum(available)) if self._counts_samples else Counts()
+        return Measured(own, u, taken, randomness, counts)
 
     @torch.no_grad()
-    def _take_in(self, measured: _Measured) -> Advice | None:
+    def _take_in(self, measured: Measured) -> Advice | None:
         """Advice from what all processes have measured."""
         self._write_last()
         parts = self._processes.average(measured.own, measured.along)
@@ -399,14 +388,14 @@ class Monitor:
         rates = self._learning_rates()
         self._window.extend((part, rates) for part in parts)
         self.advice = advise(self._in_todays_units(rates), regularization=self.regularization, level=self.level)
-        self.records.append(_record(self._taken, mean, rates, self.advice, self._in_all(measured.counts)))
+        self.records.append(record_of(self._taken, mean, rates, self.advice, self._in_all(measured.counts)))
         self._awaiting = measured
         return self.advice
 
-    def _in_all(self, counts: _Counts) -> _Counts:
+    def _in_all(self, counts: Counts) -> Counts:
         """The numbers of samples in all processes."""
         means = self._mean_of([float(counts.samples), float(counts.available)])
-        return _Counts(*(round(self._processes.count * mean) for mean in means))
+        return Counts(*(round(self._processes.count * mean) for mean in means))
 
     def _in_todays_units(self, rates: Tensor) -> list[Summary]:
         """The window's summaries along steps as long as they would be at the present learning rates."""
@@ -451,7 +440,7 @@ class Monitor:
             self.cadence.end_of_step(self._taken, self._mean_of)
 
     @torch.no_grad()
-    def _look_back(self, waiting: _Measured) -> None:
+    def _look_back(self, waiting: Measured) -> None:
         """What the loss did on the batches that the last measurement was made on."""
         self._awaiting = None
         weights, losses, error = [part.weight for part in waiting.own], [], None
@@ -488,25 +477,7 @@ class Monitor:
         Raises:
             ImportError: pandas is missing.
         """
-        try:
-            pandas = importlib.import_module("pandas")
-        except ImportError as error:
-            raise ImportError("to_frame() needs pandas: pip install 'newton-summary[frames]'") from error
-        columns = ("learning_rates", "alone", "low", "high", "joint", "words")
-        rows = [
-            {
-                "step": record.step,
-                "group": name,
-                **{key.removesuffix("s") if key != "words" else key: getattr(record, key)[i] for key in columns},
-                "samples": record.samples,
-                "loss": record.loss,
-                "predicted_decrease": record.predicted_decrease,
-                "actual_decrease": record.actual_decrease,
-            }
-            for record in self.records
-            for i, name in enumerate(record.names)
-        ]
-        return pandas.DataFrame(rows)
+        return frame_of(self.records)
 
     def _write_last(self) -> None:
         """Writes a record whose step was never taken."""
@@ -515,91 +486,6 @@ class Monitor:
             self._write(self.records[-1])
 
     def _write(self, record: Record) -> None:
-        if self._processes.rank != 0:
-            return
-        if self.path is not None:
+        if self._processes.rank == 0:
             assert self.summary is not None
-            line = {**record.to_dict(), "correlations": _lower_triangle(correlations(self.summary))}
-            with self.path.open("a", encoding="utf-8") as file:
-                file.write(json.dumps(line, ensure_ascii=False) + "\n")
-        if self.writer is not None:
-            for tag, value in record.scalars().items():
-                self.writer.add_scalar(tag, value, record.step)
-            if hasattr(self.writer, "add_text"):
-                self.writer.add_text(TAG, markdown(record.sentences), record.step)
-
-
-@dataclass(frozen=True)
-class _Measured:
-    """What this process has measured; the loss on the batches is computed once more, after the step."""
-
-    own: list[Summary]
-    along: Sequence[Tensor]
-    batches: Sequence[Any]
-    randomness: _Randomness
-    counts: _Counts
-
-
-@dataclass(frozen=True)
-class _Counts:
-    """How many samples were measured, and how many the batches had; 0 where they were not counted."""
-
-    samples: int = 0
-    available: int = 0
-
-
-class _Randomness:
-    """The random states that a measurement started from, so that the loss after the step meets the same dropout."""
-
-    def __init__(self, device: torch.device, rewind_generators: Callable[[], None]) -> None:
-        self.device = device
-        self.rewind_generators = rewind_generators
-        self.host = torch.get_rng_state()
-        self.own = None if device.type == "cpu" else torch.get_device_module(device).get_rng_state(device)
-
-    def restore(self) -> None:
-        self.rewind_generators()
-        torch.set_rng_state(self.host)
-        if self.own is not None:
-            torch.get_device_module(self.device).set_rng_state(self.own, self.device)
-
-
-def _check_runs_hooks(optimizer: torch.optim.Optimizer) -> None:
-    """Raises where a monitor would never hear of an optimizer's steps."""
-    step = type(optimizer).step
-    if not getattr(step, "hooked", False) or not hasattr(optimizer, "_optimizer_step_post_hooks"):
-        inner = getattr(optimizer, "optimizer", None)
-        cure = f"watch the {type(inner).__name__} inside it" if inner is not None else "call that in its own"
-        raise TypeError(
-            f"{type(optimizer).__name__} runs no hooks, because its __init__ does not call that of "
-            f"torch.optim.Optimizer, so a monitor would not hear of its steps: {cure}"
-        )
-
-
-def _record(step: int, mean: Summary, rates: Tensor, advice: Advice, counts: _Counts) -> Record:
-    groups = advice.groups
-    return Record(
-        step=step,
-        loss=mean.loss.item(),
-        predicted_decrease=float(mean.gradient.sum() - mean.tensor(2).sum() / 2),
-        actual_decrease=math.nan,
-        names=mean.names,
-        learning_rates=tuple(rates.tolist()),
-        alone=tuple(g.alone for g in groups),
-        low=tuple(g.low for g in groups),
-        high=tuple(g.high for g in groups),
-        joint=tuple(g.joint for g in groups),
-        words=tuple(g.words for g in groups),
-        headline=advice.headline,
-        sentences=tuple(advice.sentences()),
-        middle=advice.middle,
-        batches=advice.batches,
-        level=advice.level,
-        samples=counts.samples,
-        available=counts.available,
-    )
-
-
-def _lower_triangle(matrix: Tensor) -> list[list[float]]:
-    """The rows of a symmetric matrix, each up to the diagonal, to three decimals."""
-    return [[round(value, 3) for value in row[: i + 1]] for i, row in enumerate(matrix.tolist())]
+            write(record, self.summary, self.path, self.writer)
