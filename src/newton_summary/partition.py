@@ -391,7 +391,10 @@ class Partition:
 
         One product of two tensors is there at a time.  Complex numbers count as pairs of real ones.
         """
-        return self.sums(None if a is None else _product(a, b) for a, b in zip(left, right, strict=True))
+        return self.sums(
+            None if a is None else _product(a, b) if isinstance(label, Tensor) else _partial_sums(a, b)
+            for label, a, b in zip(self.labels, left, right, strict=True)
+        )
 
     def spread(self, values: Sequence[float]) -> list[float | Tensor]:
         """One number for each group (S) to one factor for each tensor (I v): a number, or a tensor of its shape.
@@ -517,6 +520,20 @@ def kind_of(name: str, parameter: Tensor) -> str:
 
 def _product(a: Tensor, b: Tensor) -> Tensor:
     return (a.conj() * b).real if a.is_complex() or b.is_complex() else a * b
+
+
+_PIECE = 1 << 17  # entries that a processor's cache holds: what is made of them is never written to memory
+
+
+def _partial_sums(a: Tensor, b: Tensor) -> Tensor:
+    """What sums to the inner product of two tensors, in whatever pieces."""
+    is_plain = all(
+        type(t) in (Tensor, nn.Parameter) and t.layout is torch.strided and not t.requires_grad for t in (a, b)
+    )
+    if not is_plain or a.device.type != "cpu" or a.numel() <= 2 * _PIECE:
+        return _product(a, b)
+    pairs = zip(a.reshape(-1).split(_PIECE), b.reshape(-1).split(_PIECE), strict=True)
+    return torch.stack([_product(x, y).sum(dtype=torch.float64) for x, y in pairs])
 
 
 def _gather(pairs: Iterable[tuple[str, str]]) -> dict[str, list[str]]:
