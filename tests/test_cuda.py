@@ -1,4 +1,4 @@
-"""What is claimed of an accelerator, held to where there is one; elsewhere these are skipped (.ci/allowed_skips.txt)."""
+"""What is claimed of an accelerator, held to where there is one; elsewhere these tests are skipped."""
 
 from __future__ import annotations
 

@@ -131,6 +131,15 @@ def test_refusals_say_why():
             ns.summarize(loss_fn, model, [batch], engine="forward")
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["GPT-2", "Mamba", "ConvNeXt", "LoRA on Llama"])
+def test_the_table_has_what_is_counted(name):
+    from zoo_table import counts, row_of
+
+    needed(name)
+    assert row_of(name)[9:11] == [f"{count:.0f}" for count in counts(name)[:2]]
+
+
 def test_the_table_knows_every_architecture():
     table = (Path(__file__).parent.parent / "docs" / "zoo.md").read_text()
     assert [name for name in ZOO if f"| {name} |" not in table] == []

@@ -14,12 +14,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from studies import benchmark
 from test_zoo import REFUSED, some_groups
 from zoo_models import ZOO, doubled, make, variants
 from zoo_reference import by_differences, direction_of, error, gradients, seeded
 
 import newton_summary as ns
 from newton_summary.measure import ForwardEngine
+from newton_summary.measure.price import Price
 
 PAGE = Path(__file__).parent.parent / "docs" / "zoo.md"
 
@@ -35,11 +37,14 @@ from the reference, in units of the largest entry. The reference is central diff
 nothing of the engine but the loss; nested differentiation stands for them where slopes jump (ReLU, choices of
 experts, boxes matched to objects), or where something moves and counts as a constant (spectral norm). **Prices** are
 in forward and backward passes of the same loss, for one group per tensor, in the usual variant; "first" is the first
-measurement, which also checks a new loss against autograd. On models as small as these nearly all of it is overhead
-per operation; `results/large.md` has models of real size.
+measurement, which also checks a new loss against autograd. **Counted** are the multiply-adds of products,
+convolutions and attention that run, in the same unit, and **calls** the operations of torch that do. On models as small
+as these a call costs more than what it computes, so that prices follow neither count, and differ from run to run;
+`results/large.md` has models of real size, whose prices are 1.0 to 1.2 times what is counted.
 
-| model | variants | tensors | error of H̄ | of the third order | reference | ḡ, H̄ | with the third order | first |
-|---|---|---|---|---|---|---|---|---|
+| model | variants | tensors | error of H̄ | of the third order | reference | ḡ, H̄ | with the third order | first \
+| counted: ḡ, H̄ | with the third order | calls: ḡ, H̄ | with the third order |
+|---|---|---|---|---|---|---|---|---|---|---|---|---|
 """
 
 REFUSALS = """
@@ -104,6 +109,40 @@ def prices(name: str) -> tuple[int, float, float, float]:
     return len(partition), *(t / passes for t in (fastest(lambda: measure(2)), fastest(lambda: measure(3)), first))
 
 
+def counts(name: str) -> list[float]:
+    """Products, then calls, of H̄ and of all with the third order, in those of a gradient: nothing is timed."""
+    model, loss_fn, batch = make(name)
+    partition, engine = ns.Partition.canonical(model), ForwardEngine()
+    direction = [torch.randn_like(p) for p in partition.parameters]
+
+    def measure(order: int) -> ns.Summary:
+        return ns.summarize(
+            loss_fn, model, [batch], partition=partition, direction=direction, order=order, engine=engine
+        )
+
+    with benchmark("clock") as clock:
+        formulas = clock.FORMULAS
+
+    def counted(function: Callable[[], object]) -> Price:
+        with Price(formulas) as price:
+            function()
+        return price
+
+    gradient = counted(lambda: gradients(loss_fn(model, batch), partition.parameters))
+    found = []
+    for order in (2, 3):
+        measure(order)  # the first one has more to do
+        found.append(counted(lambda order=order: measure(order)))
+    products = [price.operations / max(gradient.operations, 1) for price in found]
+    return products + [price.calls / gradient.calls for price in found]
+
+
+def counts_in_words(name: str) -> list[str]:
+    """As the table has them; no products where a loss has next to none, or torch has no formula for them."""
+    found = counts(name)
+    return [f"{count:.0f}" if count else "–" for count in found]
+
+
 def line(name: str) -> str:
     """The table's row of one architecture."""
     found = [errors(name, options) for options in variants(name)]
@@ -111,7 +150,14 @@ def line(name: str) -> str:
     tensors, hessian, third, first = prices(name)
     reference = "nested" if ZOO[name].kinked else "differences"
     cells = [name, len(found), tensors, *(f"{e:.0e}" for e in worst), reference]
-    return "| " + " | ".join(map(str, [*cells, *(f"{p:.0f}" for p in (hessian, third, first))])) + " |"
+    timed = [f"{p:.0f}" for p in (hessian, third, first)]
+    return "| " + " | ".join(map(str, [*cells, *timed, *counts_in_words(name)])) + " |"
+
+
+def row_of(name: str) -> list[str]:
+    """The cells that the page has of an architecture."""
+    (found,) = (line for line in PAGE.read_text().splitlines() if line.startswith(f"| {name} |"))
+    return [cell.strip() for cell in found.strip("|").split("|")]
 
 
 def main(names: list[str]) -> None:
