@@ -154,6 +154,17 @@ def line(name: str) -> str:
     return "| " + " | ".join(map(str, [*cells, *timed, *counts_in_words(name)])) + " |"
 
 
+VERDICT = "At most 1.6 times what is counted, in both orders: "
+
+
+def verdict(lines: list[str]) -> str:
+    """How many prices are near what is counted."""
+    rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines]
+    rows = [row for row in rows if len(row) == 13 and row[0] in ZOO]
+    near = [row for row in rows if all(row[9 + i] != "–" and int(row[6 + i]) <= 1.6 * int(row[9 + i]) for i in (0, 1))]
+    return f"{VERDICT}{len(near)} of {len(rows)}."
+
+
 def row_of(name: str) -> list[str]:
     """The cells that the page has of an architecture."""
     (found,) = (line for line in PAGE.read_text().splitlines() if line.startswith(f"| {name} |"))
@@ -174,10 +185,11 @@ def main(names: list[str]) -> None:
         page = PAGE.read_text().splitlines()
         for new in lines:
             page = [new if old.startswith(new[: new.index("|", 1) + 1]) else old for old in page]
-        PAGE.write_text("\n".join(page) + "\n")
+        PAGE.write_text("\n".join(verdict(page) if old.startswith(VERDICT) else old for old in page) + "\n")
     else:
         refusals = [f"| {name} | {reason} |" for name, reason in REFUSED.items()]
-        PAGE.write_text(HEAD + "\n".join(lines) + "\n" + (REFUSALS + "\n".join(refusals) + "\n" if refusals else ""))
+        end = f"\n\n{verdict(lines)}\n"
+        PAGE.write_text(HEAD + "\n".join(lines) + end + (REFUSALS + "\n".join(refusals) + "\n" if refusals else ""))
 
 
 if __name__ == "__main__":
