@@ -75,16 +75,16 @@ def run(command: list[str], cwd: Path | None = None, expect: int = 0) -> subproc
 
 
 def required(names: list[str]) -> set[str]:
-    """The distributions that these need, themselves included."""
-    found: set[str] = set()
-    while names:
-        name = names.pop()
-        if name in found:
-            continue
-        found.add(name)
-        needed = map(Requirement, importlib.metadata.requires(name) or [])
-        names += [r.name for r in needed if r.marker is None or r.marker.evaluate({"extra": ""})]
-    return found
+    """The distributions that these need, themselves included, with the extras that are asked for."""
+    found: set[tuple[str, str]] = set()
+    waiting = [Requirement(name) for name in names]
+    while waiting:
+        asked = waiting.pop()
+        for extra in {"", *asked.extras} - {extra for name, extra in found if name == asked.name}:
+            found.add((asked.name, extra))
+            needed = map(Requirement, importlib.metadata.requires(asked.name) or [])
+            waiting += [r for r in needed if r.marker is None or r.marker.evaluate({"extra": extra})]
+    return {name for name, _ in found}
 
 
 @pytest.fixture(scope="module")
