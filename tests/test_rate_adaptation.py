@@ -22,9 +22,14 @@ from newton_summary.optim.rate_adaptation import Constants, RateAdaptation
 # The rule -------------------------------------------------------------------------------------------------------------
 
 
-def reference(comparisons, gain=2.0, settling=50):
+def reference(comparisons, gain=2.0, settling=50, negligible=0.01):
     """The rule as sums over all comparisons: (parts of the groups, steps, steps since the last), as a vector."""
-    terms = [np.sign(parts) * gap / (t + settling) for parts, t, gap in comparisons]
+    terms = [
+        np.where(np.greater(parts, 0), 1, np.clip(parts / np.max(np.abs(parts)) / negligible, -1, 0))
+        * gap
+        / (t + settling)
+        for parts, t, gap in comparisons
+    ]
     return np.exp(gain * np.sum(terms, axis=0)).tolist()
 
 
@@ -44,7 +49,7 @@ def followed(comparisons, constants=None) -> RateAdaptation:
 def test_the_scales_are_those_of_the_rule_written_out() -> None:
     comparisons = made_up(30)
     assert followed(comparisons).scales == pytest.approx(reference(comparisons), rel=1e-12)
-    constants = {"gain": 1.5, "settling": 7}
+    constants = {"gain": 1.5, "settling": 7, "negligible": 0.5}
     expected = reference(comparisons, **constants)
     assert followed(comparisons, Constants(**constants)).scales == pytest.approx(expected, rel=1e-12)
 
@@ -60,6 +65,18 @@ def test_steps_of_a_group_grow_while_its_average_is_worse_and_shrink_while_it_is
     adaptation = followed([([0.1, -0.3], 10 * n, 10) for n in range(1, 20)])
     assert adaptation.scales[0] > 1 > adaptation.scales[1]
     assert adaptation.advantage == pytest.approx(0.2)
+
+
+def test_steps_shrink_by_as_much_less_as_there_is_less_to_gain() -> None:
+    """Where the largest part is 1: for a noise of 0.01 by all, of 0.0025 by a quarter, of 0 not at all."""
+    adaptation = followed([([1.0, -0.1, -0.01, -0.0025, 0.0], 10, 10)])
+    logarithms = [math.log(scale) for scale in adaptation.scales]
+    assert logarithms == pytest.approx([1 / 3, -1 / 3, -1 / 3, -1 / 12, 0.0], rel=1e-12)
+
+
+def test_steps_grow_however_little_a_group_matters() -> None:
+    adaptation = followed([([1.0, 1e-12], 10, 10)])
+    assert adaptation.scales[0] == adaptation.scales[1] > 1
 
 
 def test_parts_that_are_zero_or_no_numbers_tell_nothing() -> None:

@@ -18,6 +18,7 @@ class Constants:
         gain: how fast rates change: while all comparisons agree, by the power ``gain`` of the factor by which the
             number of steps has grown, or by its inverse.
         settling: steps that are added to that number, so that a run does not begin with leaps.
+        negligible: the share of the largest part below which a group's noise costs too little for shorter steps.
         window: the part of the run, as 1/window of its steps, that the average of the weights is over.
         most: the share of the weights in their average, at most: with all of it, the two would be the same, and tell
             nothing, while comparisons are further apart than a fourth of the run.
@@ -29,6 +30,7 @@ class Constants:
 
     gain: float = 2.0
     settling: int = 50
+    negligible: float = 0.01
     window: float = 4.0
     most: float = 0.5
     recent: float = 0.3
@@ -47,7 +49,9 @@ class RateAdaptation:
     between the two: exactly so where the loss is quadratic, whose interactions between groups count half for either.
     At each *comparison* these parts are found on a fresh batch.  A constant in the loss does not enter them; what is
     used of each is its sign, so that a factor on the loss, and what a group matters for it, does not, either, and large
-    differences of long ago do not outweigh those of today.
+    differences of long ago do not outweigh those of today.  But steps become shorter only where that gains something:
+    for a group whose noise costs less than a hundredth of the largest part, they do so by as much less.  Layers that
+    are saturated, or wait on a plateau, have gradients of noise that costs nothing, and have to move to come back.
 
     Args:
         groups: S, how many there are.
@@ -123,9 +127,10 @@ class RateAdaptation:
         self.advantage += share * (-total - self.advantage)
         if holds:
             return
-        change = math.exp(self.constants.gain * gap / (steps + self.constants.settling))
-        factors = [1.0 if part == 0 else change if part > 0 else 1 / change for part in behind]
-        self.scales = [scale * factor for scale, factor in zip(self.scales, factors, strict=True)]
+        change = self.constants.gain * gap / (steps + self.constants.settling)
+        noticeable = self.constants.negligible * max(map(abs, behind)) or 1.0
+        signs = [1.0 if part > 0 else max(part / noticeable, -1.0) for part in behind]
+        self.scales = [scale * math.exp(change * sign) for scale, sign in zip(self.scales, signs, strict=True)]
 
     def state_dict(self) -> dict[str, Any]:
         """Plain numbers."""
