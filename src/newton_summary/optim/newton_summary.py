@@ -43,7 +43,7 @@ class NewtonSummary(MeasuredOptimizer):
     2. Each tensor has a rate of its own.  All begin half way from 0.003 to a third of the best first step.
     3. Every 20 steps one gradient on a fresh batch, half way from the weights to their average over the last quarter of
        the run, tells what each tensor adds to the loss on the way: if the weights are better, its steps become longer,
-       else shorter.
+       else shorter, unless their noise costs next to nothing.
     4. In a given share of the run's steps so far a rate changes by a given factor: quickly at first.
     5. A gradient three times as long as usual is shortened; weights that diverge go back to their average.
 
