@@ -536,7 +536,7 @@ def clipped(ratios: Sequence[float]) -> float:
 
 # Divergence -----------------------------------------------------------------------------------------------------------
 
-BATCHES, SCALES = (0.32, 1.0, 5.0), (0.3, 1.0, 3.0)  # of batches in units of the problem's own, of initial weights
+BATCHES, SCALES = (1 / 3, 1.0, 5.0), (0.3, 1.0, 3.0)  # of batches in units of the problem's own, of initial weights
 
 
 def failure(record: Record) -> str:
