@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import ctypes
 import random
 import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -227,7 +226,8 @@ def preserved_randomness(devices: set[torch.device] | None = None) -> Iterator[C
 
     It gives a function that does so at once.
     """
-    python_state, host_state, rewind_numpy = random.getstate(), torch.get_rng_state(), _numpy_rewind()
+    python_state, host_state = random.getstate(), torch.get_rng_state()
+    numpy_state: Any = np.random.get_state(legacy=False)  # noqa: NPY002  (the user's global generator)
     states = [
         (torch.get_device_module(device), device, torch.get_device_module(device).get_rng_state(device))
         for device in devices or ()
@@ -236,7 +236,7 @@ def preserved_randomness(devices: set[torch.device] | None = None) -> Iterator[C
 
     def rewind() -> None:
         random.setstate(python_state)
-        rewind_numpy()
+        np.random.set_state(numpy_state)  # noqa: NPY002
         torch.set_rng_state(host_state)
         for module, device, state in states:
             module.set_rng_state(state, device)
@@ -245,31 +245,6 @@ def preserved_randomness(devices: set[torch.device] | None = None) -> Iterator[C
         yield rewind
     finally:
         rewind()
-
-
-def _numpy_rewind() -> Callable[[], None]:
-    """A function that restores the state of numpy's global generator, if it has moved.
-
-    To ask numpy for the state takes 0.1 ms, more than a small network's loss: whether it has moved is seen in the words
-    of the generator, to which numpy gives the address.  A normal variate that was kept for the next call is not among
-    them: where there is one, the state is restored in any case.
-    """
-    state: Any = np.random.get_state(legacy=False)  # noqa: NPY002  (the user's global generator)
-    words = None if state["has_gauss"] else _numpy_words()
-
-    def rewind() -> None:
-        if words is None or _numpy_words() != words:
-            np.random.set_state(state)  # noqa: NPY002
-
-    return rewind
-
-
-def _numpy_words() -> bytes | None:
-    """A copy of the 624 words and the position of numpy's global generator, if it is of the usual kind."""
-    generator = np.random.get_bit_generator()  # type: ignore[attr-defined]
-    if type(generator) is not np.random.MT19937:
-        return None
-    return ctypes.string_at(generator.ctypes.state_address, 625 * 4)
 
 
 @contextlib.contextmanager
