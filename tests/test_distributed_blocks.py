@@ -15,7 +15,7 @@ from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, 
 
 import newton_summary as ns
 from newton_summary.measure import Loss, resolve_engine
-from newton_summary.measure.paging import Pages
+from newton_summary.parallel.paging import Pages
 from newton_summary.parallel.processes import Processes
 from newton_summary.parallel.sharding import measurable, sharded_like, unsharded
 

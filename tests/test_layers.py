@@ -11,10 +11,11 @@ import pytest
 import newton_summary
 import newton_summary_experiments
 
-CORE = {"_checks", "_frozen", "_html", "errors", "partition", "summary"}
+CORE = {"_checks", "_effects", "_frozen", "_html", "errors", "partition", "summary"}
 MAY_IMPORT: dict[str, set[str]] = {
     "_assignment": set(),
     "_checks": set(),
+    "_effects": set(),
     "architecture": set(),
     "_frozen": set(),
     "_html": set(),

@@ -87,7 +87,9 @@ class Slope:
     """
 
     def __init__(self, values: Mapping[int, float], step: float, precision: Precision) -> None:
-        self.is_finite = all(math.isfinite(v) for v in values.values())
+        self.is_finite = 0 < step < math.inf and all(math.isfinite(v) for v in values.values())
+        if not self.is_finite:  # differences tell nothing
+            step = math.nan
         slopes = [(values[k] - values[-k]) / (2 * k * step) for k in DISTANCES if k in values]
         self.value = slopes[0]
         self._doubt = _DOUBT * (max(slopes) - min(slopes))

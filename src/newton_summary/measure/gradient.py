@@ -14,10 +14,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from newton_summary.measure import paging
 from newton_summary.measure.autograd import nodes
 from newton_summary.measure.differences import rates
 from newton_summary.measure.loss import gradients_of
+from newton_summary.parallel import paging
 from newton_summary.partition import Partition
 
 

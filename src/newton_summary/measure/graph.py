@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 from typing_extensions import override
 
+from newton_summary._effects import effects_of
 from newton_summary.measure.arena import Layout
-from newton_summary.measure.journal import effects_of
 from newton_summary.measure.lowering import CONSTANT, lowering_of
 from newton_summary.measure.record import Record, Recording, Ref, Refusal, Tracer, ref
 

@@ -13,11 +13,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from newton_summary.measure import paging
 from newton_summary.measure.attributes import Attributes, generator_rewind, owners
 from newton_summary.measure.batches import fresh, kept
 from newton_summary.measure.composed import Composed
 from newton_summary.measure.journal import Journal, is_recurrent, watching
+from newton_summary.parallel import paging
 from newton_summary.partition import Partition, unwrap
 
 LossFunction: TypeAlias = Callable[[Any, Any], Tensor]

@@ -20,7 +20,8 @@ import torch
 from torch import Tensor
 from typing_extensions import override
 
-from newton_summary.measure.journal import Effects, Journal, effects_of
+from newton_summary._effects import Effects, effects_of
+from newton_summary.measure.journal import Journal
 from newton_summary.measure.lowering import CONSTANT
 from newton_summary.measure.memory import Memory, Views, geometry, overlaps
 

@@ -10,7 +10,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from newton_summary.measure.paging import settle
+from newton_summary.parallel.paging import settle
 from newton_summary.parallel.sharding import unsharded
 from newton_summary.partition import unwrap
 from newton_summary.summary import Summary

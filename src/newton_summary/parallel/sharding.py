@@ -2,7 +2,7 @@
 
 Steps, directions and their memories are computed on the shards, as any optimizer's are.  A derivative needs every
 parameter: each process measures on its own samples, and gathers the parameters and the direction of a module that is
-sharded by itself when operations come to it, one such module at a time (:mod:`newton_summary.measure.paging`).
+sharded by itself when operations come to it, one such module at a time (:mod:`newton_summary.parallel.paging`).
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from newton_summary.measure.paging import Block, Page, Pages
+from newton_summary.parallel.paging import Block, Page, Pages
 from newton_summary.partition import Partition
 
 _PLAIN = (Tensor, nn.Parameter)

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from typing_extensions import override
 
-from newton_summary.measure.journal import effects_of
+from newton_summary._effects import effects_of
 
 _PLAIN = (Tensor, nn.Parameter)
 _NOTHING = -1  # what a process wants that needs no block for now
