@@ -205,7 +205,8 @@ def each_alone(kind: str):
     return [one.to_dict() for one in found]
 
 
-@pytest.mark.parametrize("kind", [pytest.param("often", marks=pytest.mark.slow), "doubled"])
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["often", "doubled"])
 def test_processes_that_compute_differently_wait_for_each_other(two, kind) -> None:
     results = two.run(each_alone, kind)
     for sharded, again, *expected in results:
@@ -230,7 +231,7 @@ def train(kind: str, steps: int = 4):
     return [unsharded(p.detach()).clone() for p in model.parameters()], dict(optimizer.counts)
 
 
-@pytest.mark.parametrize("kind", ["measure", "compare"])
+@pytest.mark.parametrize("kind", [pytest.param("measure", marks=pytest.mark.slow), "compare"])
 def test_two_processes_train_as_one(two, kind) -> None:
     parameters, counts = train(kind)
     for own, own_counts in two.run(train, kind):
