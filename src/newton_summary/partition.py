@@ -522,7 +522,7 @@ def _product(a: Tensor, b: Tensor) -> Tensor:
     return (a.conj() * b).real if a.is_complex() or b.is_complex() else a * b
 
 
-_PIECE = 1 << 17  # entries that a processor's cache holds: what is made of them is never written to memory
+PIECE = 1 << 17  # entries that a processor's cache holds: what is made of them is never written to memory
 
 
 def _partial_sums(a: Tensor, b: Tensor) -> Tensor:
@@ -530,9 +530,9 @@ def _partial_sums(a: Tensor, b: Tensor) -> Tensor:
     is_plain = all(
         type(t) in (Tensor, nn.Parameter) and t.layout is torch.strided and not t.requires_grad for t in (a, b)
     )
-    if not is_plain or a.device.type != "cpu" or a.numel() <= 2 * _PIECE:
+    if not is_plain or a.device.type != "cpu" or a.numel() <= 2 * PIECE:
         return _product(a, b)
-    pairs = zip(a.reshape(-1).split(_PIECE), b.reshape(-1).split(_PIECE), strict=True)
+    pairs = zip(a.reshape(-1).split(PIECE), b.reshape(-1).split(PIECE), strict=True)
     return torch.stack([_product(x, y).sum(dtype=torch.float64) for x, y in pairs])
 
 

@@ -30,7 +30,7 @@ from newton_summary.measure.own_gradient import JUDGED, NoDerivative, check_own_
 from newton_summary.measure.record import Leaf, Recorder, Recording, Refusal
 from newton_summary.measure.recorded_line import RecordedLine
 from newton_summary.measure.sweep import Request, Tape, sweep
-from newton_summary.partition import Partition
+from newton_summary.partition import PIECE, Partition
 from newton_summary.summary import Summary
 
 _VALUE_TOLERANCE = {torch.float64: 1e-10, torch.float32: 1e-5}
@@ -287,14 +287,11 @@ def _derivative_tolerance(tape: Tape) -> float:
 def _close(value: Tensor, expected: Tensor, tolerance: float, scale: float = 0.0) -> bool:
     """Whether they agree up to rounding; numbers that are not finite agree with each other."""
     x, y = (_real(t.detach()).reshape(-1) for t in (value, expected))
-    pairs = list(zip(x.split(_PIECE), y.split(_PIECE), strict=True)) if y.device.type == "cpu" else [(x, y)]
+    pairs = list(zip(x.split(PIECE), y.split(PIECE), strict=True)) if y.device.type == "cpu" else [(x, y)]
     norm = _norm(b for _, b in pairs)
     if not math.isfinite(norm):
         return not math.isfinite(_norm(a for a, _ in pairs))
     return _norm(a - b for a, b in pairs) <= tolerance * max(norm, scale) + 1e-30
-
-
-_PIECE = 1 << 17  # entries that a processor's cache holds
 
 
 def _norm(pieces: Iterable[Tensor]) -> float:

@@ -1,6 +1,6 @@
 """A gradient, of which no more is kept than is compared.
 
-Where parameters are whole for a moment only (:mod:`newton_summary.measure.paging`), so are gradients by them: each is
+Where parameters are whole for a moment only (:mod:`newton_summary.parallel.paging`), so are gradients by them: each is
 taken as the backward pass finds it, its inner product with the direction is noted, and this process keeps its part.
 """
 
