@@ -38,6 +38,15 @@ def sampled(count: int, seed: int, size: int = 3, noise: float = 0.2) -> list[Su
     ]
 
 
+def test_nothing_is_known_of_a_group_that_may_take_any_step() -> None:
+    """Its mean slope and curvature let it go on for ever, and noise lets it stand."""
+    advice = advise([one(1, -0.1), one(-0.5, 0.1), one(0.2, -0.2)])
+    (group,) = advice.groups
+    assert (group.alone, group.low, group.high) == (math.inf, 0, math.inf)
+    assert math.isnan(advice.middle)
+    assert advice.overall == LEAVE
+
+
 # The factor -----------------------------------------------------------------------------------------------------------
 
 

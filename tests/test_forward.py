@@ -340,7 +340,7 @@ def custom_function(m, x):
 
 
 def fourier(m, x):
-    return torch.fft.fft((x @ m.a).tanh()).sin().abs().square().sum()
+    return torch.fft.fft((x @ m.a).tanh()).atan().abs().square().sum()
 
 
 def incomplete_gamma(m, x):

@@ -58,6 +58,18 @@ def sampled(padding, align):
     return act
 
 
+def pairs(x):
+    return torch.complex(x, 0.3 * x.cos() + 0.4)
+
+
+def written_conjugate(z):
+    y = z.clone().conj()
+    y[0] = z[1].square()
+    w = z.imag.clone()
+    w[0] = y.imag[1]
+    return y.imag * z.conj().real + w
+
+
 FUNCTIONS = {
     "solve": lambda x: torch.linalg.solve(x + 3 * EYE, x.cos()),
     "solve for a vector": lambda x: torch.linalg.solve(x + 3 * EYE, x[0]),
@@ -119,7 +131,20 @@ FUNCTIONS = {
     "complex products": lambda x: torch.einsum("ij,jk->ik", torch.complex(x, x.sin()), torch.complex(x.cos(), x)).real,
     "complex quotients": lambda x: (torch.complex(x, x.sin()) / torch.complex(x.cos() + 2, x)).imag,
     "complex exponentials": lambda x: (torch.exp(1j * x) * torch.polar(x.square() + 1, x.sin())).angle().sin(),
+    "complex powers": lambda x: (pairs(x) ** 3 + pairs(x) ** 0.7 + 2.0 ** pairs(x) + pairs(x) ** (1 + 2j)).imag,
+    "complex roots": lambda x: (pairs(x).sqrt() * pairs(x.cos()).rsqrt() + pairs(x).log()).real,
+    "complex waves": lambda x: (pairs(x).sin() * pairs(x).cos()).imag + pairs(x).sigmoid().abs(),
+    "complex hyperbolas": lambda x: (pairs(x).sinh() + pairs(x).cosh() * pairs(x).tanh() + pairs(x).expm1()).real,
+    "complex products along": lambda x: (pairs(x).prod(1) + pairs(x).cumprod(0)[-1]).abs(),
+    "complex deviations": lambda x: pairs(x).std(1) + pairs(x).var(0),
+    "conjugates": lambda x: (pairs(x) * pairs(x).conj()).real + pairs(x).conj().imag.exp() - pairs(x).mH.imag,
+    "conjugates written to": lambda x: written_conjugate(pairs(x)),
+    "cross-correlation": lambda x: torch.fft.irfft(torch.fft.rfft(x) * torch.fft.rfft(x.sin()).conj(), n=6),
+    "inner products": lambda x: torch.vdot(pairs(x)[0], pairs(x)[1]).abs() + torch.outer(x[0], x[1]),
     "a layer of pairs": lambda x: torch.view_as_complex(x.view(6, 3, 2)).abs(),
+    "segments": lambda x: torch.segment_reduce(x.sin(), "mean", lengths=torch.tensor([2, 1, 3])).exp(),
+    "segments, one empty": lambda x: torch.segment_reduce(x.sin(), "sum", offsets=torch.tensor([0, 2, 2, 6])).exp(),
+    "largest of segments": lambda x: torch.segment_reduce(x.sin(), "max", lengths=torch.tensor([4, 2])).exp(),
     "steps": lambda x: x.floor() * x + x.round() * x.sign(),
     "margins": lambda x: F.multi_margin_loss(x, INDEX[:, 0], p=2, margin=0.7, weight=EYE[0] + 0.3, reduction="none"),
     "margins, one sample": lambda x: F.multi_margin_loss(x[0], torch.tensor(2)),
@@ -169,6 +194,70 @@ def test_derivatives_are_those_of_the_operation(name):
     assert error(got.third, expected.third) < 1e-6
     assert error(torch.einsum("sss->s", full), got.third) < 1e-9
     assert abs(float(full.sum() - total)) < 1e-6 * float(full.abs().sum())
+
+
+# Gradients that are others by intention ------------------------------------------------------------------------------
+
+FIRST = torch.tensor([0, 3, 0, 5])
+
+
+def on_grid(x):
+    """On a grid of 0.1 from -1 to 1."""
+    return x + ((x / 0.1).round().clamp(-10, 10) * 0.1 - x).detach() - torch.where(x.abs() < 1.05, 0, x - x.detach())
+
+
+def fused(x):
+    """What follows the range of the values, too."""
+    fake = torch.ao.quantization.FusedMovingAvgObsFakeQuantize(averaging_constant=1.0)
+    return fake(x.float()).to(x.dtype)
+
+
+def fused_by_hand(x):
+    low, high = x.min().detach().clamp_max(0), x.max().detach().clamp_min(0)
+    scale = (high.float() - low.float()) / 255
+    fixed = torch.fake_quantize_per_tensor_affine(x.float().detach(), float(scale), -round(float(low / scale)), 0, 255)
+    return x.float().to(x.dtype) + (fixed - x.float()).detach().to(x.dtype)
+
+
+INTENDED = {
+    "padding": (
+        lambda x: F.embedding(FIRST, x, padding_idx=0),
+        lambda x: torch.where((FIRST == 0)[:, None], x[0].detach(), x[FIRST]),
+    ),
+    "a grid": (lambda x: torch.fake_quantize_per_tensor_affine(x, 0.1, 0, -10, 10), on_grid),
+    "a grid by channels": (
+        lambda x: torch.fake_quantize_per_channel_affine(
+            x, torch.full((6,), 0.1), torch.zeros(6, dtype=torch.int32), 1, -10, 10
+        ),
+        on_grid,
+    ),
+    "a grid in tensors": (
+        lambda x: torch.fake_quantize_per_tensor_affine(x, torch.tensor(0.1), torch.tensor(0), -10, 10),
+        on_grid,
+    ),
+    "a grid that follows": (fused, fused_by_hand),
+}
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+@pytest.mark.parametrize("name", INTENDED)
+def test_what_counts_as_a_constant_by_intention(name):
+    """Steps of one parameter that no other follows, and differences of the loss do not show, are no misuse."""
+    model, (function, detached) = Entries(), INTENDED[name]
+    partition = ns.Partition.canonical(model)
+    direction = [0.3 * u for u in direction_of(partition)]
+
+    def measured(function, engine):
+        loss = lambda m, _: function(m()).exp().square().sum()  # noqa: E731
+        return ns.summarize(loss, model, [torch.zeros(1)], direction=direction, engine=engine)
+
+    got, expected = measured(function, "forward"), measured(detached, "nested")
+    tolerance = 1e-12 if name == "padding" else 1e-6  # grids are of single precision
+    assert error(got.loss, expected.loss) < tolerance
+    assert error(got.gradient, expected.gradient) < tolerance
+    assert error(got.hessian, expected.hessian) < tolerance
+    assert error(got.third, expected.third) < tolerance
+    assert error(measured(function, "forward").hessian, got.hessian) < 1e-12
 
 
 # At points where the usual formulas have a kink and the functions have none -----------------------------------------

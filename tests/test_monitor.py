@@ -322,3 +322,18 @@ def test_its_repr_says_what_it_watches_and_what_it_advises() -> None:
     first, *rest = repr(monitor).splitlines()
     assert first.endswith("every 7 steps, measured 1×, of which 0× not finite")
     assert rest == repr(monitor.advice).splitlines()
+
+
+def test_advice_that_fails_does_not_end_the_training(monkeypatch) -> None:
+    def failing(*_, **__):
+        raise ValueError("no advice")
+
+    monkeypatch.setattr("newton_summary.watch.monitor.advise", failing)
+    model, batch = nn.Linear(3, 1), torch.randn(8, 3)
+    monitor = ns.Monitor(
+        model, lambda m, x: m(x).square().mean(), optimizer=torch.optim.SGD(model.parameters()), every=1
+    )
+    model(batch).square().mean().backward()
+    with pytest.warns(UserWarning, match=r"measures no more, training goes on.*no advice"):
+        assert monitor.step(batch) is None
+    assert monitor.step(batch) is None

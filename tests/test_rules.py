@@ -184,6 +184,7 @@ ELSEWHERE = {  # complex ones in test_lowering.py
     aten.view_as_complex.default,
     aten.complex.default,
     aten.conj_physical.default,
+    aten._conj_physical.default,
 }
 TRIANGLE = x(3, 3).tril() + 2 * torch.eye(3, dtype=torch.float64)
 

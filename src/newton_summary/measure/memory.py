@@ -24,11 +24,14 @@ class Geometry(NamedTuple):
     size: tuple[int, ...]
     stride: tuple[int, ...]
     dtype: torch.dtype
+    conjugate: bool = False
+    negative: bool = False
 
 
 def geometry(tensor: Tensor) -> Geometry:
     """How a tensor looks at its memory."""
-    return Geometry(int(tensor.storage_offset()), tuple(tensor.size()), tensor.stride(), tensor.dtype)
+    where = int(tensor.storage_offset()), tuple(tensor.size()), tensor.stride(), tensor.dtype
+    return Geometry(*where, tensor.is_conj(), tensor.is_neg())
 
 
 @functools.lru_cache(maxsize=256)
@@ -80,16 +83,23 @@ class Views:
     parts: tuple[Geometry, ...]
 
 
+def _seen(x: Tensor, by: Geometry, of: Geometry) -> Tensor:
+    """A value that one view shows as another one does: conjugates and opposites are views, too."""
+    x = x.conj() if by.conjugate != of.conjugate else x
+    return -x if by.negative != of.negative else x
+
+
 def read_memory(x: Tensor, views: Views) -> Tensor:
     """What the only part shows, where the whole shows ``x``."""
     index = torch.from_numpy(_places(views.whole, views.parts)).to(x.device)
-    return x.reshape(-1).index_select(0, index).reshape(views.parts[0].size)
+    part = x.reshape(-1).index_select(0, index).reshape(views.parts[0].size)
+    return _seen(part, views.parts[0], views.whole)
 
 
 def write_memory(x: Tensor, views: Views, *values: Tensor) -> Tensor:
     """What the whole shows after values were written to some parts of it, of which no two overlap."""
     places = _places(views.whole, views.parts)
-    written = torch.cat([v.reshape(-1) for v in values])
+    written = torch.cat([_seen(v, views.whole, p).reshape(-1) for v, p in zip(values, views.parts, strict=True)])
     if len(places) == x.numel():
         order = np.empty_like(places)
         order[places] = np.arange(len(places))

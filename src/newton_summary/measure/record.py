@@ -378,6 +378,7 @@ class Recorder(Tracer):
                 owners.setdefault(parameter.untyped_storage()._cdata, []).append(number)
                 self.name(parameter, leaf.slot)
         self._shared = set(owners)
+        self._resolved: set[int] = set()
         for shared in owners.values():
             self._check_apart([parameters[n] for n in shared], [names[n] for n in shared])
         self._walked: set[Any] = set()
@@ -391,6 +392,8 @@ class Recorder(Tracer):
 
     @override
     def slot_of(self, tensor: Tensor) -> int | None:
+        if id(tensor) in self._resolved:
+            return self.find(tensor)
         if tensor.requires_grad:
             if tensor.is_leaf:
                 known = self._parameters.get(id(tensor))
@@ -433,7 +436,10 @@ class Recorder(Tracer):
         if effects.writes and self._writes_aside(func, args, kwargs, effects):
             return self._run_aside(func, args, kwargs, effects)
         if self._may_move(args) or (kwargs and self._may_move(kwargs.values())):
-            return self.run(func, args, kwargs, effects)
+            out = self.run(func, args, kwargs, effects)
+            if func is aten.clone.default and (args[0].is_conj() or args[0].is_neg()):
+                self._resolved.add(id(out))  # by torch, within an operation, where autograd does not look
+            return out
         for tensor in effects.written(args, kwargs) if effects.writes else ():
             self.before_writing(tensor)
         out = func(*args, **kwargs)
@@ -447,7 +453,7 @@ class Recorder(Tracer):
             return self.moves(values)
         for value in values:
             if isinstance(value, Tensor):
-                if value.requires_grad and self.slot_of(value) is not None:
+                if (value.requires_grad or id(value) in self._resolved) and self.slot_of(value) is not None:
                     return True
             elif isinstance(value, list | tuple) and self._may_move(value):
                 return True
@@ -504,6 +510,7 @@ BESIDE = {
     aten._native_batch_norm_legit.default,
     aten._batch_norm_with_update.default,
     aten.rrelu_with_noise.default,
+    aten._fused_moving_avg_obs_fq_helper.default,
 }
 """Operations that overwrite arguments beside what they compute."""
 

@@ -495,7 +495,7 @@ def _middle(factors: Array, low: Array | None = None, high: Array | None = None)
 
 
 def _clear_decades(factor: float, low: float, high: float) -> float:
-    """log10 of a group's factor; where that is 0 or infinite, of the end of its interval; NaN where that is, too.
+    """log10 of a group's factor; where that is 0 or infinite, of an end of its interval; NaN where that is either, too.
 
     So a group without descent that could be told from noise has no rank.
     """
@@ -503,7 +503,7 @@ def _clear_decades(factor: float, low: float, high: float) -> float:
         factor = _NO_DESCENT if high == 0 or math.isnan(high) else high if high < 1 else math.inf
     elif math.isinf(factor):
         factor = 1 / _NO_DESCENT if math.isinf(low) or math.isnan(low) else low
-    return math.log10(factor) if math.isfinite(factor) else math.nan
+    return math.log10(factor) if 0 < factor < math.inf else math.nan
 
 
 def _finite(value: float) -> float | None:

@@ -249,7 +249,11 @@ class Monitor:
                 self._disable(error)
                 return None
             self.cadence.has_measured(self._taken, measured.counts.samples / len(measured.batches))
-            return self._take_in(measured)
+            try:
+                return self._take_in(measured)
+            except Exception as raised:  # alike in all processes: they know the same of all
+                self._disable(raised)
+                return None
 
     def _taken_of(self, batches: Sequence[Any]) -> tuple[list[Any], list[int]]:
         """As many samples of each batch as the cadence takes, and their numbers."""

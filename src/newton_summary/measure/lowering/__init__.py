@@ -9,6 +9,7 @@ from newton_summary.measure.lowering import (
     complex_numbers,
     losses,
     normalisation,
+    quantisation,
     selection,
 )
 from newton_summary.measure.lowering.table import CONSTANT, Lowering, lowering_of
@@ -23,5 +24,6 @@ __all__ = [
     "losses",
     "lowering_of",
     "normalisation",
+    "quantisation",
     "selection",
 ]

@@ -141,7 +141,8 @@ def _var_mean(
     mean = x.mean(dims, keepdim=True)
     centred = x - mean
     count = x.numel() // max(mean.numel(), 1)
-    variance = centred.square().sum(dims, keepdim=keepdim) / max(count - (1 if correction is None else correction), 0)
+    squares = torch.view_as_real(centred).square().sum(-1) if x.is_complex() else centred.square()
+    variance = squares.sum(dims, keepdim=keepdim) / max(count - (1 if correction is None else correction), 0)
     return variance, mean if keepdim else mean.sum(dims)
 
 
@@ -158,7 +159,7 @@ def _prod_along(x: Tensor, dim: int, keepdim: bool = False, *, dtype: torch.dtyp
 def _product(x: Tensor, dim: int, keepdim: bool, dtype: torch.dtype | None) -> Any:
     """Products of halves, again and again: torch's formulas for the third derivative miss terms where factors are 0."""
     x = x if dtype is None else x.to(dtype)
-    if not x.is_floating_point() or not x.shape[dim]:
+    if not (x.is_floating_point() or x.is_complex()) or not x.shape[dim]:
         return NotImplemented
     while x.shape[dim] > 1:
         half = x.shape[dim] // 2
@@ -171,7 +172,7 @@ def _product(x: Tensor, dim: int, keepdim: bool, dtype: torch.dtype | None) -> A
 def _cumprod(x: Tensor, dim: int, *, dtype: torch.dtype | None = None) -> Any:
     """Products of 2, 4, 8, … entries, each from those of half as many."""
     x = x if dtype is None else x.to(dtype)
-    if not x.is_floating_point():
+    if not x.is_floating_point() and not x.is_complex():
         return NotImplemented
     if not x.dim():
         return x.clone()

@@ -31,6 +31,17 @@ def _unbind(x: Tensor, dim: int = 0) -> list[Tensor]:
     return [x.select(dim, i) for i in range(x.shape[dim])]
 
 
+@lowers(aten.embedding.default)
+def _embedding(
+    weight: Tensor, indices: Tensor, padding_idx: int = -1, scale_grad_by_freq: bool = False, sparse: bool = False
+) -> Any:
+    """Rows of a table; that of padding counts as a constant, as autograd has it."""
+    if padding_idx < 0:
+        return NotImplemented
+    rows = as_it_is(aten.embedding.default, weight, indices, -1, scale_grad_by_freq)
+    return torch.where((indices == padding_idx).unsqueeze(-1), CONSTANT(rows), rows)
+
+
 @lowers(aten._embedding_bag.default, aten._embedding_bag_forward_only.default)
 def _embedding_bag(
     weight: Tensor,
@@ -85,3 +96,28 @@ def _scatter_reduce(
     stays = (CONSTANT(x) == result).to(x.dtype) if include_self else (counts == 0).to(x.dtype)
     shares = stays.scatter_add(dim, index, wins).clamp_min(1)  # those that are equal share, as torch has it
     return (x * stays).scatter_add(dim, index, source * wins) / shares
+
+
+@lowers(aten.segment_reduce.default)
+def _segment_reduce(
+    data: Tensor,
+    reduce: str,
+    *,
+    lengths: Tensor | None = None,
+    indices: Tensor | None = None,
+    offsets: Tensor | None = None,
+    axis: int = 0,
+    unsafe: bool = False,
+    initial: float | None = None,
+) -> Any:
+    """Sums, means and extremes of the rows that follow one another, some of which may be none."""
+    if offsets is not None:
+        lengths = offsets.diff()
+    if lengths is None or lengths.dim() != 1 or axis or initial is not None or reduce == "prod":
+        return NotImplemented
+    empty = as_it_is(aten.segment_reduce.default, CONSTANT(data[:0]), reduce, lengths=torch.zeros_like(lengths))
+    number = torch.arange(len(lengths), device=data.device).repeat_interleave(lengths)
+    place = number.view(-1, *[1] * (data.dim() - 1)).expand_as(data)
+    kind = {"max": "amax", "min": "amin"}.get(reduce, reduce)
+    result = torch.zeros_like(empty).scatter_reduce(0, place, data, kind, include_self=False)
+    return torch.where((lengths == 0).view(-1, *[1] * (data.dim() - 1)), empty, result)

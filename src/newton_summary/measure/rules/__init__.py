@@ -111,6 +111,8 @@ _RULES |= {
         lin.same: (
             aten._conj.default,
             aten.conj_physical.default,
+            aten._conj_physical.default,
+            aten._neg_view.default,
             aten.neg.default,
             aten.tril.default,
             aten.triu.default,

@@ -220,10 +220,8 @@ def indexed(call: Call, place: Place, rows: Tensor) -> Tensor:
 
 
 def embedded(call: Call, place: Place, rows: Tensor) -> Tensor:
-    """Rows of a table; that of padding counts as a constant, as autograd has it."""
-    taken = rows.index_select(1, call.args[1].flatten()).view(len(rows), *call.out.shape)
-    padding = call.args[2] if len(call.args) > 2 else -1
-    return taken if padding < 0 else taken.masked_fill_((call.args[1] == padding).unsqueeze(-1), 0.0)
+    """Rows of a table."""
+    return rows.index_select(1, call.args[1].flatten()).view(len(rows), *call.out.shape)
 
 
 def padded(call: Call, place: Place, rows: Tensor) -> Tensor:
