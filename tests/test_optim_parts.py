@@ -27,15 +27,12 @@ DTYPE = torch.float64
 
 @given(st.lists(st.floats(0.0, 1e3), min_size=1, max_size=8))
 def test_the_loss_along_a_step_is_that_at_the_moved_weights(sizes) -> None:
-    start, step = [torch.tensor([1.0, -2.0], dtype=DTYPE)], [torch.tensor([0.5, 0.25], dtype=DTYPE)]
-    weights = [start[0].clone()]
-    losses = LossAlongStep(weights, start, step, lambda: float((weights[0] ** 2).sum()))
+    weights, step = [torch.tensor([1.0, -2.0], dtype=DTYPE)], [torch.tensor([0.5, 0.25], dtype=DTYPE)]
+    losses = LossAlongStep(weights, step, lambda: float((weights[0] ** 2).sum()))
     for size in sizes:
         expected = (1 - 0.5 * size) ** 2 + (-2 - 0.25 * size) ** 2
         assert losses(size) == pytest.approx(expected, rel=1e-9, abs=1e-9)
-    assert losses.at([torch.tensor([3.0, 4.0], dtype=DTYPE)]) == 25.0
-    assert losses(0.0) == 5.0, "after other weights it begins at the start again"
-    assert torch.equal(start[0], torch.tensor([1.0, -2.0], dtype=DTYPE))
+    assert losses(0.0) == pytest.approx(5.0)
 
 
 # Backtracking ---------------------------------------------------------------------------------------------------------

@@ -978,3 +978,18 @@ def test_sparse_batches_train_as_dense_ones(layout) -> None:
     dense, found = torch.stack(losses).detach().chunk(2)
     assert dense[-1] != dense[0]
     assert torch.allclose(found, dense, rtol=1e-3)  # another side of a matrix may be worth a factor
+
+
+def test_the_first_rate_is_no_longer_than_the_best_first_step() -> None:
+    """Steps of the usual 0.003 would lead beyond the valley: the best power of two of them is a quarter."""
+
+    def loss_fn(model, batch):
+        return (1000 * model(batch)).square().mean()
+
+    model, batch = nn.Linear(1, 1, bias=False), torch.ones(4, 1)
+    nn.init.constant_(model.weight, 0.001)
+    optimizer = ns.NewtonSummary(model, loss_fn, curvature_data=[batch])
+    loss_fn(model, batch).backward()
+    optimizer.step()
+    assert optimizer.rates == {"weight": pytest.approx(0.25 * 0.003)}
+    assert model.weight.item() == pytest.approx(0.001 - 0.25 * 0.003)

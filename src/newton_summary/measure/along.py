@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -59,43 +58,27 @@ def losses_along(
 
 
 class LossAlongStep:
-    """The loss after any multiple of one step.
+    """The loss after any multiple of one step; the weights stay where the last one has led.
 
     Args:
-        weights: copies of the parameters, which are moved (:meth:`~newton_summary.measure.Loss.movable`).
-        start: the parameters.
-        step: a tensor for each of them: the weights go to start − size · step.
+        weights: the parameters' memory, which is moved (:meth:`~newton_summary.measure.Loss.movable`).
+        step: a tensor for each of them: the weights go to where they began, less size · step.
         loss: computes the loss where the weights are.
 
     Example:
-        >>> start, weights = torch.tensor([1.0]), torch.tensor([1.0])
-        >>> losses = LossAlongStep([weights], [start], [torch.tensor([0.5])], lambda: weights.square().item())
-        >>> losses(0.0), losses(2.0), losses.at([torch.tensor([3.0])])
-        (1.0, 0.0, 9.0)
+        >>> weights = torch.tensor([1.0])
+        >>> losses = LossAlongStep([weights], [torch.tensor([0.5])], lambda: weights.square().item())
+        >>> losses(0.0), losses(2.0), losses(1.0)
+        (1.0, 0.0, 0.25)
     """
 
-    def __init__(
-        self,
-        weights: Sequence[Tensor],
-        start: Sequence[Tensor],
-        step: Sequence[Tensor],
-        loss: Callable[[], float],
-    ) -> None:
-        self.weights, self.start, self.step, self.loss = list(weights), list(start), list(step), loss
+    def __init__(self, weights: Sequence[Tensor], step: Sequence[Tensor], loss: Callable[[], float]) -> None:
+        self.weights, self.step, self.loss = list(weights), list(step), loss
         self._reached = 0.0
 
     def __call__(self, size: float) -> float:
-        """The loss after this multiple of the step, not negative."""
-        if size < self._reached:  # back to the start: a step that was far too long would leave its rounding
-            torch._foreach_copy_(self.weights, self.start)
-            self._reached = 0.0
-        if size > self._reached:
+        """The loss after this multiple of the step."""
+        if size != self._reached:
             torch._foreach_sub_(self.weights, self.step, alpha=size - self._reached)
         self._reached = size
-        return self.loss()
-
-    def at(self, weights: Sequence[Tensor]) -> float:
-        """The loss at other weights."""
-        torch._foreach_copy_(self.weights, list(weights))
-        self._reached = math.inf
         return self.loss()

@@ -124,9 +124,8 @@ class AverageComparison:
             size = batch_size(batch)
             with samples.along(u) as (partition, along):
                 step = [v * f for v, f in zip(along, partition.spread(eta.tolist()), strict=True)]
-                start = [p.detach() for p in partition.parameters]
                 with samples.loss.movable(batch, partition, rewind) as (weights, loss):
-                    losses = LossAlongStep(weights, start, step, lambda: samples.mean(loss(), size))
+                    losses = LossAlongStep(weights, step, lambda: samples.mean(loss(), size))
                     self.adaptation.scales = [first_scale(losses)] * len(partition)
 
     def show_average(self, state: State) -> None:

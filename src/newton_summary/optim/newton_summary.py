@@ -40,7 +40,8 @@ class NewtonSummary(MeasuredOptimizer):
 
     1. The *direction* u is Adam's with Nesterov's momentum, in the eigenbases of Kronecker factors for those sides of
        weight matrices where a count of operations finds that cheap (:class:`~newton_summary.optim.directions.SOAP`).
-    2. Each tensor has a rate of its own.  All begin half way from 0.003 to a third of the best first step.
+    2. Each tensor has a rate of its own.  All begin half way from 0.003 to a third of the best first step,
+       and not above that step.
     3. Every 20 steps one gradient on a fresh batch, half way from the weights to their average over the last quarter of
        the run, tells what each tensor adds to the loss on the way: if the weights are better, its steps become longer,
        else shorter, unless their noise costs next to nothing.
