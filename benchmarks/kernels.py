@@ -34,9 +34,11 @@ VARIANTS = {
 NEEDS = {"avx2": torch.cpu._is_avx2_supported, "avx512": torch.cpu._is_avx512_supported}
 
 FILES = """
-advice batches cadence clipping directions forward invariance layers line_search loops losses_with_derivatives
-monitor nested optim_parts optimizer partition reports rules sampling slices solve_bounded solve_cubic solve_line_search
-solve_newton solve_shrinkage suggestion summarize summary summary_average testing torch_derivatives untouched
+advice attributes batches cadence clipping directions directions_of_several elementwise forward invariance layers
+loops losses_with_derivatives lowering memory monitor monitor_cadence nested optim_parts optimizer partition programs
+rate_adaptation rehearsed_advice reports rules sampling second_derivatives slices soap solve_bounded solve_cubic
+solve_line_search solve_newton solve_shrinkage suggestion summarize summary summary_average testing together
+torch_derivatives unusual untouched zoo
 """.split()  # noqa: SIM905
 
 

@@ -78,9 +78,10 @@ def test_a_broken_training_batch_costs_a_few_steps(kind, direction) -> None:
 def test_a_broken_measuring_batch_costs_a_measurement(kind) -> None:
     losses, optimizer = train(kind, training=False, measuring=True)
     assert 2 <= optimizer.counts["failed"] <= 6  # of 40; one draw in nine, of those for comparisons too
-    assert losses[-1] < losses[0] / 10
+    assert max(losses) < 1.1 * losses[0], "nothing was thrown off"
+    assert min(losses[100:]) < losses[0] / 10, "it did not go on"  # where it ends is chance: eight batches, rates × 3
     losses, _ = train(kind, training=True, measuring=True)
-    assert losses[-1] < losses[0] / 10
+    assert min(losses[100:]) < losses[0] / 10
 
 
 def test_a_first_gradient_that_is_broken_is_waited_out() -> None:

@@ -92,15 +92,16 @@ class RateAdaptation:
         return min(window * gap / (steps + window), self.constants.most)
 
     def is_suspicious(self, loss: float) -> bool:
-        """Whether a loss half way from the weights to their average is none that training leads to."""
+        """Whether a loss, of weights half way to their average or of that, is none that training leads to."""
         return not math.isfinite(loss) or (self._first is not None and self._count > 0 and loss > self._first)
 
     def has_diverged(self, loss: float, average: float) -> bool:
         """Whether the weights should go back to their average, where the loss half way to it is suspicious.
 
-        That is where the loss of the average is a number, and lower by far more than the two differ as a rule.
+        That is where the loss of the average is not, and lower by far more than the two differ as a rule.  Where that
+        of the average is suspicious, too, the batch may be what is wrong, and the average is nothing to go back to.
         """
-        if not math.isfinite(average):
+        if self.is_suspicious(average):
             return False
         return not loss - average <= self.constants.outlier * math.sqrt(self._square)
 
