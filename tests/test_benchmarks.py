@@ -276,3 +276,11 @@ def test_memory_by_shape_is_what_the_engine_holds(load, monkeypatch) -> None:
     assert predicted["values and adjoints"] == pytest.approx(found["held"], rel=0.02)
     assert predicted["tangents"] == pytest.approx(5 * found["tangents"], rel=0.02)
     assert predicted["weights and direction"] == pytest.approx(4 * sum(p.numel() for p in model.parameters()), rel=0.01)
+
+
+# Kernels --------------------------------------------------------------------------------------------------------------
+
+
+def test_the_files_that_run_under_other_kernels_are_there(load) -> None:
+    folder = Path(__file__).parent
+    assert [name for name in load("kernels").FILES if not (folder / f"test_{name}.py").is_file()] == []
