@@ -384,3 +384,22 @@ def test_products_of_values_of_two_types():
     got, expected = (ns.summarize(loss, model, batches, direction=direction, engine=e) for e in ("forward", "nested"))
     assert error(got.hessian, expected.hessian) < 1e-5
     assert error(got.third, expected.third) < 1e-5
+
+
+def test_what_does_not_move_may_have_slopes_without_bound():
+    """A row of zeros, divided by a length that is clamped to 1e-12: its third derivative overflows single precision."""
+    torch.manual_seed(0)
+    model, x = nn.Sequential(nn.Linear(3, 4), nn.ReLU()), torch.randn(5, 3)
+    with torch.no_grad():
+        x[0], model[0].bias[:] = -9.0, -0.1
+        model[0].weight.abs_()
+
+    def measured(model, x):
+        direction = [0.3 * torch.ones_like(p) for p in model.parameters()]
+        loss = lambda m, x: (F.normalize(m(x) + m(x).square(), dim=1) - 0.3).square().mean()  # noqa: E731
+        return ns.summarize(loss, model, [x], direction=direction, engine="forward")
+
+    assert not model(x[0]).any()
+    got, expected = measured(model, x), measured(model.double(), x.double())
+    assert error(got.hessian, expected.hessian) < 1e-4
+    assert error(got.third, expected.third) < 1e-4

@@ -206,6 +206,29 @@ def _mamba(**_: Any) -> Any:
     return MambaForCausalLM(config), {"input_ids": ids, "labels": ids}
 
 
+@entry(
+    "Mamba 2", "transformers", options=SWITCHED, tolerance=(1e-5, 1e-4)
+)  # differences miss 64 × less with half the step
+def _mamba2(**_: Any) -> Any:
+    from transformers import Mamba2Config, Mamba2ForCausalLM
+
+    config = Mamba2Config(vocab_size=VOCABULARY, hidden_size=12, state_size=4, num_hidden_layers=2, expand=2,
+                          num_heads=6, head_dim=4, n_groups=1, chunk_size=4, conv_kernel=3, pad_token_id=0,
+                          bos_token_id=1, eos_token_id=2)  # fmt: skip
+    ids = tokens()
+    return Mamba2ForCausalLM(config), {"input_ids": ids, "labels": ids}
+
+
+@entry("PatchTST", "transformers", options=SWITCHED)
+def _patchtst(**_: Any) -> Any:
+    from transformers import PatchTSTConfig, PatchTSTForPrediction
+
+    config = PatchTSTConfig(num_input_channels=2, context_length=12, prediction_length=4, patch_length=4,
+                            patch_stride=4, d_model=8, num_attention_heads=2, num_hidden_layers=1, ffn_dim=12,
+                            loss="mse")  # fmt: skip
+    return PatchTSTForPrediction(config), {"past_values": normal(BATCH, 12, 2), "future_values": normal(BATCH, 4, 2)}
+
+
 @entry("RWKV", "transformers", options={"train": (True,)}, kinked=True)  # it rewrites its weights to evaluate
 def _rwkv(**_: Any) -> Any:
     from transformers import RwkvConfig, RwkvForCausalLM
@@ -696,6 +719,98 @@ def transcription(model: Any, batch: Any) -> Tensor:
 def _ctc(**_: Any) -> Any:
     labels = torch.tensor([[1, 2, 2], [3, 1, 4]])
     return Recogniser(), (normal(2, 9, 4), labels, torch.tensor([9, 7]), torch.tensor([3, 2]))
+
+
+class CouplingFlow(nn.Module):
+    """Coupling layers and a linear one between them (RealNVP)."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.nets = nn.ModuleList(nn.Sequential(nn.Linear(4, 6), nn.Tanh(), nn.Linear(6, 8)) for _ in range(2))
+        self.mixing = nn.Parameter(torch.eye(4, dtype=torch.float64) + 0.2 * normal(4, 4))
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        volume = x.new_zeros(len(x))
+        for net, kept in zip(self.nets, ([1, 0, 1, 0], [0, 1, 0, 1]), strict=True):
+            mask = x.new_tensor(kept)
+            scale, shift = net(x * mask).chunk(2, -1)
+            scale = scale.tanh() * (1 - mask)
+            x = (x * scale.exp() + shift * (1 - mask)) @ self.mixing
+            volume = volume + scale.sum(-1) + torch.linalg.slogdet(self.mixing)[1]
+        return x, volume
+
+
+def likelihood(model: Any, x: Tensor) -> Tensor:
+    z, volume = model(x)
+    return -(torch.distributions.Normal(0.0, 1.0).log_prob(z).sum(-1) + volume).mean()
+
+
+@entry("coupling flow", loss_fn=likelihood, options=SWITCHED)
+def _coupling_flow(**_: Any) -> Any:
+    return CouplingFlow(), normal(5, 4)
+
+
+class DiagonalStateSpace(nn.Module):
+    """A convolution with the response of complex states (S4D), and the correlation of what it gives with itself."""
+
+    def __init__(self, width: int = 3, states: int = 2) -> None:
+        super().__init__()
+        self.decay, self.frequency = (nn.Parameter(normal(width, states)) for _ in range(2))
+        self.readout, self.step = nn.Parameter(normal(width, states, 2)), nn.Parameter(normal(width) - 1)
+        self.head = nn.Linear(width, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        length = x.shape[-1]
+        rates = torch.complex(-self.decay.exp(), self.frequency) * self.step.exp().unsqueeze(-1)
+        powers = torch.exp(rates.unsqueeze(-1) * torch.arange(length, dtype=x.dtype))
+        response = 2 * torch.einsum("hn,hnl->hl", torch.view_as_complex(self.readout) / rates, powers).real
+        spectrum = torch.fft.rfft(x, n=2 * length) * torch.fft.rfft(response, n=2 * length)
+        correlation = torch.fft.irfft((spectrum * spectrum.conj()).sqrt(), n=2 * length)[..., :length]
+        return self.head(F.gelu(torch.fft.irfft(spectrum, n=2 * length)[..., :length] + correlation).mT)
+
+
+@entry("complex state space", loss_fn=classes, options=SWITCHED)
+def _complex_states(**_: Any) -> Any:
+    return DiagonalStateSpace(), (normal(2, 3, 6), torch.randint(3, (2, 6)))
+
+
+def residual_of_heat(model: Any, points: Tensor) -> Tensor:
+    """u_t = u_xx at some points, and u = sin πx at the beginning."""
+    points = points.clone().requires_grad_()
+    (slope,) = torch.autograd.grad(model(points).sum(), points, create_graph=True)
+    (bend,) = torch.autograd.grad(slope[:, 0].sum(), points, create_graph=True)
+    start = torch.stack([points[:, 0], torch.zeros_like(points[:, 0])], 1)
+    return (slope[:, 1] - bend[:, 0]).square().mean() + (
+        model(start)[:, 0] - (torch.pi * start[:, 0]).sin()
+    ).square().mean()
+
+
+@entry("physics-informed network", loss_fn=residual_of_heat, options=SWITCHED)
+def _physics(**_: Any) -> Any:
+    return nn.Sequential(nn.Linear(2, 6), nn.Tanh(), nn.Linear(6, 6), nn.Tanh(), nn.Linear(6, 1)), normal(6, 2)
+
+
+class DeepKernel(nn.Module):
+    """A Gaussian process over features that are learnt."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.features = nn.Sequential(nn.Linear(2, 5), nn.Tanh(), nn.Linear(5, 2))
+        self.scale, self.noise = nn.Parameter(normal(2)), nn.Parameter(torch.tensor(-1.0))
+
+    def forward(self, x: Tensor) -> Tensor:
+        z = self.features(x) * self.scale.exp()
+        return torch.exp(-0.5 * torch.cdist(z, z).square()) + self.noise.exp() * torch.eye(len(x), dtype=x.dtype)
+
+
+def marginal_likelihood(model: Any, batch: Any) -> Tensor:
+    x, y = batch
+    return -torch.distributions.MultivariateNormal(torch.zeros_like(y), model(x)).log_prob(y)
+
+
+@entry("deep kernel", loss_fn=marginal_likelihood, options=SWITCHED)
+def _deep_kernel(**_: Any) -> Any:
+    return DeepKernel(), (normal(5, 2), normal(5))
 
 
 @entry("compiled module", loss_fn=classes, options=SWITCHED)

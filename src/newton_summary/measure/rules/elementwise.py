@@ -32,13 +32,17 @@ class Elementwise(Rule):
         derivatives: the operation at work and the highest order to its derivatives by entry.  Default: nested
             forward differentiation.
         piecewise_linear: whether every second derivative is zero.
+        steep: whether derivatives near zero overflow, where nothing may move, as behind a length that is clamped.
     """
 
     kind = "elementwise"
 
-    def __init__(self, derivatives: Derivatives | None = None, piecewise_linear: bool = False) -> None:
+    def __init__(
+        self, derivatives: Derivatives | None = None, piecewise_linear: bool = False, steep: bool = False
+    ) -> None:
         self.derivatives = derivatives or nested
         self.piecewise_linear = piecewise_linear
+        self.steep = steep
 
     @override
     def takes(self, places: set[Place]) -> bool:
@@ -104,6 +108,9 @@ class Elementwise(Rule):
                 for d in (*self.derivatives(here, 3 if call.third else 2), None)[:3]
             )
             zero = rows.new_zeros(())
+            if self.steep:
+                still = (rows[:, block] == 0).all(0)
+                d1, d2, d3 = (None if d is None else d.masked_fill(still, 0.0) for d in (d1, d2, d3))
             yield block, (zero if d1 is None else d1, zero if d2 is None else d2, d3)
 
     @override
@@ -311,14 +318,14 @@ TABLE: dict[Any, Elementwise] = {
     aten.sigmoid.default: Elementwise(_sigmoid),
     aten.exp.default: Elementwise(_exp),
     aten.expm1.default: Elementwise(lambda call, order: (call.out + 1,) * order),
-    aten.log.default: Elementwise(_log),
+    aten.log.default: Elementwise(_log, steep=True),
     aten.sin.default: Elementwise(_sin),
     aten.cos.default: Elementwise(_cos),
     aten.square.default: Elementwise(power(2)),
-    aten.sqrt.default: Elementwise(power(0.5)),
-    aten.rsqrt.default: Elementwise(power(-0.5)),
-    aten.reciprocal.default: Elementwise(power(-1)),
-    aten.pow.Tensor_Scalar: Elementwise(_pow_scalar),
+    aten.sqrt.default: Elementwise(power(0.5), steep=True),
+    aten.rsqrt.default: Elementwise(power(-0.5), steep=True),
+    aten.reciprocal.default: Elementwise(power(-1), steep=True),
+    aten.pow.Tensor_Scalar: Elementwise(_pow_scalar, steep=True),
     aten.elu.default: Elementwise(_elu),
     aten.silu.default: Elementwise(_silu),
     aten.gelu.default: Elementwise(_gelu),
