@@ -141,6 +141,7 @@ FUNCTIONS = {
     "conjugates written to": lambda x: written_conjugate(pairs(x)),
     "cross-correlation": lambda x: torch.fft.irfft(torch.fft.rfft(x) * torch.fft.rfft(x.sin()).conj(), n=6),
     "inner products": lambda x: torch.vdot(pairs(x)[0], pairs(x)[1]).abs() + torch.outer(x[0], x[1]),
+    "angles": lambda x: torch.atan2(x.sin(), x.mT.cos()) + torch.atan2(EYE[0], x[0]) + x.neg().atan2(x[:1]),
     "a layer of pairs": lambda x: torch.view_as_complex(x.view(6, 3, 2)).abs(),
     "segments": lambda x: torch.segment_reduce(x.sin(), "mean", lengths=torch.tensor([2, 1, 3])).exp(),
     "segments, one empty": lambda x: torch.segment_reduce(x.sin(), "sum", offsets=torch.tensor([0, 2, 2, 6])).exp(),
@@ -281,6 +282,7 @@ AT_ZERO = {
     "log of sums": lambda x: torch.logaddexp(x, 2 * x),
     "softplus": F.softplus,
     "sinc": torch.sinc,
+    "angle": lambda x: torch.atan2(x, x + 2),
     "sinc, small": lambda x: torch.sinc(x / 30),
 }
 

@@ -62,6 +62,20 @@ def _log_sigmoid(x: Tensor) -> tuple[Tensor, Tensor]:
     return torch.where(is_positive, 0.0, x) - torch.where(is_positive, -x, x).exp().log1p(), x.new_zeros(0)
 
 
+@lowers(aten.atan2.default)
+def _atan2(y: Tensor, x: Tensor) -> Tensor:
+    """The angle of a constant point, and that by which it has turned since, which is none; at zero a constant."""
+    y, x = in_one_type(y, x)
+    fixed_y, fixed_x = CONSTANT(y), CONSTANT(x)
+    length = torch.hypot(fixed_y, fixed_x)
+    is_zero = length == 0
+    length = torch.where(is_zero, 1.0, length)
+    sine, cosine = fixed_y / length, fixed_x / length
+    along = torch.where(is_zero, 1.0, x * cosine + y * sine)
+    turned = ((y * cosine - x * sine) / along).atan()
+    return as_it_is(aten.atan2.default, fixed_y, fixed_x) + turned  # type: ignore[no-any-return]
+
+
 @lowers(aten.sinc.default)
 def _sinc(x: Tensor) -> Tensor:
     """The quotient sin(πx) / (πx), and its series about zero, where derivatives of a quotient are none."""
