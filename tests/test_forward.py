@@ -27,7 +27,7 @@ from newton_summary.measure.recorded_line import RecordedLine
 from newton_summary.measure.rules import bilinear
 
 GENERAL = {  # operations that no rule of their own takes
-    "general_operations": {"atan2.default"},
+    "general_operations": {"hypot.default"},
 }
 NOT_DENSE = {"pinn_by_autograd", "checkpointed", "gru", "lstm"}  # torch.func does not take them
 

@@ -160,7 +160,7 @@ def weighted(model, batch):
 @pytest.mark.parametrize(
     ("model", "loss", "reason"),
     [
-        (nn.Sequential(nn.BatchNorm1d(3), nn.Linear(3, 1)), lambda m, b: m(b[0]).square().mean(), "the mean loss"),
+        (nn.Sequential(nn.BatchNorm1d(3), nn.Linear(3, 1)), lambda m, b: m(b[0]).square().mean(), "the mean "),
         (nn.Linear(3, 1), weighted, "the mean loss"),
         (nn.Linear(3, 1), shuffled, "random"),
     ],
