@@ -119,6 +119,7 @@ def test_two_processes_measure_as_one(two, engine) -> None:
         assert_same(found, expected)
 
 
+@pytest.mark.slow
 def test_parts_of_tensors_are_groups_of_sharded_models_too(two) -> None:
     expected = measure(groups="parts", times=2)
     for found in two.run(measure, groups="parts", times=2):

@@ -359,6 +359,7 @@ def test_looks_in_step_with_the_batches_do_not_stop_a_run() -> None:
     assert sum(loss_fn(model, batch).item() for batch in batches) < before / 2
 
 
+@pytest.mark.slow
 def test_a_plateau_of_vanished_gradients_is_left_without_an_explosion() -> None:
     """Two of three runs leave it: when is chance.  With one rate for all one of these does."""
     left = 0

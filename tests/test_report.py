@@ -174,6 +174,7 @@ def test_without_scripts_everything_is_there(folder):
     assert not re.search(r'class="moment"[^>]*hidden', markup)
 
 
+@pytest.mark.slow
 def test_a_page_about_four_runs_of_a_hundred_groups_is_small_enough():
     runs = [made_up(100, 12, name) for name in ("adam", "sgd", "newton-summary", "newton-summary-paper")]
     markup = render(runs)

@@ -240,6 +240,7 @@ def test_of_very_many_groups_those_are_drawn_that_matter() -> None:
     assert "The 60 groups that differ most, of 100" in factors.picture(record)
 
 
+@pytest.mark.slow
 def test_many_measurements_and_many_groups_make_a_page_of_a_reasonable_size() -> None:
     markup = page.render_log(watched(groups=100, count=300))
     assert len(markup.encode()) < 5_000_000
