@@ -9,6 +9,7 @@ import subprocess
 import sys
 import textwrap
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -242,6 +243,23 @@ def test_the_page_has_a_place_for_every_table(done, tmp_path):
         page.rewrite(tmp_path / "page.md", {"other": ""})
     with pytest.raises(UsageError, match="cannot read the page"):
         page.rewrite(tmp_path / "none.md", {})
+
+
+def test_the_papers_own_size_has_places_of_its_own_and_shares_the_claims(done, tmp_path):
+    study, _ = done
+    (tmp_path / "page.md").write_text((ROOT / "docs/reproduction.md").read_text())
+    assert study.at("quick") is study
+    assert study.at("full").tasks == ()  # nothing is known there
+    for search_ in study.searches.values():
+        study.at("full").keep_search(replace(search_, task="mlp-mnist"))
+    full = study.at("full")
+    assert full.tasks == ("mlp-mnist",)
+    assert full.at("quick").folder == study.folder
+    tables = page.tables(replace(full, tasks=("tiny",)))
+    page.rewrite(tmp_path / "page.md", tables)
+    assert [name for name in tables if not name.startswith("full-")] == ["claims"]
+    (diverged,) = (line for line in claims.table(study).splitlines() if "some runs diverge" in line)
+    assert diverged.count("in the searches") == 2  # at both budgets
 
 
 def test_no_optimizer_is_missing_from_the_tables(done):

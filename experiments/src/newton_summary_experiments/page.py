@@ -41,19 +41,21 @@ def rewrite(path: Path, tables: Mapping[str, str]) -> None:
 
 
 def tables(study: Reproduction) -> dict[str, str]:
-    """All tables of the page, in Markdown."""
+    """All tables of the page that a budget changes, in Markdown; names of those of the paper's own size say so."""
     makers: dict[str, Callable[[Reproduction], str]] = {
         "setup": setup,
-        "claims": claims.table,
         "losses": losses,
         "times": times,
         "equal-time": equal_time,
         "hyperparameters": hyperparameters,
         "blocks": blocks,
         "rates": rates,
-        "summary-costs": summary_costs,
     }
-    return {name: make(study) for name, make in makers.items()}
+    prefix = "" if study.budget == "quick" else f"{study.budget}-"
+    found = {f"{prefix}{name}": make(study) for name, make in makers.items()}
+    if study.budget == "quick":
+        found["summary-costs"] = summary_costs(study)
+    return {**found, "claims": claims.table(study)}
 
 
 def markdown(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:

@@ -65,6 +65,8 @@ def measure_all(study: Reproduction) -> None:
 
     for name in study.tasks:
         keep(f"costs-{name}", lambda name=name: _step_costs(study, name))  # type: ignore[misc]
+    if study.budget != "quick":  # what follows depends on no budget
+        return
     keep("summary-costs", lambda: [asdict(cost) for cost in costs.summary_costs()])
     if INVARIANT in study.tasks:
         keep("invariance", lambda: _invariance(study))

@@ -12,7 +12,7 @@ import io
 import json
 import shutil
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -112,6 +112,14 @@ class Reproduction:
     def scratch(self) -> Path:
         """Where checkpoints and journals of this budget are."""
         return self.runs / self.budget
+
+    def at(self, budget: str) -> Reproduction:
+        """The same experiments at a budget: those of the tasks that something is known of there."""
+        if budget == self.budget:
+            return self
+        every = replace(self, budget=budget, tasks=TASKS)
+        known = {task for task, _ in every.searches}
+        return replace(every, tasks=tuple(name for name in TASKS if name in known))
 
     def task(self, name: str) -> Task:
         """A task at this budget."""
