@@ -14,7 +14,8 @@ from scipy import optimize, stats
 
 from newton_summary import Summary
 from newton_summary.solve import Status, cubic
-from newton_summary.watch.advice import LEAVE, advise, alone, correlations
+from newton_summary.watch.advice import advise, alone, correlations
+from newton_summary.watch.words import LEAVE
 
 
 def one(gradient: float, curvature: float, third: float = 0.0, weight: float = 1.0, name: str = "g") -> Summary:

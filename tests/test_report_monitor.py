@@ -19,8 +19,8 @@ from newton_summary import cli
 from newton_summary.errors import UsageError
 from newton_summary.report import factors, page, write
 from newton_summary.report.monitor_log import MonitorLog, read_log
-from newton_summary.watch.advice import LEAVE, tells
 from newton_summary.watch.record import Record
+from newton_summary.watch.words import LEAVE, tells
 
 
 def monitored(path, steps: int = 25, every: int = 5, lr: float = 1e-3):

@@ -7,8 +7,8 @@ from collections.abc import Sequence
 
 from newton_summary.report.charts import Scale
 from newton_summary.report.text import escape, number, times
-from newton_summary.watch.advice import DISTINCT, tells
 from newton_summary.watch.record import Record
+from newton_summary.watch.words import DISTINCT, tells
 
 _ROW = 19
 _TOP, _BOTTOM, _RIGHT = 24, 44, 24

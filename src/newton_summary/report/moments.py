@@ -12,7 +12,8 @@ from newton_summary.report.reading import Record
 from newton_summary.report.records import Snapshot
 from newton_summary.report.text import code, escape, interval, number, percent, signed, table, times
 from newton_summary.summary import Summary
-from newton_summary.watch.advice import UNMOVED, Advice, advise, correlations
+from newton_summary.watch.advice import Advice, advise, correlations
+from newton_summary.watch.words import UNMOVED
 
 Moment = TypeVar("Moment")
 

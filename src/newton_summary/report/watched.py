@@ -12,8 +12,8 @@ from newton_summary.report.charts import Line, chart, legend
 from newton_summary.report.moments import chooser, heatmap, thinned
 from newton_summary.report.monitor_log import Entry, MonitorLog
 from newton_summary.report.text import code, escape, folded, interval, number, percent, quiet, table, times
-from newton_summary.watch.advice import DISTINCT, SHARED_NOISE, tells
 from newton_summary.watch.record import Record
+from newton_summary.watch.words import DISTINCT, SHARED_NOISE, tells
 
 _MOST_TOLD = 100
 _MOST_MOMENTS = 60

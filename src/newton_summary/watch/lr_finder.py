@@ -19,8 +19,9 @@ from newton_summary.measure.together import OneOrSeveral, members_of, together
 from newton_summary.optim import MeasuredOptimizer
 from newton_summary.partition import Partition, one_for_each, resolve_partition, unwrap
 from newton_summary.summary import Summary
-from newton_summary.watch.advice import alone, times
+from newton_summary.watch.advice import alone
 from newton_summary.watch.rehearsal import rehearsal
+from newton_summary.watch.words import times
 
 _HEADER = ("group", "learning rate", "before", "factor")
 _MEASURED = 4  # batches that the rates are measured on

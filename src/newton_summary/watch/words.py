@@ -1,0 +1,114 @@
+"""What there is to say of factors on learning rates, in words that hold for tens of steps."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+NOTABLE = 1.5
+"""A factor on all rates this far from what is certain is put into words."""
+
+SHARED_NOISE = 19.0
+"""How much shorter steps may have to be over tens of steps than for one alone.
+
+A direction that averages gradients with β = 0.9 divides the variance of their noise by (1 + β)/(1 − β); the next step
+is best for the little noise that is left, but consecutive directions share it.  Where a direction is all noise, the
+best rate in the long run is that many times smaller; where it is all signal, it is the same."""
+
+DISTINCT = math.sqrt(SHARED_NOISE)
+"""A group whose factor is this far from the others', either way, is put into words.
+
+If one may be all noise and another all signal, their factors may differ by 19 over tens of steps though both have the
+right rate: what is within √19 of the middle of them tells nothing."""
+
+LEAVE = "leave the rates as they are: none is off by more than one step can tell"
+"""What is said where nothing is wrong."""
+
+UNMOVED = ("this step does not move it", "this step does not move them")
+"""How sentences end about a group, and about several, that have no part in a step."""
+
+UNSURE = "no descent along this step that can be told from noise"
+"""How a sentence ends about a group whose descent may be noise."""
+
+
+def tells(words: str) -> bool:
+    """Whether words about groups say that something is off, beyond noise."""
+    return bool(words) and not words.endswith((*UNMOVED, UNSURE))
+
+
+def in_one(names: Sequence[str], singular: str, plural: str) -> list[str]:
+    """One sentence about some groups, if there are any."""
+    if len(names) < 2:
+        return [f"`{name}`: {singular}" for name in names]
+    first, second, *others = names
+    listed = f"`{first}`, `{second}` and {len(others)} more" if others else f"`{first}` and `{second}`"
+    return [f"{listed}: {plural}"]
+
+
+def words_of(name: str, factor: float, low: float, high: float, middle: float, *, moves: bool) -> str:
+    """How a group's factor compares with the middle of all, where its interval warrants it."""
+    single = math.isnan(low)
+    if not moves:
+        return f"`{name}`: {UNMOVED[0]}"
+    if factor == 0 and (single or high == 0):
+        return f"`{name}`: no descent along this step"
+    if factor == 0:
+        return f"`{name}`: {UNSURE}"
+    if math.isinf(factor) and (single or math.isinf(low)):
+        return f"`{name}`: nothing in the model limits its step"
+    factor, low, high = factor / middle, low / middle, high / middle
+    if factor >= DISTINCT and (single or low > 1):
+        amount = f"at least {_short(low)}×" if math.isinf(factor) else f"{_short(factor)}×{_range(low, high)}"
+        return f"`{name}`: moves {amount} less than suits it, next to the other groups"
+    if factor <= 1 / DISTINCT and (single or high < 1):
+        amount = f"{_short(1 / factor)}×{_range(_inverse(high), _inverse(low))}"
+        return f"`{name}`: moves {amount} more than suits it, next to the other groups"
+    return ""
+
+
+def overall(middle: float, low: float, high: float, stands_out: bool) -> str:
+    """What to do about all rates.
+
+    Args:
+        middle: the median factor.
+        low: the median of the lower ends of the intervals; NaN where a single batch was measured.
+        high: that of the upper ends.
+        stands_out: whether there is something to say of single groups.
+    """
+    single = math.isnan(low)
+    if math.isnan(middle):
+        return "" if stands_out else LEAVE
+    if middle > NOTABLE * SHARED_NOISE and (single or low > SHARED_NOISE):
+        return f"all rates are too small, at least {_short(middle / SHARED_NOISE)}× ({_short(middle)}× for one step)"
+    if middle < 1 / NOTABLE and (single or high < 1):
+        return f"all rates are too large for the next step, {_short(1 / middle)}×{_range(_inverse(high), _inverse(low))}"
+    return "" if stands_out else LEAVE
+
+
+def _range(low: float, high: float) -> str:
+    if math.isnan(low):
+        return ""
+    return f" (at least {_short(low)}×)" if math.isinf(high) else f" ({_short(low)}–{_short(high)}×)"
+
+
+def _inverse(factor: float) -> float:
+    return 1 / factor if factor else math.inf
+
+
+def _short(value: float) -> str:
+    """Two digits: 0.62, 6, 6.3, 63, 630."""
+    if value == 0 or not math.isfinite(value):
+        return {0.0: "0", math.inf: "∞"}.get(value, "?")
+    digits = 1 - math.floor(math.log10(abs(value)))
+    rounded = round(value, digits)
+    return f"{rounded:g}" if 1e-3 <= rounded < 1e5 else f"{rounded:.1e}"
+
+
+def times(value: float) -> str:
+    """A factor as tables have it: 0.62×, 6.3×, 210×."""
+    return "–" if math.isnan(value) else f"{_short(value)}×"
+
+
+def between(low: float, high: float) -> str:
+    """An interval of factors as tables have it; a dash where there is none."""
+    return "–" if math.isnan(low) else f"{_short(low)}–{_short(high)}×"
