@@ -16,6 +16,7 @@ import tempfile
 from pathlib import Path
 
 import torch
+from clock import add_device, results_of
 from tqdm import tqdm
 
 ROOT = Path(__file__).parent.parent
@@ -23,13 +24,14 @@ MODELS = ["mlp", "lenet", "vgg", "resnet", "bigmlp", "gpt"]
 FIGURES = {"all three": "third", "up to H̄": "hessian", "MB": "memory"}
 
 
-def measure(tree: Path, model: str) -> dict[str, float]:
+def measure(tree: Path, model: str, device: str) -> dict[str, float]:
     """What a revision's own benchmark says of a model: costs in gradients, and the peak in megabytes."""
     paths = [str(tree / "src"), str(tree / "experiments" / "src")]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(paths)}
     command = [sys.executable, str(tree / "benchmarks" / "engines.py"), model, "--parts", "forward", "--cpu"]
+    command += ["--device", device] if device != "cpu" else []  # which the oldest revisions do not know
     subprocess.run(command, cwd=tree, env=environment, check=True, stdout=subprocess.DEVNULL)
-    found = json.loads((tree / "results" / "engines.json").read_text(encoding="utf-8"))
+    found = json.loads(results_of(tree / "results" / "engines.json", device).read_text(encoding="utf-8"))
     row: dict[str, float] = found["models"][model]["forward"]
     return row
 
@@ -57,6 +59,7 @@ def main() -> None:
     parser.add_argument("revision", help="any name that git knows")
     parser.add_argument("models", nargs="*", default=MODELS, metavar="MODEL", help=f"default: {', '.join(MODELS)}")
     parser.add_argument("--rounds", type=int, default=5)
+    add_device(parser)
     chosen = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
         trees = {}
@@ -69,10 +72,10 @@ def main() -> None:
             found[model] = {name: [] for name in trees}
             for _ in range(chosen.rounds):
                 for name, tree in trees.items():
-                    found[model][name].append(measure(tree, model))
+                    found[model][name].append(measure(tree, model, chosen.device))
     text = table(chosen.revision, chosen.rounds, found)
     print(text)
-    (ROOT / "results" / "beside.md").write_text(text, encoding="utf-8")
+    results_of(ROOT / "results" / "beside.md", chosen.device).write_text(text, encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -21,7 +21,17 @@ from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import newton_summary as ns
-from newton_summary.measure import AutoEngine, ForwardEngine, Loss, NestedEngine, Refusal, arena, forward, sweep
+from newton_summary.measure import (
+    AutoEngine,
+    ForwardEngine,
+    Loss,
+    NestedEngine,
+    Refusal,
+    agreement,
+    arena,
+    forward,
+    sweep,
+)
 from newton_summary.measure.gradient import Gradient
 from newton_summary.measure.recorded_line import RecordedLine
 from newton_summary.measure.rules import bilinear
@@ -573,7 +583,7 @@ def test_gradients_in_half_precision_may_differ_by_the_rounding_of_so_many_opera
     noise *= deviation * gradient.norm() / noise.norm()
     tape = SimpleNamespace(graph=graph, gradient=Gradient([gradient + noise]))
     with contextlib.nullcontext() if agree else pytest.raises(Refusal, match="another gradient for 'weight'"):
-        forward._check_gradient(tape, ["weight"], Gradient([gradient]))
+        agreement.check_gradient(tape, ["weight"], Gradient([gradient]))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])

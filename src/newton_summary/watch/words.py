@@ -81,7 +81,9 @@ def overall(middle: float, low: float, high: float, stands_out: bool) -> str:
     if middle > NOTABLE * SHARED_NOISE and (single or low > SHARED_NOISE):
         return f"all rates are too small, at least {_short(middle / SHARED_NOISE)}× ({_short(middle)}× for one step)"
     if middle < 1 / NOTABLE and (single or high < 1):
-        return f"all rates are too large for the next step, {_short(1 / middle)}×{_range(_inverse(high), _inverse(low))}"
+        return (
+            f"all rates are too large for the next step, {_short(1 / middle)}×{_range(_inverse(high), _inverse(low))}"
+        )
     return "" if stands_out else LEAVE
 
 
