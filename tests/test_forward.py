@@ -30,7 +30,7 @@ from newton_summary.measure import (
     agreement,
     arena,
     forward,
-    sweep,
+    pull,
 )
 from newton_summary.measure.gradient import Gradient
 from newton_summary.measure.recorded_line import RecordedLine
@@ -175,7 +175,7 @@ def test_all_of_the_third_order(name, monkeypatch):
 def test_the_third_order_in_chunks_of_groups(monkeypatch):
     case = CASES["lenet"]()
     whole = measure(ForwardEngine(), case, third="full")
-    monkeypatch.setattr(sweep, "_PULLED", 1)
+    monkeypatch.setattr(pull, "_PULLED", 1)
     assert_close(measure(ForwardEngine(), case, third="full"), whole, 1e-12)
 
 

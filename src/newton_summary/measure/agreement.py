@@ -18,7 +18,8 @@ from newton_summary.measure.loss import Loss
 from newton_summary.measure.own_gradient import JUDGED, NoDerivative, check_own_gradient
 from newton_summary.measure.record import Leaf, Recording, Refusal
 from newton_summary.measure.recorded_line import RecordedLine
-from newton_summary.measure.sweep import Request, Tape
+from newton_summary.measure.request import Request
+from newton_summary.measure.tape import Tape
 from newton_summary.partition import PIECE
 from newton_summary.summary import Summary
 

@@ -31,8 +31,11 @@ from newton_summary.measure.batches import batch_size
 from newton_summary.measure.gradient import Gradient
 from newton_summary.measure.graph import Graph, first_line, lower
 from newton_summary.measure.loss import Loss, check_dependence, differentiable_recurrence
-from newton_summary.measure.record import Recorder, Recording, Refusal
-from newton_summary.measure.sweep import Request, Tape, sweep
+from newton_summary.measure.record import Recording, Refusal
+from newton_summary.measure.recorder import Recorder
+from newton_summary.measure.request import Request
+from newton_summary.measure.sweep import sweep
+from newton_summary.measure.tape import Tape
 from newton_summary.partition import Partition
 from newton_summary.summary import Summary
 

@@ -14,7 +14,8 @@ from typing_extensions import override
 from newton_summary._effects import effects_of
 from newton_summary.measure.arena import Layout
 from newton_summary.measure.lowering import CONSTANT, lowering_of
-from newton_summary.measure.record import Record, Recording, Ref, Refusal, Tracer, ref
+from newton_summary.measure.record import Record, Recording, Ref, Refusal, ref
+from newton_summary.measure.tracer import Tracer
 
 aten = torch.ops.aten
 

@@ -18,7 +18,8 @@ from newton_summary.measure.graph import Instruction
 from newton_summary.measure.lowering import CONSTANT
 from newton_summary.measure.record import Leaf, Refusal
 from newton_summary.measure.recorded_line import RecordedLine
-from newton_summary.measure.sweep import Request, Tape
+from newton_summary.measure.request import Request
+from newton_summary.measure.tape import Tape
 
 JUDGED = (torch.float32, torch.float64)
 """Types that losses are computed in whose differences tell something."""

@@ -30,7 +30,7 @@ from newton_summary.measure.differences import (
 from newton_summary.measure.graph import Graph
 from newton_summary.measure.loss import gradients_of
 from newton_summary.measure.record import Leaf
-from newton_summary.measure.sweep import Request
+from newton_summary.measure.request import Request
 
 _ROUNDINGS = 32  # units in the last place of a loss: what they make of a slope is within its tolerance
 _SHORTEST = 1e-3  # of the usual step: a loss that is near 0 by itself tells nothing of its rounding

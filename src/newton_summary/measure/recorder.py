@@ -1,0 +1,171 @@
+"""The operations of one real evaluation of a loss, recorded as they run (docs/engine.md).
+
+What is recorded is what happened: values that decide a branch, numbers from attributes, effects and random draws are
+seen as they were, because the loss was called once, by itself, on real tensors.  Only operations on values that move
+with the parameters are kept; everything else they use is a constant, known by its value.
+
+A value is known by where it lies in memory.  Whether it moves is what autograd says: it requires a gradient, and comes
+from a parameter.  Values made where gradients are off move only if autograd finds a gradient for them later, as the
+results of a custom ``autograd.Function`` do.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from typing_extensions import override
+
+from newton_summary._effects import Effects, effects_of
+from newton_summary.measure.memory import geometry, overlaps
+from newton_summary.measure.record import Leaf, Recording, ref
+from newton_summary.measure.tracer import BESIDE, Tracer, overwritten
+
+aten = torch.ops.aten
+
+
+class Recorder(Tracer):
+    """A block in which one evaluation of a loss is recorded.
+
+    Args:
+        parameters: the tensors that it is differentiated by.
+        names: their names.
+    """
+
+    def __init__(self, parameters: Sequence[Tensor], names: Sequence[str]) -> None:
+        super().__init__()
+        self._parameters: dict[int, int] = {}
+        owners: dict[int, list[int]] = {}
+        for number, parameter in enumerate(parameters):
+            leaf = Leaf(self.new_slot(parameter), parameter, number)
+            self.leaves.append(leaf)
+            self._parameters[id(parameter)] = leaf.slot
+            if parameter.layout is torch.strided:
+                owners.setdefault(parameter.untyped_storage()._cdata, []).append(number)
+                self.name(parameter, leaf.slot)
+        self._shared = set(owners)
+        self._resolved: set[int] = set()
+        for shared in owners.values():
+            self._check_apart([parameters[n] for n in shared], [names[n] for n in shared])
+        self._walked: set[Any] = set()
+
+    def _check_apart(self, parameters: Sequence[Tensor], names: Sequence[str]) -> None:
+        views = [geometry(p) for p in parameters]
+        for i in range(len(views)):
+            for j in range(i):
+                if overlaps(views[i], views[j]):
+                    self.refuse(f"parameters {names[j]!r} and {names[i]!r} are different tensors in the same memory")
+
+    @override
+    def slot_of(self, tensor: Tensor) -> int | None:
+        if id(tensor) in self._resolved:
+            return self.find(tensor)
+        if tensor.requires_grad:
+            if tensor.is_leaf:
+                known = self._parameters.get(id(tensor))
+                return known if known is None or tensor.layout is not torch.strided else self.find(tensor)
+            slot = self.find(tensor)
+            if slot is None:
+                self._check_unknown(tensor)
+            return slot
+        return None if torch.is_grad_enabled() else self.find(tensor)
+
+    def _check_unknown(self, tensor: Tensor) -> None:
+        """Refuses a value that depends on parameters in a way that was not seen."""
+        nodes = [tensor.grad_fn]
+        while nodes:
+            node = nodes.pop()
+            if node is None or node in self._walked:
+                continue
+            self._walked.add(node)
+            if id(getattr(node, "variable", None)) in self._parameters:
+                name = tensor.grad_fn.name() if tensor.grad_fn is not None else "?"
+                self.refuse(
+                    f"a tensor of shape {tuple(tensor.shape)} comes from a parameter by {name}, which cannot be "
+                    "recorded: compute it within the loss, by operations of torch"
+                )
+                return
+            nodes += [following for following, _ in node.next_functions]
+
+    @override
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if func is aten.detach.default:
+            return func(*args)
+        if func is aten._efficientzerotensor.default:
+            return aten.zeros.default(*args, **kwargs)  # what is computed with the other is computed out of sight
+        if isinstance(func, torch._ops.HigherOrderOperator):
+            if self.moves((*args, *kwargs.values())):
+                self.refuse(f"{func} calls functions that cannot be recorded: call one of them by if, or by a loop")
+            return func(*args, **kwargs)
+        effects = effects_of(func)
+        if effects.writes and self._writes_aside(func, args, kwargs, effects):
+            return self._run_aside(func, args, kwargs, effects)
+        if self._may_move(args) or (kwargs and self._may_move(kwargs.values())):
+            out = self.run(func, args, kwargs, effects)
+            if func is aten.clone.default and (args[0].is_conj() or args[0].is_neg()):
+                self._resolved.add(id(out))  # by torch, within an operation, where autograd does not look
+            return out
+        for tensor in effects.written(args, kwargs) if effects.writes else ():
+            self.before_writing(tensor)
+        out = func(*args, **kwargs)
+        if not effects.shares:
+            self.claim(out)
+        return out
+
+    def _may_move(self, values: Iterable[Any]) -> bool:
+        """Whether any of these arguments may move: whether autograd thinks so, or does not look."""
+        if not torch.is_grad_enabled():
+            return self.moves(values)
+        for value in values:
+            if isinstance(value, Tensor):
+                if (value.requires_grad or id(value) in self._resolved) and self.slot_of(value) is not None:
+                    return True
+            elif isinstance(value, list | tuple) and self._may_move(value):
+                return True
+        return False
+
+    def _writes_aside(self, func: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any], effects: Effects) -> bool:
+        """Whether moving values are written where autograd does not look: through ``detach`` or without gradients."""
+        if func in BESIDE:
+            return False
+        for tensor in effects.written(args, kwargs):
+            if tensor.layout is not torch.strided or self.memory_of(tensor) is None:
+                continue
+            if not torch.is_grad_enabled():
+                return tensor.requires_grad or tensor.untyped_storage()._cdata in self._shared
+            if not tensor.requires_grad:
+                if self.moves(args):
+                    self.refuse(f"{func} writes moving values through a detached tensor of shape {tuple(tensor.shape)}")
+                return True
+        return False
+
+    def _run_aside(self, func: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any], effects: Effects) -> Any:
+        written = list(effects.written(args, kwargs))
+        known = []
+        for tensor in written:
+            self.before_writing(tensor)
+            known.append(self.find(tensor))
+        out = func(*args, **kwargs)
+        for tensor, slot in zip(written, known, strict=True):
+            if slot is not None:
+                value = ref(self.constant(tensor.detach().clone()))
+                self._written(tensor, self.put(overwritten, (ref(slot), value), (), tensor))
+        return out
+
+    def is_hooked(self) -> bool:
+        """Whether a hook may change the gradient of a value."""
+        return any(isinstance(v, Tensor) and v._backward_hooks for v in self.values.values())
+
+    def finish(self, loss: Tensor) -> Recording:
+        """What was recorded.
+
+        Raises:
+            Refusal: something happened that cannot be recorded.
+        """
+        result = self.slot_of(loss) if loss.requires_grad else None
+        if self.refusal is not None:
+            raise self.refusal
+        return Recording(loss, self.records, self.leaves, result, self.values)

@@ -1,0 +1,67 @@
+"""What is asked of a measurement."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from newton_summary.measure.gradient import GradientAlong
+from newton_summary.measure.rules import Groups, Jet
+from newton_summary.partition import Partition
+
+
+@dataclass(frozen=True, slots=True)
+class Request:
+    """What is asked for."""
+
+    partition: Partition
+    direction: Sequence[Tensor]
+    order: int
+    third: str
+
+    @property
+    def gradients(self) -> GradientAlong:
+        """Finds gradients along the direction."""
+        return GradientAlong(self.partition, self.direction)
+
+    @property
+    def diagonal(self) -> bool:
+        """Whether the third order's diagonal is wanted."""
+        return self.order == 3 and self.third == "diagonal"
+
+    @property
+    def full(self) -> bool:
+        """Whether all of the third order is wanted."""
+        return self.order == 3 and self.third == "full"
+
+    @property
+    def at_once(self) -> int:
+        """How many groups' tangents an entry needs at the same time."""
+        return 3 if self.full else min(self.order, 2)
+
+    @property
+    def kind(self) -> tuple[int, str]:
+        """What is asked for, whatever the direction."""
+        return self.order, self.third
+
+    def jet(self, parameter: int, wanted: Groups) -> Jet | None:
+        """A parameter's tangents by some groups: u, split by groups."""
+        label, u = self.partition.labels[parameter], self.direction[parameter]
+        here = tuple(g for g in self.partition.groups_of[parameter] if g in wanted)
+        if not here:
+            return None
+        rows = (
+            u.unsqueeze(0)
+            if isinstance(label, int)
+            else torch.stack([torch.where(label.to(u.device) == g, u, 0.0) for g in here])
+        )
+        return Jet((), here, rows.detach())
+
+    def part_bytes(self) -> int:
+        """The bytes of a group's tangents of parameters that are split between groups, on average, rounded up."""
+        pairs = zip(self.partition.labels, self.partition.groups_of, self.direction, strict=True)
+        total = sum(len(groups) * u.nbytes for label, groups, u in pairs if not isinstance(label, int))
+        return -(-total // len(self.partition))
