@@ -1,6 +1,7 @@
 """The paper's experiments on a small stand-in: what is kept, what is not run again, and what the page says."""
 
 import csv
+import io
 import json
 import math
 import os
@@ -393,6 +394,16 @@ def test_rates_of_one_group_share_a_panel():
     two = [row(0, 1.0), row(1, 0.5, rates={"a.weight": 0.1, "a.bias": 0.0})]
     assert len(paper_figures.rates({"A": one, "B": one}, "").axes) == 1
     assert len(paper_figures.rates({"A": two}, "").axes) == 2
+
+
+def test_rates_of_a_network_that_is_dead_are_drawn_as_zero():
+    dead = [row(e, 1.0, rates={"a.weight": 0.1 * 10.0 ** (-60 * e), "a.bias": 0.2}) for e in range(6)]
+    figure = paper_figures.rates({"one": dead}, "rates")
+    figure.savefig(io.BytesIO())
+    line, zeros = figure.axes[0].lines[:2]
+    assert [math.isnan(y) for y in line.get_ydata()] == [False, *[True] * 5]
+    assert list(zeros.get_xdata()) == [1, 2, 3, 4, 5]
+    assert figure.axes[0].get_ylim()[0] > 1e-3
 
 
 def test_losses_of_runs_that_diverged_are_drawn():

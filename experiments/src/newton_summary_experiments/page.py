@@ -86,6 +86,8 @@ def losses(study: Reproduction) -> str:
             accuracy = [rows[-1].validation_accuracy for rows in study.all_rows(name, optimizer)]
             diverged = sum(map(math.isinf, final))
             note = f", {diverged} of {len(final)} diverged" if diverged else ""
+            planned = len(study.seeds(name, optimizer))
+            note += f", {len(final)} of {planned} seeds" if len(final) < planned else ""
             if not final:
                 cells.append("not run")
             else:

@@ -121,11 +121,14 @@ def _mark_blocks(ax: Axes, summary: Summary) -> None:
 # Rates (figures 3 and 6) ----------------------------------------------------------------------------------------------
 
 
+_AS_GOOD_AS_ZERO = 1e-15  # moves weights by less than their rounding, unless gradients are huge
+
+
 def rates(histories: Mapping[str, Sequence[Row]], title: str) -> Figure:
     """Every group's rate over training: a row for each network, weights on the left, biases on the right, on one scale.
 
-    Rates that are 0 interrupt a line, and are marked at the foot of the panel.  Where every network has one rate alone,
-    all are in one panel.
+    Rates that are 0, or as good as that (those of a dead network fall without end), interrupt a line, and are marked at
+    the foot of the panel.  Where every network has one rate alone, all are in one panel.
     """
     if all(len(row.rates) <= 1 for rows in histories.values() for row in rows):
         return _single_rates(histories, title)
@@ -135,7 +138,8 @@ def rates(histories: Mapping[str, Sequence[Row]], title: str) -> Figure:
         known = [row for row in rows if row.rates]
         groups = list(known[0].rates)
         layers = list(dict.fromkeys(layers_of(groups)))
-        positive = [rate for row in known for rate in row.rates.values() if rate > 0]
+        every = [rate for row in known for rate in row.rates.values()]
+        positive = [rate for rate in every if rate > _AS_GOOD_AS_ZERO]
         floor = 10 ** (math.log10(min(positive)) - 0.08 * (math.log10(max(positive) / min(positive)) + 1))
         kinds = {False: "weights", True: "biases"} if any(map(is_bias, groups)) else {False: "all parameters"}
         for ax, biases in zip(pair, (False, True), strict=True):
@@ -144,8 +148,8 @@ def rates(histories: Mapping[str, Sequence[Row]], title: str) -> Figure:
                 continue
             for group in (g for g in groups if is_bias(g) == biases):
                 share = layers.index(layer(group)) / max(len(layers) - 1, 1)
-                values = [row.rates[group] or math.nan for row in known]
-                zeros = [row.epoch for row in known if row.rates[group] == 0]
+                values = [row.rates[group] if row.rates[group] > _AS_GOOD_AS_ZERO else math.nan for row in known]
+                zeros = [row.epoch for row in known if row.rates[group] <= _AS_GOOD_AS_ZERO]
                 label = layer(group) if len(layers) <= 10 or share in (0.0, 1.0) else None
                 colour = colormaps["viridis"](0.9 * share)
                 epochs = [row.epoch for row in known]
