@@ -1,7 +1,8 @@
 """A measurement's cost now, and at an earlier revision of this repository, in turns on the same machine.
 
 Run ``python benchmarks/beside.py REVISION [MODEL …]``.  Each revision runs its own ``benchmarks/engines.py`` in a
-process of its own, several times in alternation.  It prints the medians, and writes results/beside.md.
+process of its own, several times in alternation.  It prints the medians, and writes results/beside.md
+and beside.json.
 """
 
 from __future__ import annotations
@@ -36,22 +37,26 @@ def measure(tree: Path, model: str, device: str) -> dict[str, float]:
     return row
 
 
-def table(revision: str, rounds: int, found: dict[str, dict[str, list[dict[str, float]]]]) -> str:
-    """Medians over rounds: before, now, and their quotient."""
+def table(revision: str, found: dict[str, dict[str, dict[str, float]]]) -> str:
+    """Before, now, and their quotient."""
     lines = ["# The engine now, and at an earlier revision", ""]
     lines += [
         f"`python benchmarks/beside.py {revision}`, torch {torch.__version__}; processor time, one thread; medians"
     ]
-    lines += [f"of {rounds} rounds in which both were measured in turn.  Costs are in gradients, memory in megabytes:"]
-    lines += ["before, now, now / before.", ""]
+    lines += [
+        "of rounds in which both were measured in turn.  Costs are in gradients, memory in megabytes: before, now,"
+    ]
+    lines += ["now / before.", ""]
     lines += [f"| model | {' | '.join(FIGURES)} |", "|---" * (len(FIGURES) + 1) + "|"]
     for model, both in found.items():
-        cells = []
-        for figure in FIGURES.values():
-            before, now = (statistics.median(row[figure] for row in both[name]) for name in ("before", "now"))
-            cells.append(f"{before:.3g}, {now:.3g}, **{now / before:.2f}**")
-        lines.append(f"| {model} | {' | '.join(cells)} |")
+        pairs = [(both["before"][figure], both["now"][figure]) for figure in FIGURES.values()]
+        lines.append(f"| {model} | {' | '.join(f'{a:.3g}, {b:.3g}, **{b / a:.2f}**' for a, b in pairs)} |")
     return "\n".join(lines) + "\n"
+
+
+def median(rows: list[dict[str, float]]) -> dict[str, float]:
+    """Of every figure."""
+    return {figure: statistics.median(row[figure] for row in rows) for figure in FIGURES.values()}
 
 
 def main() -> None:
@@ -61,21 +66,26 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=5)
     add_device(parser)
     chosen = parser.parse_args()
+    path = results_of(ROOT / "results" / "beside.json", chosen.device)
+    known = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+    known = {chosen.revision: known.get(chosen.revision, {})}  # of one revision: models that are not run again stay
     with tempfile.TemporaryDirectory() as folder:
         trees = {}
         for name, revision in (("before", chosen.revision), ("now", "HEAD")):  # copies: their results are not kept
             trees[name] = Path(folder) / name
             subprocess.run(["git", "clone", "--quiet", "--shared", str(ROOT), str(trees[name])], check=True)
             subprocess.run(["git", "checkout", "--quiet", "--detach", revision], cwd=trees[name], check=True)
-        found: dict[str, dict[str, list[dict[str, float]]]] = {}
         for model in tqdm(chosen.models):
-            found[model] = {name: [] for name in trees}
+            rows: dict[str, list[dict[str, float]]] = {name: [] for name in trees}
             for _ in range(chosen.rounds):
                 for name, tree in trees.items():
-                    found[model][name].append(measure(tree, model, chosen.device))
-    text = table(chosen.revision, chosen.rounds, found)
+                    rows[name].append(measure(tree, model, chosen.device))
+            known[chosen.revision][model] = {name: median(measured) for name, measured in rows.items()}
+    ordered = {model: known[chosen.revision][model] for model in MODELS if model in known[chosen.revision]}
+    path.write_text(json.dumps({chosen.revision: ordered}, indent=1) + "\n", encoding="utf-8")
+    text = table(chosen.revision, ordered)
     print(text)
-    results_of(ROOT / "results" / "beside.md", chosen.device).write_text(text, encoding="utf-8")
+    path.with_suffix(".md").write_text(text, encoding="utf-8")
 
 
 if __name__ == "__main__":
