@@ -1,8 +1,7 @@
 """A measurement's cost now, and at an earlier revision of this repository, in turns on the same machine.
 
 Run ``python benchmarks/beside.py REVISION [MODEL …]``.  Each revision runs its own ``benchmarks/engines.py`` in a
-process of its own, several times in alternation.  It prints the medians, and writes results/beside.md
-and beside.json.
+process of its own, several times in alternation.  It prints the medians, and writes results/beside.md and beside.json.
 """
 
 from __future__ import annotations
@@ -39,15 +38,16 @@ def measure(tree: Path, model: str, device: str) -> dict[str, float]:
 
 def table(revision: str, found: dict[str, dict[str, dict[str, float]]]) -> str:
     """Before, now, and their quotient."""
-    lines = ["# The engine now, and at an earlier revision", ""]
-    lines += [
-        f"`python benchmarks/beside.py {revision}`, torch {torch.__version__}; processor time, one thread; medians"
+    lines = [
+        "# The engine now, and at an earlier revision",
+        "",
+        f"`python benchmarks/beside.py {revision}`, torch {torch.__version__}; processor time, one thread; medians",
+        "of rounds in which both were measured in turn.  Costs are in gradients, memory in megabytes: before, now,",
+        "now / before.",
+        "",
+        f"| model | {' | '.join(FIGURES)} |",
+        "|---" * (len(FIGURES) + 1) + "|",
     ]
-    lines += [
-        "of rounds in which both were measured in turn.  Costs are in gradients, memory in megabytes: before, now,"
-    ]
-    lines += ["now / before.", ""]
-    lines += [f"| model | {' | '.join(FIGURES)} |", "|---" * (len(FIGURES) + 1) + "|"]
     for model, both in found.items():
         pairs = [(both["before"][figure], both["now"][figure]) for figure in FIGURES.values()]
         lines.append(f"| {model} | {' | '.join(f'{a:.3g}, {b:.3g}, **{b / a:.2f}**' for a, b in pairs)} |")

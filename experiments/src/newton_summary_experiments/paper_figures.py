@@ -124,6 +124,11 @@ def _mark_blocks(ax: Axes, summary: Summary) -> None:
 _AS_GOOD_AS_ZERO = 1e-15  # moves weights by less than their rounding, unless gradients are huge
 
 
+def _drawn(rate: float) -> float:
+    """A rate as a point of a line; NaN, which interrupts it, where the rate is as good as 0."""
+    return rate if rate > _AS_GOOD_AS_ZERO else math.nan
+
+
 def rates(histories: Mapping[str, Sequence[Row]], title: str) -> Figure:
     """Every group's rate over training: a row for each network, weights on the left, biases on the right, on one scale.
 
@@ -138,8 +143,7 @@ def rates(histories: Mapping[str, Sequence[Row]], title: str) -> Figure:
         known = [row for row in rows if row.rates]
         groups = list(known[0].rates)
         layers = list(dict.fromkeys(layers_of(groups)))
-        every = [rate for row in known for rate in row.rates.values()]
-        positive = [rate for rate in every if rate > _AS_GOOD_AS_ZERO]
+        positive = [rate for row in known for rate in row.rates.values() if rate > _AS_GOOD_AS_ZERO]
         floor = 10 ** (math.log10(min(positive)) - 0.08 * (math.log10(max(positive) / min(positive)) + 1))
         kinds = {False: "weights", True: "biases"} if any(map(is_bias, groups)) else {False: "all parameters"}
         for ax, biases in zip(pair, (False, True), strict=True):
@@ -148,7 +152,7 @@ def rates(histories: Mapping[str, Sequence[Row]], title: str) -> Figure:
                 continue
             for group in (g for g in groups if is_bias(g) == biases):
                 share = layers.index(layer(group)) / max(len(layers) - 1, 1)
-                values = [row.rates[group] if row.rates[group] > _AS_GOOD_AS_ZERO else math.nan for row in known]
+                values = [_drawn(row.rates[group]) for row in known]
                 zeros = [row.epoch for row in known if row.rates[group] <= _AS_GOOD_AS_ZERO]
                 label = layer(group) if len(layers) <= 10 or share in (0.0, 1.0) else None
                 colour = colormaps["viridis"](0.9 * share)
@@ -175,7 +179,7 @@ def _single_rates(histories: Mapping[str, Sequence[Row]], title: str) -> Figure:
     figure = Figure(figsize=(5.6, 3.2), layout="constrained")
     ax = figure.subplots()
     for (name, rows), colour in zip(histories.items(), SERIES, strict=False):
-        known = [(row.epoch, rate or math.nan) for row in rows for rate in row.rates.values()]
+        known = [(row.epoch, _drawn(rate)) for row in rows for rate in row.rates.values()]
         x, y = [epoch for epoch, _ in known], [rate for _, rate in known]
         ax.plot(x, y, color=colour, linewidth=1.3, marker=".", markersize=4, label=name)
     ax.set_yscale("log")
