@@ -263,6 +263,7 @@ class Tracer(Journal):
             slope = sum(args[2:4]) / 2 if len(args) > 3 else (1 / 8 + 1 / 3) / 2
             factor = args[1].clone() if is_random else slope + (1 - slope) * (args[0] > 0).to(out.dtype)
             self.name(out, self.put(aten.mul.Tensor, (templates[0], ref(self.constant(factor))), (), out))
+        # what else draws from moving values has no derivative by them, or is refused where it turns up again
 
 
 BESIDE = {
