@@ -24,7 +24,7 @@ def search_all(study: Reproduction, optimizers: Sequence[str], workers: int = 1)
     for name in study.tasks:
         for optimizer in optimizers:
             grid = GRIDS.get(name, {}).get(optimizer)
-            epochs = study.search_epochs[name]
+            epochs = study.search_epochs(name, optimizer)
             folder = study.scratch / "search"
             study.keep_search(
                 search.search(

@@ -53,8 +53,8 @@ FEWER_SEEDS = {"quick": 2, "full": 1}
 MOST_SEEDS = {("full", "kfac"): 2}
 """At most so many where runs of an optimizer take too long for five of them."""
 
-SEARCH_SHARES = {"quick": {"mlp-mnist": 2, "lenet-cifar10": 2}, "full": {"mlp-mnist": 10, "lenet-cifar10": 10}}
-"""Which part of a run a trial of a search is; a third for the networks that are not named."""
+SEARCH_SHARES = {"quick": {"mlp-mnist": 2, "lenet-cifar10": 2}, "full": {"kfac": 10, PAPER: 10}}
+"""Which part of a run a trial of a search is, for networks or optimizers; a third for those that are not named."""
 
 GRIDS: dict[str, dict[str, Grid]] = {
     "mlp-mnist": {"sgd": {"lr": (-3, -1)}, "kfac": {"lr": (-5, -3), "damping": (-4, -2)}},
@@ -138,11 +138,10 @@ class Reproduction:
 
     # Searches ---------------------------------------------------------------------------------------------------------
 
-    @property
-    def search_epochs(self) -> dict[str, int]:
-        """The length of a trial, in epochs, for each task."""
+    def search_epochs(self, name: str, optimizer: str) -> int:
+        """The length of a trial, in epochs."""
         shares = SEARCH_SHARES[self.budget]
-        return {name: max(self.task(name).epochs // shares.get(name, 3), 1) for name in self.tasks}
+        return max(self.task(name).epochs // shares.get(name, shares.get(optimizer, 3)), 1)
 
     @cached_property
     def searches(self) -> dict[tuple[str, str], Search]:
