@@ -13,14 +13,25 @@ import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
-from torch.utils.flop_counter import flop_registry
+from torch import Tensor
+from torch.utils.flop_counter import conv_flop_count, flop_registry
 
 from newton_summary.measure.price import Price
 
 aten = torch.ops.aten
-FORMULAS = flop_registry | {  # torch's own formulas, for what its table leaves out
+
+
+def _convolution_backward(grad: Tensor, x: Tensor, weight: Tensor, *rest: Any, out_val: Any = None) -> int:
+    """Each of the two gradients takes what the convolution takes; torch's formula forgets groups for the weight's."""
+    transposed, mask = rest[4], rest[7]
+    return sum(mask[:2]) * int(conv_flop_count(list(x.shape), list(weight.shape), list(grad.shape), transposed))
+
+
+FORMULAS = flop_registry | {  # and what torch's table leaves out, or has wrongly
+    aten.convolution_backward: _convolution_backward,
     aten.addmm_: flop_registry[aten.addmm],
     aten.baddbmm_: flop_registry[aten.baddbmm],
     aten._scaled_dot_product_flash_attention_for_cpu: flop_registry[aten._scaled_dot_product_flash_attention],

@@ -405,3 +405,27 @@ def test_what_does_not_move_may_have_slopes_without_bound():
     got, expected = measured(model, x), measured(model.double(), x.double())
     assert error(got.hessian, expected.hessian) < 1e-4
     assert error(got.third, expected.third) < 1e-4
+
+
+@pytest.mark.parametrize("own", [False, True])
+def test_distances_between_many_points(own):
+    """Which torch computes by products: those of points from themselves are rounding, and do not move."""
+    points, centres = torch.randn(30, 3, dtype=torch.float64), torch.randn(40, 4, dtype=torch.float64)
+    layer = nn.Linear(3, 4).double()
+
+    def distances(x, y):
+        squares = (x.unsqueeze(1) - y.unsqueeze(0)).square().sum(-1)
+        equal = squares == 0
+        return torch.where(equal, 0.0, torch.where(equal, 1.0, squares).sqrt())
+
+    def summary(distances):
+        def loss(model, x):
+            moved = model(x).tanh()
+            return torch.exp(-distances(moved, moved if own else centres)).mean()
+
+        partition = ns.Partition.canonical(layer)
+        return ns.summarize(loss, layer, [points], partition=partition, direction=partition.parameters)
+
+    got, expected = summary(torch.cdist), summary(distances)
+    assert error(got.hessian, expected.hessian) < 1e-8
+    assert error(got.third, expected.third) < 1e-8

@@ -18,7 +18,56 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
+
+@dataclass(frozen=True)
+class Size:
+    """How many times as large as usual a model is built: its widths, lengths (sides of images), and batches."""
+
+    width: int = 1
+    length: int = 1
+    batch: int = 1
+
+
 BATCH, LENGTH, VOCABULARY = 2, 7, 19
+
+_sizes = [Size()]
+"""The size that is built is the last one."""
+
+
+def wide(width: int) -> int:
+    """A width at the size that is built."""
+    return width * _sizes[-1].width
+
+
+def long(length: int) -> int:
+    """A length of sequences, or a side of images, at the size that is built."""
+    return length * _sizes[-1].length
+
+
+def many(samples: int = BATCH) -> int:
+    """A number of samples at the size that is built."""
+    return samples * _sizes[-1].batch
+
+
+def sized(**settings: Any) -> dict[str, Any]:
+    """Settings of a library's configuration, at the size that is built."""
+    grown = dict.fromkeys(_WIDTHS, wide) | dict.fromkeys(_LENGTHS, long)
+    return {
+        key: value if key not in grown else grown[key](value) if isinstance(value, int) else [*map(grown[key], value)]
+        for key, value in settings.items()
+    }
+
+
+_WIDTHS = (
+    "vocab_size", "hidden_size", "intermediate_size", "embedding_size", "head_dim", "ffn_dim", "word_embed_proj_dim",
+    "n_embd", "dim", "hidden_dim", "d_model", "d_kv", "d_ff", "encoder_ffn_dim", "decoder_ffn_dim", "projection_dim",
+    "attention_hidden_size", "time_step_rank", "embed_dim", "hidden_sizes", "groups_width", "decoder_hidden_size",
+    "num_mel_bins", "conv_dim", "block_out_channels", "attention_head_dim", "cross_attention_dim",
+)  # fmt: skip
+_LENGTHS = (
+    "max_position_embeddings", "n_positions", "sliding_window", "local_attention", "context_length", "chunk_size",
+    "prediction_length", "image_size", "sample_size", "max_source_positions", "max_target_positions",
+)  # fmt: skip
 
 
 def own_loss(model: Any, batch: Any) -> Tensor:
@@ -100,14 +149,14 @@ def normal(*shape: int) -> Tensor:
     return torch.randn(*shape, dtype=torch.float64)
 
 
-def tokens(length: int = LENGTH, vocabulary: int = VOCABULARY, first: int = 3) -> Tensor:
+def tokens() -> Tensor:
     """Token numbers above the special ones."""
-    return torch.randint(first, vocabulary, (BATCH, length))
+    return torch.randint(3, wide(VOCABULARY), (many(), long(LENGTH)))
 
 
-def padding(length: int = LENGTH) -> Tensor:
+def padding() -> Tensor:
     """An attention mask: the last sequence ends two tokens earlier."""
-    mask = torch.ones(BATCH, length, dtype=torch.int64)
+    mask = torch.ones(many(), long(LENGTH), dtype=torch.int64)
     mask[-1, -2:] = 0
     return mask
 
@@ -117,7 +166,7 @@ def padding(length: int = LENGTH) -> Tensor:
 TEXT = {"attn_implementation": ("sdpa", "eager"), "mask": (True, False), "train": (True, False)}
 """What is varied in models of text."""
 
-_WIDTHS = {
+_SMALL = {
     "vocab_size": VOCABULARY,
     "hidden_size": 16,
     "intermediate_size": 24,
@@ -128,18 +177,18 @@ _WIDTHS = {
     "bos_token_id": 1,
     "eos_token_id": 2,
 }
-_GROUPED = {**_WIDTHS, "num_key_value_heads": 2}
+_GROUPED = {**_SMALL, "num_key_value_heads": 2}
 
 
 def _text(head: str, config: str, settings: dict[str, Any], mask: bool, **options: Any) -> tuple[nn.Module, Any]:
     """A model of text and a batch with labels that fit its head."""
     import transformers
 
-    model = getattr(transformers, head)(getattr(transformers, config)(**settings, **options))
+    model = getattr(transformers, head)(getattr(transformers, config)(**sized(**settings), **options))
     ids = tokens()
     batch = {"input_ids": ids, "labels": ids}
     if "SequenceClassification" in head:
-        batch["labels"] = torch.randint(2, (BATCH,))
+        batch["labels"] = torch.randint(2, (many(),))
     if mask:
         batch["attention_mask"] = padding()
     return model, batch
@@ -156,21 +205,21 @@ def _add_text() -> None:
         "Gemma 2": ("Gemma2ForCausalLM", "Gemma2Config", {**_GROUPED, "head_dim": 4, "sliding_window": 4}),
         "Gemma 3": ("Gemma3ForCausalLM", "Gemma3TextConfig", {**_GROUPED, "head_dim": 4, "sliding_window": 4}),
         "Phi 3": ("Phi3ForCausalLM", "Phi3Config", _GROUPED),
-        "GPT-NeoX": ("GPTNeoXForCausalLM", "GPTNeoXConfig", _WIDTHS),
-        "OPT": ("OPTForCausalLM", "OPTConfig", {**_WIDTHS, "ffn_dim": 24, "word_embed_proj_dim": 16}),
+        "GPT-NeoX": ("GPTNeoXForCausalLM", "GPTNeoXConfig", _SMALL),
+        "OPT": ("OPTForCausalLM", "OPTConfig", {**_SMALL, "ffn_dim": 24, "word_embed_proj_dim": 16}),
         "Mixtral": ("MixtralForCausalLM", "MixtralConfig", {**_GROUPED, "num_local_experts": 4}),
         "OLMoE": ("OlmoeForCausalLM", "OlmoeConfig", {**_GROUPED, "num_experts": 4, "num_experts_per_tok": 2}),
-        "BERT": ("BertForMaskedLM", "BertConfig", _WIDTHS),
-        "RoBERTa": ("RobertaForMaskedLM", "RobertaConfig", _WIDTHS),
-        "ALBERT": ("AlbertForMaskedLM", "AlbertConfig", {**_WIDTHS, "embedding_size": 8}),
-        "ELECTRA": ("ElectraForMaskedLM", "ElectraConfig", {**_WIDTHS, "embedding_size": 8}),
+        "BERT": ("BertForMaskedLM", "BertConfig", _SMALL),
+        "RoBERTa": ("RobertaForMaskedLM", "RobertaConfig", _SMALL),
+        "ALBERT": ("AlbertForMaskedLM", "AlbertConfig", {**_SMALL, "embedding_size": 8}),
+        "ELECTRA": ("ElectraForMaskedLM", "ElectraConfig", {**_SMALL, "embedding_size": 8}),
         "DistilBERT": ("DistilBertForSequenceClassification", "DistilBertConfig",
                        {"vocab_size": VOCABULARY, "dim": 16, "hidden_dim": 24, "n_layers": 2, "n_heads": 4,
                         "max_position_embeddings": 32, "pad_token_id": 0}),
         "DeBERTa v2": ("DebertaV2ForSequenceClassification", "DebertaV2Config",
-                       {**_WIDTHS, "relative_attention": True, "pos_att_type": ["p2c", "c2p"]}),
+                       {**_SMALL, "relative_attention": True, "pos_att_type": ["p2c", "c2p"]}),
         "ModernBERT": ("ModernBertForMaskedLM", "ModernBertConfig",
-                       {**_WIDTHS, "cls_token_id": 1, "sep_token_id": 2, "local_attention": 4}),
+                       {**_SMALL, "cls_token_id": 1, "sep_token_id": 2, "local_attention": 4}),
         "T5": ("T5ForConditionalGeneration", "T5Config", {"vocab_size": VOCABULARY, "d_model": 16, "d_kv": 4,
                "d_ff": 24, "num_layers": 2, "num_heads": 4, "decoder_start_token_id": 0}),
         "BART": ("BartForConditionalGeneration", "BartConfig", {"vocab_size": VOCABULARY, "d_model": 16,
@@ -200,8 +249,8 @@ ATTENDING = {"attn_implementation": ("sdpa", "eager"), **SWITCHED}
 def _mamba(**_: Any) -> Any:
     from transformers import MambaConfig, MambaForCausalLM
 
-    config = MambaConfig(vocab_size=VOCABULARY, hidden_size=12, state_size=4, num_hidden_layers=2, expand=2,
-                         time_step_rank=3, conv_kernel=3, pad_token_id=0, bos_token_id=1, eos_token_id=2)  # fmt: skip
+    config = MambaConfig(**sized(vocab_size=VOCABULARY, hidden_size=12, state_size=4, num_hidden_layers=2, expand=2,
+                         time_step_rank=3, conv_kernel=3, pad_token_id=0, bos_token_id=1, eos_token_id=2))  # fmt: skip
     ids = tokens()
     return MambaForCausalLM(config), {"input_ids": ids, "labels": ids}
 
@@ -212,9 +261,9 @@ def _mamba(**_: Any) -> Any:
 def _mamba2(**_: Any) -> Any:
     from transformers import Mamba2Config, Mamba2ForCausalLM
 
-    config = Mamba2Config(vocab_size=VOCABULARY, hidden_size=12, state_size=4, num_hidden_layers=2, expand=2,
+    config = Mamba2Config(**sized(vocab_size=VOCABULARY, hidden_size=12, state_size=4, num_hidden_layers=2, expand=2,
                           num_heads=6, head_dim=4, n_groups=1, chunk_size=4, conv_kernel=3, pad_token_id=0,
-                          bos_token_id=1, eos_token_id=2)  # fmt: skip
+                          bos_token_id=1, eos_token_id=2))  # fmt: skip
     ids = tokens()
     return Mamba2ForCausalLM(config), {"input_ids": ids, "labels": ids}
 
@@ -223,19 +272,22 @@ def _mamba2(**_: Any) -> Any:
 def _patchtst(**_: Any) -> Any:
     from transformers import PatchTSTConfig, PatchTSTForPrediction
 
-    config = PatchTSTConfig(num_input_channels=2, context_length=12, prediction_length=4, patch_length=4,
+    config = PatchTSTConfig(**sized(num_input_channels=2, context_length=12, prediction_length=4, patch_length=4,
                             patch_stride=4, d_model=8, num_attention_heads=2, num_hidden_layers=1, ffn_dim=12,
-                            loss="mse")  # fmt: skip
-    return PatchTSTForPrediction(config), {"past_values": normal(BATCH, 12, 2), "future_values": normal(BATCH, 4, 2)}
+                            loss="mse"))  # fmt: skip
+    return PatchTSTForPrediction(config), {
+        "past_values": normal(many(), long(12), 2),
+        "future_values": normal(many(), long(4), 2),
+    }
 
 
 @entry("RWKV", "transformers", options={"train": (True,)}, kinked=True)  # it rewrites its weights to evaluate
 def _rwkv(**_: Any) -> Any:
     from transformers import RwkvConfig, RwkvForCausalLM
 
-    config = RwkvConfig(vocab_size=VOCABULARY, hidden_size=12, num_hidden_layers=2, attention_hidden_size=12,
+    config = RwkvConfig(**sized(vocab_size=VOCABULARY, hidden_size=12, num_hidden_layers=2, attention_hidden_size=12,
                         intermediate_size=24, context_length=32, pad_token_id=0, bos_token_id=1,
-                        eos_token_id=2)  # fmt: skip
+                        eos_token_id=2))  # fmt: skip
     ids = tokens()
     return RwkvForCausalLM(config), {"input_ids": ids, "labels": ids}
 
@@ -244,15 +296,15 @@ def _rwkv(**_: Any) -> Any:
 
 
 def _images(size: int = 16, labels: int = 3) -> dict[str, Tensor]:
-    return {"pixel_values": normal(BATCH, 3, size, size), "labels": torch.randint(labels, (BATCH,))}
+    return {"pixel_values": normal(many(), 3, long(size), long(size)), "labels": torch.randint(labels, (many(),))}
 
 
 @entry("ViT", "transformers", options=ATTENDING)
 def _vit(**options: Any) -> Any:
     from transformers import ViTConfig, ViTForImageClassification
 
-    config = ViTConfig(hidden_size=16, num_hidden_layers=2, num_attention_heads=4, intermediate_size=24, image_size=16,
-                       patch_size=8, num_labels=3, **options)  # fmt: skip
+    config = ViTConfig(**sized(hidden_size=16, num_hidden_layers=2, num_attention_heads=4, intermediate_size=24,
+                               image_size=16, patch_size=8, num_labels=3, **options))  # fmt: skip
     return ViTForImageClassification(config), _images()
 
 
@@ -260,8 +312,8 @@ def _vit(**options: Any) -> Any:
 def _swin(**_: Any) -> Any:
     from transformers import SwinConfig, SwinForImageClassification
 
-    config = SwinConfig(image_size=16, patch_size=2, embed_dim=8, depths=[2, 2], num_heads=[2, 4], window_size=4,
-                        num_labels=3)  # fmt: skip
+    config = SwinConfig(**sized(image_size=16, patch_size=2, embed_dim=8, depths=[2, 2], num_heads=[2, 4],
+                                window_size=4, num_labels=3))  # fmt: skip
     return SwinForImageClassification(config), _images()
 
 
@@ -269,8 +321,8 @@ def _swin(**_: Any) -> Any:
 def _convnext(**_: Any) -> Any:
     from transformers import ConvNextConfig, ConvNextForImageClassification
 
-    config = ConvNextConfig(hidden_sizes=[8, 12], depths=[1, 2], num_stages=2, num_labels=3, drop_path_rate=0.1,
-                            layer_scale_init_value=0.5)  # fmt: skip
+    config = ConvNextConfig(**sized(hidden_sizes=[8, 12], depths=[1, 2], num_stages=2, num_labels=3, drop_path_rate=0.1,
+                            layer_scale_init_value=0.5))  # fmt: skip
     return ConvNextForImageClassification(config), _images()
 
 
@@ -278,7 +330,9 @@ def _convnext(**_: Any) -> Any:
 def _resnet(**_: Any) -> Any:
     from transformers import ResNetConfig, ResNetForImageClassification
 
-    config = ResNetConfig(embedding_size=8, hidden_sizes=[8, 12], depths=[1, 2], layer_type="basic", num_labels=3)
+    config = ResNetConfig(
+        **sized(embedding_size=8, hidden_sizes=[8, 12], depths=[1, 2], layer_type="basic", num_labels=3)
+    )
     return ResNetForImageClassification(config), _images()
 
 
@@ -286,7 +340,7 @@ def _resnet(**_: Any) -> Any:
 def _regnet(**_: Any) -> Any:
     from transformers import RegNetConfig, RegNetForImageClassification
 
-    config = RegNetConfig(embedding_size=8, hidden_sizes=[8, 16], depths=[1, 1], groups_width=4, num_labels=3)
+    config = RegNetConfig(**sized(embedding_size=8, hidden_sizes=[8, 16], depths=[1, 1], groups_width=4, num_labels=3))
     return RegNetForImageClassification(config), _images()
 
 
@@ -294,8 +348,8 @@ def _regnet(**_: Any) -> Any:
 def _mobilenet(**_: Any) -> Any:
     from transformers import MobileNetV2Config, MobileNetV2ForImageClassification
 
-    config = MobileNetV2Config(image_size=32, depth_multiplier=0.2, depth_divisible_by=4, min_depth=4, num_labels=3,
-                               finegrained_output=False)  # fmt: skip
+    config = MobileNetV2Config(image_size=long(32), depth_multiplier=wide(1) * 0.2, depth_divisible_by=4, min_depth=4,
+                               num_labels=3, finegrained_output=False)  # fmt: skip
     return MobileNetV2ForImageClassification(config), _images(32)
 
 
@@ -303,9 +357,9 @@ def _mobilenet(**_: Any) -> Any:
 def _efficientnet(**_: Any) -> Any:
     from transformers import EfficientNetConfig, EfficientNetForImageClassification
 
-    config = EfficientNetConfig(image_size=16, width_coefficient=0.25, depth_coefficient=0.5, hidden_dim=320,
-                                in_channels=[32, 16], out_channels=[16, 24], kernel_sizes=[3, 5], strides=[1, 2],
-                                num_block_repeats=[1, 2], expand_ratios=[1, 4], depthwise_padding=[],
+    config = EfficientNetConfig(image_size=long(16), width_coefficient=wide(1) * 0.25, depth_coefficient=0.5,
+                                hidden_dim=wide(320), in_channels=[32, 16], out_channels=[16, 24], kernel_sizes=[3, 5],
+                                strides=[1, 2], num_block_repeats=[1, 2], expand_ratios=[1, 4], depthwise_padding=[],
                                 num_labels=3)  # fmt: skip
     return EfficientNetForImageClassification(config), _images()
 
@@ -314,12 +368,12 @@ def _efficientnet(**_: Any) -> Any:
 def _segformer(**_: Any) -> Any:
     from transformers import SegformerConfig, SegformerForSemanticSegmentation
 
-    config = SegformerConfig(num_encoder_blocks=2, depths=[1, 1], sr_ratios=[2, 1], hidden_sizes=[8, 12],
+    config = SegformerConfig(**sized(num_encoder_blocks=2, depths=[1, 1], sr_ratios=[2, 1], hidden_sizes=[8, 12],
                              patch_sizes=[3, 3], strides=[2, 2], num_attention_heads=[1, 2], mlp_ratios=[2, 2],
-                             decoder_hidden_size=8, num_labels=3)  # fmt: skip
+                             decoder_hidden_size=8, num_labels=3))  # fmt: skip
     return SegformerForSemanticSegmentation(config), {
-        "pixel_values": normal(BATCH, 3, 16, 16),
-        "labels": torch.randint(3, (BATCH, 16, 16)),
+        "pixel_values": normal(many(), 3, long(16), long(16)),
+        "labels": torch.randint(3, (many(), long(16), long(16))),
     }
 
 
@@ -327,29 +381,31 @@ def _segformer(**_: Any) -> Any:
 def _detr(attn_implementation: str, **_: Any) -> Any:
     from transformers import DetrConfig, DetrForObjectDetection, ResNetConfig
 
-    backbone = ResNetConfig(embedding_size=8, hidden_sizes=[8, 12], depths=[1, 1], layer_type="basic",
-                            out_features=["stage2"])  # fmt: skip
+    backbone = ResNetConfig(**sized(embedding_size=8, hidden_sizes=[8, 12], depths=[1, 1], layer_type="basic",
+                            out_features=["stage2"]))  # fmt: skip
     config = DetrConfig(use_timm_backbone=False, use_pretrained_backbone=False, backbone=None, backbone_config=backbone,
-                        d_model=16, encoder_layers=1, decoder_layers=1, encoder_ffn_dim=24, decoder_ffn_dim=24,
-                        encoder_attention_heads=4, decoder_attention_heads=4, num_queries=5, num_labels=3,
+                        d_model=wide(16), encoder_layers=1, decoder_layers=1, encoder_ffn_dim=wide(24),
+                        decoder_ffn_dim=wide(24), encoder_attention_heads=4, decoder_attention_heads=4, num_queries=5,
+                        num_labels=3,
                         attn_implementation={"": attn_implementation, "backbone_config": "eager"})  # fmt: skip
     labels = [
         {"class_labels": torch.tensor([1, 2]), "boxes": 0.3 + 0.3 * torch.rand(2, 4, dtype=torch.float64)},
         {"class_labels": torch.tensor([0]), "boxes": 0.3 + 0.3 * torch.rand(1, 4, dtype=torch.float64)},
     ]
-    return DetrForObjectDetection(config), {"pixel_values": normal(BATCH, 3, 32, 32), "labels": labels}
+    pixels = normal(many(), 3, long(32), long(32))
+    return DetrForObjectDetection(config), {"pixel_values": pixels, "labels": labels * many(1)}
 
 
 @entry("CLIP", "transformers", options={**ATTENDING, "mask": (True, False)})
 def _clip(mask: bool, **options: Any) -> Any:
     from transformers import CLIPConfig, CLIPModel
 
-    text = {**_WIDTHS, "projection_dim": 8}
-    vision = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 1, "num_attention_heads": 4,
-              "image_size": 16, "patch_size": 8, "projection_dim": 8}  # fmt: skip
-    config = CLIPConfig(text_config={**text, **options}, vision_config={**vision, **options}, projection_dim=8,
-                        **options)  # fmt: skip
-    batch = {"input_ids": tokens(), "pixel_values": normal(BATCH, 3, 16, 16), "return_loss": True}
+    text = sized(**_SMALL, projection_dim=8)
+    vision = sized(hidden_size=16, intermediate_size=24, num_hidden_layers=1, num_attention_heads=4, image_size=16,
+                   patch_size=8, projection_dim=8)  # fmt: skip
+    config = CLIPConfig(text_config={**text, **options}, vision_config={**vision, **options},
+                        projection_dim=wide(8), **options)  # fmt: skip
+    batch = {"input_ids": tokens(), "pixel_values": normal(many(), 3, long(16), long(16)), "return_loss": True}
     return CLIPModel(config), {**batch, "attention_mask": padding()} if mask else batch
 
 
@@ -357,26 +413,26 @@ def _clip(mask: bool, **options: Any) -> Any:
 def _whisper(**options: Any) -> Any:
     from transformers import WhisperConfig, WhisperForConditionalGeneration
 
-    config = WhisperConfig(vocab_size=VOCABULARY, num_mel_bins=8, d_model=16, encoder_layers=1, decoder_layers=1,
-                           encoder_attention_heads=4, decoder_attention_heads=4, encoder_ffn_dim=24,
-                           decoder_ffn_dim=24, max_source_positions=10, max_target_positions=16, pad_token_id=0,
-                           bos_token_id=1, eos_token_id=2, decoder_start_token_id=1, begin_suppress_tokens=None,
-                           **options)  # fmt: skip
+    config = WhisperConfig(**sized(vocab_size=VOCABULARY, num_mel_bins=8, d_model=16, encoder_layers=1,
+                                   decoder_layers=1, encoder_attention_heads=4, decoder_attention_heads=4,
+                                   encoder_ffn_dim=24, decoder_ffn_dim=24, max_source_positions=10,
+                                   max_target_positions=16, pad_token_id=0, bos_token_id=1, eos_token_id=2,
+                                   decoder_start_token_id=1, begin_suppress_tokens=None, **options))  # fmt: skip
     model = WhisperForConditionalGeneration(config)
-    return model, {"input_features": normal(BATCH, 8, 20), "labels": tokens()}
+    return model, {"input_features": normal(many(), wide(8), long(20)), "labels": tokens()}
 
 
 @entry("Wav2Vec2 with CTC", "transformers", options={**ATTENDING, "mask": (True, False)})
 def _wav2vec2(mask: bool, **options: Any) -> Any:
     from transformers import Wav2Vec2Config, Wav2Vec2ForCTC
 
-    config = Wav2Vec2Config(vocab_size=8, hidden_size=16, num_hidden_layers=1, num_attention_heads=4,
+    config = Wav2Vec2Config(**sized(vocab_size=8, hidden_size=16, num_hidden_layers=1, num_attention_heads=4,
                             intermediate_size=24, conv_dim=[8, 8], conv_stride=[4, 2], conv_kernel=[8, 3],
                             num_feat_extract_layers=2, num_conv_pos_embeddings=4, num_conv_pos_embedding_groups=2,
-                            mask_time_prob=0.0, layerdrop=0.0, pad_token_id=0, **options)  # fmt: skip
-    batch = {"input_values": normal(BATCH, 120), "labels": torch.randint(1, 8, (BATCH, 3))}
+                            mask_time_prob=0.0, layerdrop=0.0, pad_token_id=0, **options))  # fmt: skip
+    batch = {"input_values": normal(many(), long(120)), "labels": torch.randint(1, 8, (many(), 3))}
     if mask:
-        lengths = torch.ones(BATCH, 120, dtype=torch.int64)
+        lengths = torch.ones(many(), long(120), dtype=torch.int64)
         lengths[-1, 100:] = 0
         batch["attention_mask"] = lengths
     return Wav2Vec2ForCTC(config), batch
@@ -409,21 +465,32 @@ def denoising(model: Any, batch: Any) -> Tensor:
 def _unet(**_: Any) -> Any:
     from diffusers import UNet2DModel
 
-    model = UNet2DModel(sample_size=8, in_channels=2, out_channels=2, layers_per_block=1, block_out_channels=(8, 8),
-                        down_block_types=("DownBlock2D", "AttnDownBlock2D"), attention_head_dim=4, dropout=0.1,
-                        up_block_types=("AttnUpBlock2D", "UpBlock2D"), norm_num_groups=4)  # fmt: skip
-    return model, (normal(BATCH, 2, 8, 8), torch.tensor([3, 500]), normal(BATCH, 2, 8, 8))
+    model = UNet2DModel(**sized(sample_size=8, in_channels=2, out_channels=2, layers_per_block=1,
+                                block_out_channels=(8, 8), down_block_types=("DownBlock2D", "AttnDownBlock2D"),
+                                attention_head_dim=4, dropout=0.1, up_block_types=("AttnUpBlock2D", "UpBlock2D"),
+                                norm_num_groups=4))  # fmt: skip
+    return model, (
+        normal(many(), 2, long(8), long(8)),
+        torch.tensor([3, 500] * many(1)),
+        normal(many(), 2, long(8), long(8)),
+    )
 
 
 @entry("conditional U-Net", "diffusers", loss_fn=denoising, options=SWITCHED)
 def _conditional_unet(**_: Any) -> Any:
     from diffusers import UNet2DConditionModel
 
-    model = UNet2DConditionModel(sample_size=8, in_channels=2, out_channels=2, layers_per_block=1, norm_num_groups=4,
-                                 block_out_channels=(8, 8), down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"),
-                                 up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"), cross_attention_dim=6,
-                                 attention_head_dim=4)  # fmt: skip
-    return model, (normal(BATCH, 2, 8, 8), torch.tensor([3, 500]), normal(BATCH, 3, 6), normal(BATCH, 2, 8, 8))
+    model = UNet2DConditionModel(**sized(sample_size=8, in_channels=2, out_channels=2, layers_per_block=1,
+                                         norm_num_groups=4, block_out_channels=(8, 8),
+                                         down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"),
+                                         up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"), cross_attention_dim=6,
+                                         attention_head_dim=4))  # fmt: skip
+    return model, (
+        normal(many(), 2, long(8), long(8)),
+        torch.tensor([3, 500] * many(1)),
+        normal(many(), long(3), wide(6)),
+        normal(many(), 2, long(8), long(8)),
+    )
 
 
 def denoising_by_class(model: Any, batch: Any) -> Tensor:
@@ -434,21 +501,22 @@ def denoising_by_class(model: Any, batch: Any) -> Tensor:
 def _dit(**_: Any) -> Any:
     from diffusers import DiTTransformer2DModel
 
-    model = DiTTransformer2DModel(num_attention_heads=2, attention_head_dim=4, in_channels=2, out_channels=2,
-                                  num_layers=1, sample_size=4, patch_size=2, num_embeds_ada_norm=10,
+    model = DiTTransformer2DModel(num_attention_heads=2, attention_head_dim=wide(4), in_channels=2, out_channels=2,
+                                  num_layers=1, sample_size=long(4), patch_size=2, num_embeds_ada_norm=10,
                                   norm_num_groups=2)  # fmt: skip
-    given = {"timestep": torch.tensor([1, 5]), "class_labels": torch.tensor([2, 3])}
-    return model, ((normal(BATCH, 2, 4, 4), normal(BATCH, 2, 4, 4)), given)
+    given = {"timestep": torch.tensor([1, 5] * many(1)), "class_labels": torch.tensor([2, 3] * many(1))}
+    latent, noise = normal(many(), 2, long(4), long(4)), normal(many(), 2, long(4), long(4))
+    return model, ((latent, noise), given)
 
 
 @entry("image autoencoder", "diffusers", loss_fn=lambda model, x: F.mse_loss(model(x).sample, x), options=SWITCHED)
 def _autoencoder(**_: Any) -> Any:
     from diffusers import AutoencoderKL
 
-    model = AutoencoderKL(in_channels=3, out_channels=3, down_block_types=("DownEncoderBlock2D",) * 2,
+    model = AutoencoderKL(**sized(in_channels=3, out_channels=3, down_block_types=("DownEncoderBlock2D",) * 2,
                           up_block_types=("UpDecoderBlock2D",) * 2, block_out_channels=(4, 8), latent_channels=2,
-                          norm_num_groups=2, sample_size=8)  # fmt: skip
-    return model, normal(BATCH, 3, 8, 8)
+                          norm_num_groups=2, sample_size=8))  # fmt: skip
+    return model, normal(many(), 3, long(8), long(8))
 
 
 def node_classes(model: Any, graph: Any) -> Tensor:
@@ -460,9 +528,10 @@ def node_classes(model: Any, graph: Any) -> Tensor:
 def _graph(kind: str, **settings: Any) -> Any:
     import torch_geometric.nn as pyg
 
-    model = getattr(pyg, kind)(in_channels=4, hidden_channels=6, num_layers=2, out_channels=3, **settings)
+    model = getattr(pyg, kind)(in_channels=wide(4), hidden_channels=wide(6), num_layers=2, out_channels=3, **settings)
     edges = torch.tensor([[0, 1, 2, 3, 4, 5, 6, 0, 2, 5, 6, 3], [1, 2, 3, 4, 5, 6, 0, 3, 6, 1, 2, 0]])
-    return model, (normal(7, 4), edges, torch.randint(3, (7,)))
+    edges = torch.cat([edges + 7 * copy for copy in range(many(1))], 1)
+    return model, (normal(many(7), wide(4)), edges, torch.randint(3, (many(7),)))
 
 
 for _kind, _settings in {
@@ -499,9 +568,9 @@ class PaddedEncoder(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        layer = nn.TransformerEncoderLayer(16, 4, 24, batch_first=True, activation="gelu")
-        self.embedding, self.encoder = nn.Embedding(VOCABULARY, 16), nn.TransformerEncoder(layer, 2)
-        self.head = nn.Linear(16, VOCABULARY)
+        layer = nn.TransformerEncoderLayer(wide(16), 4, wide(24), batch_first=True, activation="gelu")
+        self.embedding, self.encoder = nn.Embedding(wide(VOCABULARY), wide(16)), nn.TransformerEncoder(layer, 2)
+        self.head = nn.Linear(wide(16), wide(VOCABULARY))
 
     def forward(self, ids: Tensor, mask: Tensor | None) -> Tensor:
         ignored = None if mask is None else mask == 0
@@ -518,21 +587,27 @@ class Packed(nn.Module):
 
     def __init__(self, kind: type[nn.Module]) -> None:
         super().__init__()
-        self.core, self.head = kind(4, 5, num_layers=2, batch_first=True, bidirectional=True), nn.Linear(10, 3)
+        self.core = kind(wide(4), wide(5), num_layers=2, batch_first=True, bidirectional=True)
+        self.head = nn.Linear(wide(10), 3)
 
     def forward(self, x: Tensor, lengths: Tensor) -> Tensor:
         packed = nn.utils.rnn.pack_padded_sequence(x, lengths, batch_first=True, enforce_sorted=False)
         return self.head(nn.utils.rnn.pad_packed_sequence(self.core(packed)[0], batch_first=True)[0].tanh())
 
 
+def _sequences() -> Any:
+    lengths = torch.tensor([3, 5, 2] * many(1)) * long(1)
+    return normal(many(3), long(5), wide(4)), lengths, torch.randint(3, (many(3), long(5)))
+
+
 @entry("packed LSTM", loss_fn=classes, options=SWITCHED)
 def _packed_lstm(**_: Any) -> Any:
-    return Packed(nn.LSTM), (normal(3, 5, 4), torch.tensor([3, 5, 2]), torch.randint(3, (3, 5)))
+    return Packed(nn.LSTM), _sequences()
 
 
 @entry("packed GRU", loss_fn=classes, options=SWITCHED)
 def _packed_gru(**_: Any) -> Any:
-    return Packed(nn.GRU), (normal(3, 5, 4), torch.tensor([3, 5, 2]), torch.randint(3, (3, 5)))
+    return Packed(nn.GRU), _sequences()
 
 
 class Checkpointed(nn.Module):
@@ -541,11 +616,12 @@ class Checkpointed(nn.Module):
     def __init__(self, reentrant: bool) -> None:
         super().__init__()
         self.reentrant = reentrant
-        self.first = nn.Linear(4, 8)
+        width = wide(8)
+        self.first = nn.Linear(wide(4), width)
         self.blocks = nn.ModuleList(
-            nn.Sequential(nn.LayerNorm(8), nn.Linear(8, 8), nn.Dropout(0.1), nn.GELU()) for _ in range(2)
+            nn.Sequential(nn.LayerNorm(width), nn.Linear(width, width), nn.Dropout(0.1), nn.GELU()) for _ in range(2)
         )
-        self.last = nn.Linear(8, 3)
+        self.last = nn.Linear(width, 3)
 
     def forward(self, x: Tensor) -> Tensor:
         from torch.utils.checkpoint import checkpoint
@@ -556,9 +632,13 @@ class Checkpointed(nn.Module):
         return self.last(x)
 
 
+def _points() -> tuple[Tensor, Tensor]:
+    return normal(many(5), wide(4)), torch.randint(3, (many(5),))
+
+
 @entry("checkpoints", loss_fn=classes, options={"reentrant": (False, True), **SWITCHED})
 def _checkpointed(reentrant: bool, **_: Any) -> Any:
-    return Checkpointed(reentrant), (normal(5, 4), torch.randint(3, (5,)))
+    return Checkpointed(reentrant), _points()
 
 
 @entry("GPT-2 with checkpoints", "transformers", options={"train": (True,)})
@@ -571,47 +651,51 @@ def _checkpointed_gpt2(**_: Any) -> Any:
 class Wrapped(nn.Module):
     """A layer between two others."""
 
-    def __init__(self, layer: nn.Module, width: int = 6) -> None:
+    def __init__(self, layer: nn.Module) -> None:
         super().__init__()
-        self.first, self.layer, self.last = nn.Linear(4, width), layer, nn.LazyLinear(3)
+        self.first, self.layer, self.last = nn.Linear(wide(4), wide(6)), layer, nn.LazyLinear(3)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.last(torch.tanh(self.layer(torch.tanh(self.first(x)))))
 
 
-def _wrapped(layer: nn.Module, width: int = 6) -> Any:
-    model, batch = Wrapped(layer, width).double(), (normal(5, 4), torch.randint(3, (5,)))
+def _wrapped(layer: nn.Module) -> Any:
+    model, batch = Wrapped(layer).double(), _points()
     model(batch[0])
     return model, batch
 
 
+def _square() -> nn.Linear:
+    return nn.Linear(wide(6), wide(6))
+
+
 @entry("weight norm", loss_fn=classes, options=SWITCHED)
 def _weight_norm(**_: Any) -> Any:
-    return _wrapped(nn.utils.parametrizations.weight_norm(nn.Linear(6, 6)))
+    return _wrapped(nn.utils.parametrizations.weight_norm(_square()))
 
 
 @entry("spectral norm", loss_fn=classes, options=SWITCHED, kinked=True)  # whose vectors count as constants
 def _spectral_norm(**_: Any) -> Any:
-    return _wrapped(nn.utils.parametrizations.spectral_norm(nn.Linear(6, 6)))
+    return _wrapped(nn.utils.parametrizations.spectral_norm(_square()))
 
 
 @entry("orthogonal weights", loss_fn=classes, options={"map": ("cayley", "matrix_exp"), **SWITCHED})
 def _orthogonal(map: str, **_: Any) -> Any:
-    return _wrapped(nn.utils.parametrizations.orthogonal(nn.Linear(6, 6), orthogonal_map=map))
+    return _wrapped(nn.utils.parametrizations.orthogonal(_square(), orthogonal_map=map))
 
 
 @entry("EmbeddingBag", loss_fn=classes, options={"mode": ("mean", "sum", "max"), **SWITCHED})
 def _embedding_bag(mode: str, **_: Any) -> Any:
-    model = nn.Sequential(nn.EmbeddingBag(10, 5, mode=mode), nn.Tanh(), nn.Linear(5, 3))
-    return model, (torch.randint(10, (4, 3)), torch.randint(3, (4,)))
+    model = nn.Sequential(nn.EmbeddingBag(wide(10), wide(5), mode=mode), nn.Tanh(), nn.Linear(wide(5), 3))
+    return model, (torch.randint(wide(10), (many(4), long(3))), torch.randint(3, (many(4),)))
 
 
 class Fourier(nn.Module):
     """A layer that mixes frequencies, with weights for the real and the imaginary part."""
 
-    def __init__(self, width: int = 6) -> None:
+    def __init__(self) -> None:
         super().__init__()
-        self.real, self.imaginary = (nn.Parameter(0.5 * normal(width // 2 + 1)) for _ in range(2))
+        self.real, self.imaginary = (nn.Parameter(0.5 * normal(wide(6) // 2 + 1)) for _ in range(2))
 
     def forward(self, x: Tensor) -> Tensor:
         return torch.fft.irfft(torch.fft.rfft(x) * torch.complex(self.real, self.imaginary), n=x.shape[-1])
@@ -627,7 +711,7 @@ class Distances(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        self.centres = nn.Parameter(normal(5, 6))
+        self.centres = nn.Parameter(normal(wide(5), wide(6)))
 
     def forward(self, x: Tensor) -> Tensor:
         return torch.exp(-torch.cdist(x, self.centres))
@@ -643,10 +727,10 @@ class Solving(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        self.matrix = nn.Parameter(normal(6, 6) + 3 * torch.eye(6, dtype=torch.float64))
+        self.matrix = nn.Parameter(normal(wide(6), wide(6)) + 3 * torch.eye(wide(6), dtype=torch.float64))
 
     def forward(self, x: Tensor) -> Tensor:
-        return torch.linalg.solve(self.matrix, x.mT).mT + torch.linalg.slogdet(self.matrix)[1] / 6
+        return torch.linalg.solve(self.matrix, x.mT).mT + torch.linalg.slogdet(self.matrix)[1] / len(self.matrix)
 
 
 @entry("linear solve, log-determinant", loss_fn=classes, options=SWITCHED)
@@ -660,7 +744,7 @@ class Transformer(nn.Module):
     def __init__(self, mode: str) -> None:
         super().__init__()
         self.mode = mode
-        self.pose, self.head = nn.Linear(64, 6), nn.Linear(64, 3)
+        self.pose, self.head = nn.Linear(long(8) ** 2, 6), nn.Linear(long(8) ** 2, 3)
         nn.init.normal_(self.pose.weight, std=0.02)
         self.pose.bias.data.copy_(torch.tensor([0.9, 0.1, 0.03, -0.12, 0.85, 0.02]))
 
@@ -671,7 +755,7 @@ class Transformer(nn.Module):
 
 @entry("grid_sample", loss_fn=classes, options={"mode": ("bilinear",), **SWITCHED}, kinked=True)
 def _grid_sample(mode: str, **_: Any) -> Any:
-    return Transformer(mode), (normal(3, 1, 8, 8), torch.randint(3, (3,)))
+    return Transformer(mode), (normal(many(3), 1, long(8), long(8)), torch.randint(3, (many(3),)))
 
 
 def upsampled(model: Any, batch: Any) -> Tensor:
@@ -681,18 +765,27 @@ def upsampled(model: Any, batch: Any) -> Tensor:
 @entry("upsampling", loss_fn=upsampled, options={"mode": ("nearest", "bilinear", "bicubic", "area"), **SWITCHED})
 def _upsampling(mode: str, **_: Any) -> Any:
     body = [
-        nn.Conv2d(1, 3, 3, padding=1),
+        nn.Conv2d(1, wide(3), 3, padding=1),
         nn.Tanh(),
         nn.Upsample(scale_factor=2, mode=mode),
-        nn.Conv2d(3, 1, 3, padding=1),
+        nn.Conv2d(wide(3), 1, 3, padding=1),
     ]
-    return nn.Sequential(*body), (normal(2, 1, 5, 5), normal(2, 1, 10, 10))
+    return nn.Sequential(*body), (
+        normal(many(2), 1, long(5), long(5)),
+        normal(many(2), 1, long(10), long(10)),
+    )
 
 
 @entry("group norm, channels last", loss_fn=upsampled, options=SWITCHED)
 def _group_norm(**_: Any) -> Any:
-    body = [nn.Conv2d(4, 8, 3, padding=1), nn.GroupNorm(4, 8), nn.SiLU(), nn.Dropout(0.1), nn.Conv2d(8, 2, 1)]
-    x, y = normal(2, 4, 4, 4), normal(2, 2, 4, 4)
+    body = [
+        nn.Conv2d(wide(4), wide(8), 3, padding=1),
+        nn.GroupNorm(4, wide(8)),
+        nn.SiLU(),
+        nn.Dropout(0.1),
+        nn.Conv2d(wide(8), 2, 1),
+    ]
+    x, y = normal(many(2), wide(4), long(4), long(4)), normal(many(2), 2, long(4), long(4))
     return nn.Sequential(*body).to(memory_format=torch.channels_last), (
         x.contiguous(memory_format=torch.channels_last),
         y,
@@ -704,7 +797,7 @@ class Recogniser(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        self.core, self.head = nn.LSTM(4, 6, batch_first=True), nn.Linear(6, 5)
+        self.core, self.head = nn.LSTM(wide(4), wide(6), batch_first=True), nn.Linear(wide(6), 5)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.head(self.core(x)[0]).log_softmax(-1)
@@ -717,8 +810,9 @@ def transcription(model: Any, batch: Any) -> Tensor:
 
 @entry("LSTM with CTC", loss_fn=transcription, options=SWITCHED)
 def _ctc(**_: Any) -> Any:
-    labels = torch.tensor([[1, 2, 2], [3, 1, 4]])
-    return Recogniser(), (normal(2, 9, 4), labels, torch.tensor([9, 7]), torch.tensor([3, 2]))
+    labels = torch.tensor([[1, 2, 2], [3, 1, 4]] * many(1))
+    lengths, spoken = torch.tensor([9, 7] * many(1)) * long(1), torch.tensor([3, 2] * many(1))
+    return Recogniser(), (normal(many(2), long(9), wide(4)), labels, lengths, spoken)
 
 
 class CouplingFlow(nn.Module):
@@ -726,13 +820,14 @@ class CouplingFlow(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        self.nets = nn.ModuleList(nn.Sequential(nn.Linear(4, 6), nn.Tanh(), nn.Linear(6, 8)) for _ in range(2))
-        self.mixing = nn.Parameter(torch.eye(4, dtype=torch.float64) + 0.2 * normal(4, 4))
+        n, m = wide(4), wide(6)
+        self.nets = nn.ModuleList(nn.Sequential(nn.Linear(n, m), nn.Tanh(), nn.Linear(m, 2 * n)) for _ in range(2))
+        self.mixing = nn.Parameter(torch.eye(n, dtype=torch.float64) + 0.2 * normal(n, n))
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
         volume = x.new_zeros(len(x))
         for net, kept in zip(self.nets, ([1, 0, 1, 0], [0, 1, 0, 1]), strict=True):
-            mask = x.new_tensor(kept)
+            mask = x.new_tensor(kept * wide(1))
             scale, shift = net(x * mask).chunk(2, -1)
             scale = scale.tanh() * (1 - mask)
             x = (x * scale.exp() + shift * (1 - mask)) @ self.mixing
@@ -747,13 +842,13 @@ def likelihood(model: Any, x: Tensor) -> Tensor:
 
 @entry("coupling flow", loss_fn=likelihood, options=SWITCHED)
 def _coupling_flow(**_: Any) -> Any:
-    return CouplingFlow(), normal(5, 4)
+    return CouplingFlow(), normal(many(5), wide(4))
 
 
 class DiagonalStateSpace(nn.Module):
     """A convolution with the response of complex states (S4D), and the correlation of what it gives with itself."""
 
-    def __init__(self, width: int = 3, states: int = 2) -> None:
+    def __init__(self, width: int, states: int = 2) -> None:
         super().__init__()
         self.decay, self.frequency = (nn.Parameter(normal(width, states)) for _ in range(2))
         self.readout, self.step = nn.Parameter(normal(width, states, 2)), nn.Parameter(normal(width) - 1)
@@ -771,7 +866,7 @@ class DiagonalStateSpace(nn.Module):
 
 @entry("complex state space", loss_fn=classes, options=SWITCHED)
 def _complex_states(**_: Any) -> Any:
-    return DiagonalStateSpace(), (normal(2, 3, 6), torch.randint(3, (2, 6)))
+    return DiagonalStateSpace(wide(3)), (normal(many(2), wide(3), long(6)), torch.randint(3, (many(2), long(6))))
 
 
 def residual_of_heat(model: Any, points: Tensor) -> Tensor:
@@ -787,7 +882,10 @@ def residual_of_heat(model: Any, points: Tensor) -> Tensor:
 
 @entry("physics-informed network", loss_fn=residual_of_heat, options=SWITCHED)
 def _physics(**_: Any) -> Any:
-    return nn.Sequential(nn.Linear(2, 6), nn.Tanh(), nn.Linear(6, 6), nn.Tanh(), nn.Linear(6, 1)), normal(6, 2)
+    return (
+        nn.Sequential(nn.Linear(2, wide(6)), nn.Tanh(), _square(), nn.Tanh(), nn.Linear(wide(6), 1)),
+        normal(many(6), 2),
+    )
 
 
 class DeepKernel(nn.Module):
@@ -795,7 +893,7 @@ class DeepKernel(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        self.features = nn.Sequential(nn.Linear(2, 5), nn.Tanh(), nn.Linear(5, 2))
+        self.features = nn.Sequential(nn.Linear(2, wide(5)), nn.Tanh(), nn.Linear(wide(5), 2))
         self.scale, self.noise = nn.Parameter(normal(2)), nn.Parameter(torch.tensor(-1.0))
 
     def forward(self, x: Tensor) -> Tensor:
@@ -810,12 +908,12 @@ def marginal_likelihood(model: Any, batch: Any) -> Tensor:
 
 @entry("deep kernel", loss_fn=marginal_likelihood, options=SWITCHED)
 def _deep_kernel(**_: Any) -> Any:
-    return DeepKernel(), (normal(5, 2), normal(5))
+    return DeepKernel(), (normal(many(5), 2), normal(many(5)))
 
 
 @entry("compiled module", loss_fn=classes, options=SWITCHED)
 def _compiled(**_: Any) -> Any:
-    model, batch = _wrapped(nn.Linear(6, 6))
+    model, batch = _wrapped(_square())
     return torch.compile(model, backend="eager"), batch
 
 
@@ -825,8 +923,8 @@ def variants(name: str) -> list[dict[str, Any]]:
     return [dict(zip(options, values, strict=True)) for values in itertools.product(*options.values())]
 
 
-def make(name: str, **options: Any) -> tuple[nn.Module, Callable[[Any, Any], Tensor], Any]:
-    """A model in float64, its loss and a batch; the random state is left alone.
+def make(name: str, *, size: Size = Size(), **options: Any) -> tuple[nn.Module, Callable[[Any, Any], Tensor], Any]:
+    """A model in float64, its loss and a batch, so many times as large as usual; the random state is left alone.
 
     Scales and biases are moved off their special first values.
     """
@@ -834,7 +932,11 @@ def make(name: str, **options: Any) -> tuple[nn.Module, Callable[[Any, Any], Ten
     train = chosen.pop("train", True)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        model, batch = ZOO[name].build(**chosen)
+        _sizes.append(size)
+        try:
+            model, batch = ZOO[name].build(**chosen)
+        finally:
+            _sizes.pop()
         model = model.double().train(train)
         for key, p in model.named_parameters():
             if p.dim() == 1 and p.requires_grad and "pose" not in key:

@@ -37,6 +37,22 @@ class Product(Protocol):
         """The b-gradient of v · f(a, b)."""
         ...
 
+    def multiplications(self, call: Call) -> int:
+        """How many f(a, b) takes."""
+        ...
+
+    def parts(self, adjoint: Tensor, entries: int) -> list[slice | None]:
+        """Parts of the first dimension of both arguments and of the adjoint, where it is one of independent products.
+
+        Args:
+            adjoint: v.
+            entries: what a whole has.
+
+        Returns:
+            Slices; nothing for a whole.
+        """
+        return [None]
+
 
 class Bilinear(Rule):
     """An operation f(a, b) + bias.
@@ -119,10 +135,21 @@ class Bilinear(Rule):
         if isinstance(self.product, Entrywise) and a.rows.shape[1:] == b.rows.shape[1:] == adjoint.shape:
             _contract_entries(call, adjoint, a, b, sums)
             return
-        right = self._contract_right(a, b)
+        right = self._contract_right(call, a, b)
         own, other = (a, b) if right else (b, a)
-        n, m = len(own.second), len(own.rows)
         cross = adjoint.new_zeros(len(own.first), len(other.first))
+        for part in self.product.parts(adjoint, len(own.rows) * max(own.rows[0].numel(), other.rows[0].numel())):
+            if part is None:
+                self._contract_part(call, adjoint, own, other, right, cross, sums)
+            else:
+                mine, theirs = (jet.like(jet.rows[:, part]) for jet in (own, other))
+                self._contract_part(call, adjoint[part], mine, theirs, right, cross, sums)
+        sums.add_cross(own.first, other.first, cross)
+
+    def _contract_part(
+        self, call: Call, adjoint: Tensor, own: Jet, other: Jet, right: bool, cross: Tensor, sums: Sums
+    ) -> None:
+        n, m = len(own.second), len(own.rows)
         step = max(1, _PULLED // max(other.rows[0].numel(), 1))
         for start in [*range(0, n, step), *range(n, m, step)]:
             end = min(start + step, n if start < n else m)
@@ -132,7 +159,7 @@ class Bilinear(Rule):
             else:
                 pulled = flat(self.product.to_left(call, adjoint, rows, (False, True)))
             if start >= n:
-                torch.mm(pulled, flat(other.dot).T, out=cross[start - n : end - n])
+                cross[start - n : end - n].addmm_(pulled, flat(other.dot).T)
             if call.third:
                 groups, partners, theirs = (
                     (own.second[start:end], other.first, other.dot)
@@ -144,7 +171,6 @@ class Bilinear(Rule):
                     sums.add_diagonal(
                         both, 3 * dots(pulled[rows_of(groups, both)], flat(theirs[rows_of(partners, both)]))
                     )
-        sums.add_cross(own.first, other.first, cross)
 
     @override
     def sources(self, call: Call, adjoint: Any) -> dict[Place, tuple[Groups, Tensor]]:
@@ -184,11 +210,16 @@ class Bilinear(Rule):
                 self.product.apply(call, many.dot, row, (True, False), out, False)
         return call.kept[group]
 
-    def _contract_right(self, a: Jet, b: Jet) -> bool:
-        """Whether to contract v̄ with the left side: the one with fewer rows, or with more entries to sum over."""
-        if isinstance(self.product, Entrywise) and min(len(a.rows), len(b.rows)) > 2:
-            return a.rows[0].numel() >= b.rows[0].numel()
-        return len(a.rows) < len(b.rows)
+    def _contract_right(self, call: Call, a: Jet, b: Jet) -> bool:
+        """Whether to pull the left side's rows to the right one: what takes fewer multiplications.
+
+        Each row is pulled by one product, and then multiplied with all rows of the other side.
+        """
+        n, m = len(a.rows), len(b.rows)
+        if isinstance(self.product, Entrywise) and min(n, m) <= 2:  # a product writes what is then read again
+            return n < m
+        each = self.product.multiplications(call)
+        return n * each + n * m * b.rows[0].numel() < m * each + n * m * a.rows[0].numel()
 
 
 def _contract_entries(call: Call, adjoint: Tensor, a: Jet, b: Jet, sums: Sums) -> None:
@@ -254,6 +285,18 @@ class MatrixProduct(Product):
     def to_right(self, call: Call, a: Tensor, v: Tensor, rows: tuple[bool, bool]) -> Tensor:
         return multiply(a.mT, v, rows)
 
+    @override
+    def multiplications(self, call: Call) -> int:
+        return int(call.out.numel()) * int(call.args[-1].shape[-2])
+
+    @override
+    def parts(self, adjoint: Tensor, entries: int) -> list[slice | None]:
+        if adjoint.dim() == 2 or entries <= _PULLED:
+            return [None]
+        count = len(adjoint)
+        step = max(1, count * _PULLED // entries)
+        return [slice(start, start + step) for start in range(0, count, step)]
+
 
 class Entrywise(Product):
     """``mul``, with broadcasting, of the arguments at these positions."""
@@ -278,6 +321,10 @@ class Entrywise(Product):
     def _lifted(self, call: Call, a: Tensor, b: Tensor, rows: tuple[bool, bool]) -> tuple[Tensor, Tensor]:
         dims = call.out.dim()
         return lift(a, dims) if rows[0] else a, lift(b, dims) if rows[1] else b
+
+    @override
+    def multiplications(self, call: Call) -> int:
+        return int(call.out.numel())
 
     @override
     def to_left(self, call: Call, v: Tensor, b: Tensor, rows: tuple[bool, bool]) -> Tensor:
@@ -324,6 +371,11 @@ class Convolution(Product):
     def to_right(self, call: Call, a: Tensor, v: Tensor, rows: tuple[bool, bool]) -> Tensor:
         return _each(lambda x, g: self._backward(call, g, x, call.args[1], 1), a, v, rows)
 
+    @override
+    def multiplications(self, call: Call) -> int:
+        x, weight, transposed = call.args[0], call.args[1], call.args[6]
+        return int((x if transposed else call.out).numel() * weight[0].numel())
+
     def _backward(self, call: Call, v: Tensor, x: Tensor, w: Tensor, which: int) -> Tensor:
         mask = [which == 0, which == 1, False]
         result: Tensor = aten.convolution_backward.default(v, x, w, None, *call.args[3:], mask)[which]
@@ -355,6 +407,10 @@ class GroupedProduct(Product):
         for expert, some in _shares(call):
             result[:, expert] = a[..., some, :].mT @ v[..., some, :]
         return result
+
+    @override
+    def multiplications(self, call: Call) -> int:
+        return int(call.out.numel()) * int(call.args[0].shape[-1])
 
 
 def _shares(call: Call) -> list[tuple[int, slice]]:
