@@ -30,8 +30,15 @@ def _convolution_backward(grad: Tensor, x: Tensor, weight: Tensor, *rest: Any, o
     return sum(mask[:2]) * int(conv_flop_count(list(x.shape), list(weight.shape), list(grad.shape), transposed))
 
 
+def _recurrent(x: Tensor, inner: Tensor, hidden: Tensor, *rest: Any, out_val: Any = None) -> int:
+    """A layer of an LSTM by oneDNN: at each step, products with two matrices."""
+    return 2 * int(x.shape[:-1].numel()) * int(inner.numel() + hidden.numel())
+
+
 FORMULAS = flop_registry | {  # and what torch's table leaves out, or has wrongly
     aten.convolution_backward: _convolution_backward,
+    aten.mkldnn_rnn_layer: _recurrent,
+    aten.mkldnn_rnn_layer_backward: lambda *args, **kwargs: 2 * _recurrent(*args, **kwargs),
     aten.addmm_: flop_registry[aten.addmm],
     aten.baddbmm_: flop_registry[aten.baddbmm],
     aten._scaled_dot_product_flash_attention_for_cpu: flop_registry[aten._scaled_dot_product_flash_attention],

@@ -134,10 +134,11 @@ def test_refusals_say_why():
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["GPT-2", "Mamba", "ConvNeXt", "LoRA on Llama"])
 def test_the_table_has_what_is_counted(name):
-    from zoo_table import counts, row_of
+    from zoo_table import Priced, counts, row_of
 
     needed(name)
-    assert row_of(name)[9:11] == [f"{count:.0f}" for count in counts(name)[:2]]
+    row, found = row_of(name, "Prices"), counts(Priced(name))
+    assert [row[5], row[8]] == [f"{found[order][0]:.1f}" for order in (2, 3)]
 
 
 def test_the_table_knows_every_architecture():

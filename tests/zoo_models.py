@@ -98,6 +98,7 @@ class Doubled(TorchFunctionMode):
 def doubled(loss_fn: Callable[[Any, Any], Tensor]) -> Callable[[Any, Any], Tensor]:
     """The same loss without single precision anywhere."""
 
+    @functools.wraps(loss_fn)
     def loss(model: Any, batch: Any) -> Tensor:
         with Doubled():
             return loss_fn(model, batch)
@@ -117,6 +118,7 @@ class Entry:
             counts as constant; derivatives by nested differentiation stand for them.
         needs: packages that it is made with.
         tolerance: relative, of H̄ and of the third order's diagonal.
+        size: at which it is priced: widths, lengths and batches as people have them, of a few layers.
     """
 
     build: Callable[..., tuple[nn.Module, Any]]
@@ -125,6 +127,7 @@ class Entry:
     kinked: bool = False
     needs: tuple[str, ...] = ()
     tolerance: tuple[float, float] = (1e-6, 1e-5)
+    size: Size = Size(48, 9, 1)
 
     @property
     def is_here(self) -> bool:
@@ -245,7 +248,7 @@ SWITCHED = {"train": (True, False)}
 ATTENDING = {"attn_implementation": ("sdpa", "eager"), **SWITCHED}
 
 
-@entry("Mamba", "transformers", options=SWITCHED)
+@entry("Mamba", "transformers", options=SWITCHED, size=Size(48, 4, 2))
 def _mamba(**_: Any) -> Any:
     from transformers import MambaConfig, MambaForCausalLM
 
@@ -256,7 +259,7 @@ def _mamba(**_: Any) -> Any:
 
 
 @entry(
-    "Mamba 2", "transformers", options=SWITCHED, tolerance=(1e-5, 1e-4)
+    "Mamba 2", "transformers", options=SWITCHED, tolerance=(1e-5, 1e-4), size=Size(48, 4, 2)
 )  # differences miss 64 × less with half the step
 def _mamba2(**_: Any) -> Any:
     from transformers import Mamba2Config, Mamba2ForCausalLM
@@ -268,7 +271,7 @@ def _mamba2(**_: Any) -> Any:
     return Mamba2ForCausalLM(config), {"input_ids": ids, "labels": ids}
 
 
-@entry("PatchTST", "transformers", options=SWITCHED)
+@entry("PatchTST", "transformers", options=SWITCHED, size=Size(32, 8, 16))
 def _patchtst(**_: Any) -> Any:
     from transformers import PatchTSTConfig, PatchTSTForPrediction
 
@@ -281,7 +284,9 @@ def _patchtst(**_: Any) -> Any:
     }
 
 
-@entry("RWKV", "transformers", options={"train": (True,)}, kinked=True)  # it rewrites its weights to evaluate
+@entry(
+    "RWKV", "transformers", options={"train": (True,)}, kinked=True, size=Size(32, 2, 4)
+)  # it rewrites its weights to evaluate
 def _rwkv(**_: Any) -> Any:
     from transformers import RwkvConfig, RwkvForCausalLM
 
@@ -299,7 +304,7 @@ def _images(size: int = 16, labels: int = 3) -> dict[str, Tensor]:
     return {"pixel_values": normal(many(), 3, long(size), long(size)), "labels": torch.randint(labels, (many(),))}
 
 
-@entry("ViT", "transformers", options=ATTENDING)
+@entry("ViT", "transformers", options=ATTENDING, size=Size(48, 8, 1))
 def _vit(**options: Any) -> Any:
     from transformers import ViTConfig, ViTForImageClassification
 
@@ -308,7 +313,7 @@ def _vit(**options: Any) -> Any:
     return ViTForImageClassification(config), _images()
 
 
-@entry("Swin", "transformers", options=SWITCHED)
+@entry("Swin", "transformers", options=SWITCHED, size=Size(16, 4, 2))
 def _swin(**_: Any) -> Any:
     from transformers import SwinConfig, SwinForImageClassification
 
@@ -317,7 +322,7 @@ def _swin(**_: Any) -> Any:
     return SwinForImageClassification(config), _images()
 
 
-@entry("ConvNeXt", "transformers", options=SWITCHED)
+@entry("ConvNeXt", "transformers", options=SWITCHED, size=Size(16, 4, 4))
 def _convnext(**_: Any) -> Any:
     from transformers import ConvNextConfig, ConvNextForImageClassification
 
@@ -326,7 +331,7 @@ def _convnext(**_: Any) -> Any:
     return ConvNextForImageClassification(config), _images()
 
 
-@entry("ResNet", "transformers", options=SWITCHED, kinked=True)
+@entry("ResNet", "transformers", options=SWITCHED, kinked=True, size=Size(16, 4, 4))
 def _resnet(**_: Any) -> Any:
     from transformers import ResNetConfig, ResNetForImageClassification
 
@@ -336,7 +341,7 @@ def _resnet(**_: Any) -> Any:
     return ResNetForImageClassification(config), _images()
 
 
-@entry("RegNet", "transformers", options=SWITCHED, kinked=True)
+@entry("RegNet", "transformers", options=SWITCHED, kinked=True, size=Size(16, 4, 4))
 def _regnet(**_: Any) -> Any:
     from transformers import RegNetConfig, RegNetForImageClassification
 
@@ -344,7 +349,7 @@ def _regnet(**_: Any) -> Any:
     return RegNetForImageClassification(config), _images()
 
 
-@entry("MobileNet v2", "transformers", options=SWITCHED, kinked=True)
+@entry("MobileNet v2", "transformers", options=SWITCHED, kinked=True, size=Size(5, 2, 4))
 def _mobilenet(**_: Any) -> Any:
     from transformers import MobileNetV2Config, MobileNetV2ForImageClassification
 
@@ -353,7 +358,7 @@ def _mobilenet(**_: Any) -> Any:
     return MobileNetV2ForImageClassification(config), _images(32)
 
 
-@entry("EfficientNet", "transformers", options=SWITCHED)
+@entry("EfficientNet", "transformers", options=SWITCHED, size=Size(4, 6, 4))
 def _efficientnet(**_: Any) -> Any:
     from transformers import EfficientNetConfig, EfficientNetForImageClassification
 
@@ -364,7 +369,7 @@ def _efficientnet(**_: Any) -> Any:
     return EfficientNetForImageClassification(config), _images()
 
 
-@entry("SegFormer", "transformers", options=SWITCHED, kinked=True)
+@entry("SegFormer", "transformers", options=SWITCHED, kinked=True, size=Size(16, 4, 2))
 def _segformer(**_: Any) -> Any:
     from transformers import SegformerConfig, SegformerForSemanticSegmentation
 
@@ -377,7 +382,7 @@ def _segformer(**_: Any) -> Any:
     }
 
 
-@entry("DETR", "transformers", loss_fn=doubled(own_loss), options=ATTENDING, kinked=True)
+@entry("DETR", "transformers", loss_fn=doubled(own_loss), options=ATTENDING, kinked=True, size=Size(16, 4, 2))
 def _detr(attn_implementation: str, **_: Any) -> Any:
     from transformers import DetrConfig, DetrForObjectDetection, ResNetConfig
 
@@ -396,7 +401,7 @@ def _detr(attn_implementation: str, **_: Any) -> Any:
     return DetrForObjectDetection(config), {"pixel_values": pixels, "labels": labels * many(1)}
 
 
-@entry("CLIP", "transformers", options={**ATTENDING, "mask": (True, False)})
+@entry("CLIP", "transformers", options={**ATTENDING, "mask": (True, False)}, size=Size(48, 8, 1))
 def _clip(mask: bool, **options: Any) -> Any:
     from transformers import CLIPConfig, CLIPModel
 
@@ -409,7 +414,7 @@ def _clip(mask: bool, **options: Any) -> Any:
     return CLIPModel(config), {**batch, "attention_mask": padding()} if mask else batch
 
 
-@entry("Whisper", "transformers", options=ATTENDING)
+@entry("Whisper", "transformers", options=ATTENDING, size=Size(48, 8, 1))
 def _whisper(**options: Any) -> Any:
     from transformers import WhisperConfig, WhisperForConditionalGeneration
 
@@ -422,7 +427,7 @@ def _whisper(**options: Any) -> Any:
     return model, {"input_features": normal(many(), wide(8), long(20)), "labels": tokens()}
 
 
-@entry("Wav2Vec2 with CTC", "transformers", options={**ATTENDING, "mask": (True, False)})
+@entry("Wav2Vec2 with CTC", "transformers", options={**ATTENDING, "mask": (True, False)}, size=Size(48, 16, 1))
 def _wav2vec2(mask: bool, **options: Any) -> Any:
     from transformers import Wav2Vec2Config, Wav2Vec2ForCTC
 
@@ -461,7 +466,7 @@ def denoising(model: Any, batch: Any) -> Tensor:
     return F.mse_loss(model(*inputs).sample, noise)
 
 
-@entry("U-Net", "diffusers", loss_fn=denoising, options=SWITCHED)
+@entry("U-Net", "diffusers", loss_fn=denoising, options=SWITCHED, size=Size(16, 2, 1))
 def _unet(**_: Any) -> Any:
     from diffusers import UNet2DModel
 
@@ -476,7 +481,7 @@ def _unet(**_: Any) -> Any:
     )
 
 
-@entry("conditional U-Net", "diffusers", loss_fn=denoising, options=SWITCHED)
+@entry("conditional U-Net", "diffusers", loss_fn=denoising, options=SWITCHED, size=Size(8, 2, 1))
 def _conditional_unet(**_: Any) -> Any:
     from diffusers import UNet2DConditionModel
 
@@ -497,7 +502,9 @@ def denoising_by_class(model: Any, batch: Any) -> Tensor:
     return denoising(functools.partial(model, **batch[1]), batch[0])
 
 
-@entry("DiT", "diffusers", loss_fn=doubled(denoising_by_class), options=SWITCHED)  # it draws of the default type
+@entry(
+    "DiT", "diffusers", loss_fn=doubled(denoising_by_class), options=SWITCHED, size=Size(64, 8, 1)
+)  # it draws of the default type
 def _dit(**_: Any) -> Any:
     from diffusers import DiTTransformer2DModel
 
@@ -509,7 +516,13 @@ def _dit(**_: Any) -> Any:
     return model, ((latent, noise), given)
 
 
-@entry("image autoencoder", "diffusers", loss_fn=lambda model, x: F.mse_loss(model(x).sample, x), options=SWITCHED)
+@entry(
+    "image autoencoder",
+    "diffusers",
+    loss_fn=lambda model, x: F.mse_loss(model(x).sample, x),
+    options=SWITCHED,
+    size=Size(16, 2, 1),
+)
 def _autoencoder(**_: Any) -> Any:
     from diffusers import AutoencoderKL
 
@@ -546,6 +559,7 @@ for _kind, _settings in {
         options=SWITCHED,
         kinked=_kind in ("GAT", "GIN"),  # leaky ReLU, ReLU
         needs=("torch_geometric",),
+        size=Size(64, 1, 200),
     )
 
 
@@ -600,12 +614,12 @@ def _sequences() -> Any:
     return normal(many(3), long(5), wide(4)), lengths, torch.randint(3, (many(3), long(5)))
 
 
-@entry("packed LSTM", loss_fn=classes, options=SWITCHED)
+@entry("packed LSTM", loss_fn=classes, options=SWITCHED, size=Size(64, 6, 8))
 def _packed_lstm(**_: Any) -> Any:
     return Packed(nn.LSTM), _sequences()
 
 
-@entry("packed GRU", loss_fn=classes, options=SWITCHED)
+@entry("packed GRU", loss_fn=classes, options=SWITCHED, size=Size(64, 6, 8))
 def _packed_gru(**_: Any) -> Any:
     return Packed(nn.GRU), _sequences()
 
@@ -636,7 +650,7 @@ def _points() -> tuple[Tensor, Tensor]:
     return normal(many(5), wide(4)), torch.randint(3, (many(5),))
 
 
-@entry("checkpoints", loss_fn=classes, options={"reentrant": (False, True), **SWITCHED})
+@entry("checkpoints", loss_fn=classes, options={"reentrant": (False, True), **SWITCHED}, size=Size(64, 1, 64))
 def _checkpointed(reentrant: bool, **_: Any) -> Any:
     return Checkpointed(reentrant), _points()
 
@@ -669,22 +683,26 @@ def _square() -> nn.Linear:
     return nn.Linear(wide(6), wide(6))
 
 
-@entry("weight norm", loss_fn=classes, options=SWITCHED)
+@entry("weight norm", loss_fn=classes, options=SWITCHED, size=Size(128, 1, 128))
 def _weight_norm(**_: Any) -> Any:
     return _wrapped(nn.utils.parametrizations.weight_norm(_square()))
 
 
-@entry("spectral norm", loss_fn=classes, options=SWITCHED, kinked=True)  # whose vectors count as constants
+@entry(
+    "spectral norm", loss_fn=classes, options=SWITCHED, kinked=True, size=Size(128, 1, 128)
+)  # whose vectors count as constants
 def _spectral_norm(**_: Any) -> Any:
     return _wrapped(nn.utils.parametrizations.spectral_norm(_square()))
 
 
-@entry("orthogonal weights", loss_fn=classes, options={"map": ("cayley", "matrix_exp"), **SWITCHED})
+@entry(
+    "orthogonal weights", loss_fn=classes, options={"map": ("cayley", "matrix_exp"), **SWITCHED}, size=Size(64, 1, 64)
+)
 def _orthogonal(map: str, **_: Any) -> Any:
     return _wrapped(nn.utils.parametrizations.orthogonal(_square(), orthogonal_map=map))
 
 
-@entry("EmbeddingBag", loss_fn=classes, options={"mode": ("mean", "sum", "max"), **SWITCHED})
+@entry("EmbeddingBag", loss_fn=classes, options={"mode": ("mean", "sum", "max"), **SWITCHED}, size=Size(128, 1, 128))
 def _embedding_bag(mode: str, **_: Any) -> Any:
     model = nn.Sequential(nn.EmbeddingBag(wide(10), wide(5), mode=mode), nn.Tanh(), nn.Linear(wide(5), 3))
     return model, (torch.randint(wide(10), (many(4), long(3))), torch.randint(3, (many(4),)))
@@ -701,7 +719,7 @@ class Fourier(nn.Module):
         return torch.fft.irfft(torch.fft.rfft(x) * torch.complex(self.real, self.imaginary), n=x.shape[-1])
 
 
-@entry("Fourier layer", loss_fn=classes, options=SWITCHED)
+@entry("Fourier layer", loss_fn=classes, options=SWITCHED, size=Size(128, 1, 128))
 def _fourier(**_: Any) -> Any:
     return _wrapped(Fourier())
 
@@ -717,7 +735,7 @@ class Distances(nn.Module):
         return torch.exp(-torch.cdist(x, self.centres))
 
 
-@entry("distances (cdist)", loss_fn=classes, options=SWITCHED)
+@entry("distances (cdist)", loss_fn=classes, options=SWITCHED, size=Size(64, 1, 64))
 def _distances(**_: Any) -> Any:
     return _wrapped(Distances())
 
@@ -733,7 +751,7 @@ class Solving(nn.Module):
         return torch.linalg.solve(self.matrix, x.mT).mT + torch.linalg.slogdet(self.matrix)[1] / len(self.matrix)
 
 
-@entry("linear solve, log-determinant", loss_fn=classes, options=SWITCHED)
+@entry("linear solve, log-determinant", loss_fn=classes, options=SWITCHED, size=Size(64, 1, 64))
 def _solving(**_: Any) -> Any:
     return _wrapped(Solving())
 
@@ -753,7 +771,7 @@ class Transformer(nn.Module):
         return self.head(F.grid_sample(x, grid, mode=self.mode, align_corners=False).flatten(1))
 
 
-@entry("grid_sample", loss_fn=classes, options={"mode": ("bilinear",), **SWITCHED}, kinked=True)
+@entry("grid_sample", loss_fn=classes, options={"mode": ("bilinear",), **SWITCHED}, kinked=True, size=Size(1, 4, 16))
 def _grid_sample(mode: str, **_: Any) -> Any:
     return Transformer(mode), (normal(many(3), 1, long(8), long(8)), torch.randint(3, (many(3),)))
 
@@ -762,7 +780,12 @@ def upsampled(model: Any, batch: Any) -> Tensor:
     return F.mse_loss(model(batch[0]), batch[1])
 
 
-@entry("upsampling", loss_fn=upsampled, options={"mode": ("nearest", "bilinear", "bicubic", "area"), **SWITCHED})
+@entry(
+    "upsampling",
+    loss_fn=upsampled,
+    options={"mode": ("nearest", "bilinear", "bicubic", "area"), **SWITCHED},
+    size=Size(16, 4, 4),
+)
 def _upsampling(mode: str, **_: Any) -> Any:
     body = [
         nn.Conv2d(1, wide(3), 3, padding=1),
@@ -776,7 +799,7 @@ def _upsampling(mode: str, **_: Any) -> Any:
     )
 
 
-@entry("group norm, channels last", loss_fn=upsampled, options=SWITCHED)
+@entry("group norm, channels last", loss_fn=upsampled, options=SWITCHED, size=Size(16, 8, 4))
 def _group_norm(**_: Any) -> Any:
     body = [
         nn.Conv2d(wide(4), wide(8), 3, padding=1),
@@ -808,7 +831,7 @@ def transcription(model: Any, batch: Any) -> Tensor:
     return F.ctc_loss(model(x).transpose(0, 1), labels, lengths, label_lengths)
 
 
-@entry("LSTM with CTC", loss_fn=transcription, options=SWITCHED)
+@entry("LSTM with CTC", loss_fn=transcription, options=SWITCHED, size=Size(64, 6, 8))
 def _ctc(**_: Any) -> Any:
     labels = torch.tensor([[1, 2, 2], [3, 1, 4]] * many(1))
     lengths, spoken = torch.tensor([9, 7] * many(1)) * long(1), torch.tensor([3, 2] * many(1))
@@ -820,14 +843,14 @@ class CouplingFlow(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        n, m = wide(4), wide(6)
+        n, m, self.copies = wide(4), wide(6), wide(1)
         self.nets = nn.ModuleList(nn.Sequential(nn.Linear(n, m), nn.Tanh(), nn.Linear(m, 2 * n)) for _ in range(2))
         self.mixing = nn.Parameter(torch.eye(n, dtype=torch.float64) + 0.2 * normal(n, n))
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
         volume = x.new_zeros(len(x))
         for net, kept in zip(self.nets, ([1, 0, 1, 0], [0, 1, 0, 1]), strict=True):
-            mask = x.new_tensor(kept * wide(1))
+            mask = x.new_tensor(kept * self.copies)
             scale, shift = net(x * mask).chunk(2, -1)
             scale = scale.tanh() * (1 - mask)
             x = (x * scale.exp() + shift * (1 - mask)) @ self.mixing
@@ -840,7 +863,7 @@ def likelihood(model: Any, x: Tensor) -> Tensor:
     return -(torch.distributions.Normal(0.0, 1.0).log_prob(z).sum(-1) + volume).mean()
 
 
-@entry("coupling flow", loss_fn=likelihood, options=SWITCHED)
+@entry("coupling flow", loss_fn=likelihood, options=SWITCHED, size=Size(128, 1, 128))
 def _coupling_flow(**_: Any) -> Any:
     return CouplingFlow(), normal(many(5), wide(4))
 
@@ -864,7 +887,7 @@ class DiagonalStateSpace(nn.Module):
         return self.head(F.gelu(torch.fft.irfft(spectrum, n=2 * length)[..., :length] + correlation).mT)
 
 
-@entry("complex state space", loss_fn=classes, options=SWITCHED)
+@entry("complex state space", loss_fn=classes, options=SWITCHED, size=Size(32, 16, 4))
 def _complex_states(**_: Any) -> Any:
     return DiagonalStateSpace(wide(3)), (normal(many(2), wide(3), long(6)), torch.randint(3, (many(2), long(6))))
 
@@ -880,7 +903,7 @@ def residual_of_heat(model: Any, points: Tensor) -> Tensor:
     ).square().mean()
 
 
-@entry("physics-informed network", loss_fn=residual_of_heat, options=SWITCHED)
+@entry("physics-informed network", loss_fn=residual_of_heat, options=SWITCHED, size=Size(64, 1, 64))
 def _physics(**_: Any) -> Any:
     return (
         nn.Sequential(nn.Linear(2, wide(6)), nn.Tanh(), _square(), nn.Tanh(), nn.Linear(wide(6), 1)),
@@ -906,12 +929,12 @@ def marginal_likelihood(model: Any, batch: Any) -> Tensor:
     return -torch.distributions.MultivariateNormal(torch.zeros_like(y), model(x)).log_prob(y)
 
 
-@entry("deep kernel", loss_fn=marginal_likelihood, options=SWITCHED)
+@entry("deep kernel", loss_fn=marginal_likelihood, options=SWITCHED, size=Size(16, 1, 32))
 def _deep_kernel(**_: Any) -> Any:
     return DeepKernel(), (normal(many(5), 2), normal(many(5)))
 
 
-@entry("compiled module", loss_fn=classes, options=SWITCHED)
+@entry("compiled module", loss_fn=classes, options=SWITCHED, size=Size(128, 1, 128))
 def _compiled(**_: Any) -> Any:
     model, batch = _wrapped(_square())
     return torch.compile(model, backend="eager"), batch

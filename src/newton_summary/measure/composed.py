@@ -120,15 +120,10 @@ def _statistics_last(norm: Callable[..., Tensor]) -> Callable[..., Tensor]:
 
 
 def _standardised(x: Tensor, dims: list[int], eps: float) -> Tensor:
-    return standardised(x.float() if x.dtype in (torch.float16, torch.bfloat16) else x, dims, eps)[0]
-
-
-def standardised(x: Tensor, dims: list[int], eps: float) -> tuple[Tensor, Tensor, Tensor]:
-    """A value minus its mean, divided by its deviation; with the mean and the reciprocal deviation."""
-    mean = x.mean(dims, keepdim=True)
-    centred = x - mean
-    reciprocal = (centred.square().mean(dims, keepdim=True) + eps).rsqrt()
-    return centred * reciprocal, mean, reciprocal
+    """A value minus its mean, divided by its deviation."""
+    x = x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
+    centred = x - x.mean(dims, keepdim=True)
+    return centred * (centred.square().mean(dims, keepdim=True) + eps).rsqrt()
 
 
 def _affine(x: Tensor, weight: Tensor | None, bias: Tensor | None, first: int) -> Tensor:

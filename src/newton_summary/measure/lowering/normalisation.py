@@ -7,7 +7,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from newton_summary.measure.composed import standardised
 from newton_summary.measure.lowering.table import aten, lowers, wide
 
 
@@ -23,6 +22,11 @@ def _scaled(x: Tensor, weight: Tensor | None, bias: Tensor | None, dtype: torch.
     elif bias is not None:
         x = x + bias
     return x if x.dtype == dtype else x.to(dtype)
+
+
+def _standardised(x: Tensor, eps: float) -> Any:
+    """With mean 0 and variance 1 along the last dimension, for which there is a rule; its mean and scale."""
+    return aten.native_layer_norm.default(x, [x.shape[-1]], None, None, eps)
 
 
 @lowers(aten.native_layer_norm.default)
@@ -47,7 +51,7 @@ def _rms_norm(x: Tensor, shape: list[int], weight: Tensor | None, eps: float | N
 def _group_norm(
     x: Tensor, weight: Tensor | None, bias: Tensor | None, n: int, c: int, size: int, groups: int, eps: float
 ) -> tuple[Tensor, Tensor, Tensor]:
-    normal, mean, reciprocal = standardised(wide(x).reshape(n, groups, -1), [2], eps)
+    normal, mean, reciprocal = _standardised(wide(x).reshape(n, groups, -1), eps)
     scaled = _scaled(normal.reshape(x.shape), _channels(weight, x), _channels(bias, x), x.dtype)
     return scaled, mean.view(n, groups), reciprocal.view(n, groups)
 
@@ -63,8 +67,10 @@ def _batch_norm(
 ) -> tuple[Tensor, Tensor, Tensor]:
     w, b, value = _channels(weight, x), _channels(bias, x), wide(x)
     if training or running_mean is None or running_var is None:
-        normal, mean, reciprocal = standardised(value, [0, *range(2, x.dim())], eps)
-        return _scaled(normal, w, b, x.dtype), mean.flatten(), reciprocal.flatten()
+        channels = value.transpose(0, 1)
+        normal, mean, reciprocal = _standardised(channels.flatten(1), eps)
+        whole = normal.reshape(channels.shape).transpose(0, 1)
+        return _scaled(whole, w, b, x.dtype), mean.flatten(), reciprocal.flatten()
     shift, variance = _channels(running_mean, x), _channels(running_var, x)
     assert shift is not None
     assert variance is not None

@@ -31,8 +31,12 @@ def jvp(function: Callable[..., Any], point: tuple[Tensor, ...], direction: tupl
 
 
 def apart(x: Tensor) -> Tensor:
-    """The same with memory of its own for every entry, which torch's forward formulas write to."""
-    return x.clone(memory_format=torch.contiguous_format) if 0 in x.stride() else x
+    """The same with memory of its own for every entry, which torch's forward formulas write to, and for nothing else.
+
+    A tangent of part of a tensor is made as large as the whole.
+    """
+    is_own = 0 not in x.stride() and x.untyped_storage().nbytes() == x.nbytes
+    return x if is_own else x.clone(memory_format=torch.contiguous_format)
 
 
 class Local:

@@ -32,13 +32,17 @@ class Elementwise(Rule):
         derivatives: the operation at work and the highest order to its derivatives by entry.  Default: nested
             forward differentiation.
         piecewise_linear: whether every second derivative is zero.
-        steep: whether derivatives near zero overflow, where nothing may move, as behind a length that is clamped.
+        steep: whether derivatives near zero overflow, where nothing may move, as behind a length that is clamped; it
+            may depend on the call.
     """
 
     kind = "elementwise"
 
     def __init__(
-        self, derivatives: Derivatives | None = None, piecewise_linear: bool = False, steep: bool = False
+        self,
+        derivatives: Derivatives | None = None,
+        piecewise_linear: bool = False,
+        steep: bool | Callable[[Call], bool] = False,
     ) -> None:
         self.derivatives = derivatives or nested
         self.piecewise_linear = piecewise_linear
@@ -101,6 +105,7 @@ class Elementwise(Rule):
     def _slopes(self, call: Call, rows: Tensor) -> Iterator[tuple[slice, tuple[Tensor, Tensor, Slope]]]:
         """Blocks of entries, and the derivatives of three orders there."""
         point, out = call.args[0].reshape(-1), call.out.reshape(-1)
+        steep = self.steep(call) if callable(self.steep) else self.steep
         for block in blocks(rows.shape[1], len(rows)):
             here = Call(call.op, (point[block], *call.args[1:]), call.kwargs, out[block], {})
             d1, d2, d3 = (
@@ -108,7 +113,7 @@ class Elementwise(Rule):
                 for d in (*self.derivatives(here, 3 if call.third else 2), None)[:3]
             )
             zero = rows.new_zeros(())
-            if self.steep:
+            if steep:
                 still = (rows[:, block] == 0).all(0)
                 d1, d2, d3 = (None if d is None else d.masked_fill(still, 0.0) for d in (d1, d2, d3))
             yield block, (zero if d1 is None else d1, zero if d2 is None else d2, d3)
@@ -196,6 +201,10 @@ def _pow_scalar(call: Call, order: int) -> tuple[Slope, ...]:
     return _power(call.args[1], call, order)
 
 
+def _is_steep_power(call: Call) -> bool:
+    return call.args[1] < 3 and call.args[1] not in (0, 1, 2)
+
+
 def _log(call: Call, order: int) -> tuple[Slope, ...]:
     r = call.args[0].reciprocal()
     return (r, -r.square(), 2 * r.pow(3))[:order]
@@ -234,13 +243,30 @@ def _silu(call: Call, order: int) -> tuple[Slope, ...]:
 
 
 def _gelu(call: Call, order: int) -> tuple[Slope, ...]:
-    if call.kwargs.get("approximate", "none") != "none":
-        return nested(call, order)
     x = call.args[0]
+    if call.kwargs.get("approximate", "none") != "none":
+        return _gelu_by_tanh(x, order)
     density = torch.exp(-0.5 * x * x) * (1 / math.sqrt(2 * math.pi))
     square = x * x
     first = 0.5 * (1 + torch.erf(x * math.sqrt(0.5))) + x * density
     return (first, (2 - square) * density, (square - 4) * x * density)[:order]
+
+
+def _gelu_by_tanh(x: Tensor, order: int) -> tuple[Slope, ...]:
+    """Of x (1 + tanh u) / 2, with u a cubic polynomial of x."""
+    k, c = math.sqrt(2 / math.pi), 0.044715
+    square = x * x
+    u1, u2, u3 = k * (1 + 3 * c * square), 6 * k * c * x, 6 * k * c
+    t = torch.tanh(k * x * (1 + c * square))
+    s = 1 - t * t
+    t1 = s * u1
+    bend = u2 - 2 * t * u1 * u1
+    t2 = s * bend
+    first = 0.5 * (1 + t + x * t1)
+    if order < 3:
+        return (first, t1 + 0.5 * x * t2)[:order]
+    t3 = s * (u3 - 2 * t1 * u1 * u1 - 4 * t * u1 * u2) - 2 * t * t1 * bend
+    return (first, t1 + 0.5 * x * t2, 1.5 * t2 + 0.5 * x * t3)
 
 
 def _softplus(call: Call, order: int) -> tuple[Slope, ...]:
@@ -325,7 +351,7 @@ TABLE: dict[Any, Elementwise] = {
     aten.sqrt.default: Elementwise(power(0.5), steep=True),
     aten.rsqrt.default: Elementwise(power(-0.5), steep=True),
     aten.reciprocal.default: Elementwise(power(-1), steep=True),
-    aten.pow.Tensor_Scalar: Elementwise(_pow_scalar, steep=True),
+    aten.pow.Tensor_Scalar: Elementwise(_pow_scalar, steep=_is_steep_power),
     aten.elu.default: Elementwise(_elu),
     aten.silu.default: Elementwise(_silu),
     aten.gelu.default: Elementwise(_gelu),
