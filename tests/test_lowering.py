@@ -9,6 +9,7 @@ from torch import nn
 from zoo_reference import by_differences, direction_of, error
 
 import newton_summary as ns
+from newton_summary.measure import Refusal
 
 EYE = torch.eye(6, dtype=torch.float64)
 INDEX = torch.tensor([[0, 2, 2], [1, 1, 0], [5, 4, 3], [2, 2, 2], [0, 1, 0], [3, 3, 5]])
@@ -429,3 +430,92 @@ def test_distances_between_many_points(own):
     got, expected = summary(torch.cdist), summary(distances)
     assert error(got.hessian, expected.hessian) < 1e-8
     assert error(got.third, expected.third) < 1e-8
+
+
+ZERO = torch.zeros(3, dtype=torch.float64)
+LENGTHS = {
+    "norm": lambda p: p.norm() ** 2,
+    "norm of rows": lambda p: p.view(1, 3).norm(dim=1).square().sum(),
+    "norm of a matrix": lambda p: torch.linalg.matrix_norm(p.view(1, 3)).square(),
+    "dist": lambda p: torch.dist(p, ZERO) ** 2,
+    "cdist": lambda p: torch.cdist(p.view(1, 3), ZERO.view(1, 3)).square().sum(),
+    "cdist, many": lambda p: torch.cdist(p.expand(30, 3), ZERO.expand(30, 3)).square().mean(),
+    "part of cdist": lambda p: torch.cdist(p.view(1, 3), ZERO.view(1, 3))[0, 0].square(),
+    "pdist": lambda p: F.pdist(torch.stack([p, ZERO])).square().sum(),
+    "absolute values": lambda p: p.abs().square().sum(),
+    "times itself": lambda p: (lambda size: size * size)(p.norm()),
+    "a spectrum": lambda p: torch.fft.fft(p).abs().square().mean(),
+    "no length": lambda p: p.square().sum(),
+}
+
+
+@pytest.mark.parametrize("name", LENGTHS)
+def test_squares_of_lengths_bend_where_these_are_zero(name):
+    model = nn.Linear(3, 1).double()
+    model.weight.data.zero_()
+    direction = [torch.tensor([[1.0, 2.0, 3.0]], dtype=torch.float64), torch.ones(1, dtype=torch.float64)]
+
+    def loss(model, x):
+        return (model(x) - 1).square().mean() + 5 * LENGTHS[name](model.weight.view(3))
+
+    x = torch.randn(20, 3, dtype=torch.float64)
+    got = ns.summarize(loss, model, [x], direction=direction)
+    expected = 2 * (x @ direction[0].T).square().mean() + 5 * 2 * 14.0
+    torch.testing.assert_close(got.hessian[0, 0], expected)
+    assert abs(float(got.third[0])) < 1e-8
+
+
+def squared(size):
+    return F.mse_loss(size, torch.zeros_like(size))
+
+
+@pytest.mark.parametrize("bend", [lambda p: p.norm().cosh(), lambda p: squared(p.norm()), lambda p: squared(p.abs())])
+def test_what_else_bends_at_a_length_of_zero_is_refused(bend):
+    model = nn.Linear(3, 1).double()
+    model.bias.data.zero_()
+
+    def loss(model, x):
+        return (model(x) - 1).square().mean() + bend(model.bias)
+
+    with pytest.raises(Refusal, match="exactly zero"):
+        ns.summarize(loss, model, [torch.randn(20, 3, dtype=torch.float64)])
+
+
+@pytest.mark.parametrize("size", [lambda p: p.norm(), lambda p: p.abs().sum()])
+def test_a_length_of_zero_itself_is_a_kink(size):
+    model, x = nn.Linear(3, 1).double(), torch.randn(20, 3, dtype=torch.float64)
+    model.bias.data.zero_()
+    got, plain = (
+        ns.summarize(lambda m, x, f=f: (m(x) - 1).square().mean() + f * size(m.bias), model, [x]) for f in (0.1, 0)
+    )
+    torch.testing.assert_close(got.hessian[1, 1], plain.hessian[1, 1] * (got.gradient[1] / plain.gradient[1]))
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_several_kinks_at_once_are_measured_by_torchs_convention(seed):
+    """Rows of zeros before a layer without bias: every unit of it is exactly at its kink."""
+    torch.manual_seed(seed)
+    model = nn.Sequential(nn.Linear(4, 6), nn.ReLU(), nn.Linear(6, 1)).double()
+    model[0].bias.data.zero_()
+    x = torch.cat([torch.zeros(3, 4), torch.randn(7, 4)]).double()
+
+    def loss(model, x):
+        return (model(x) - 1).square().mean()
+
+    got, expected = (ns.summarize(loss, model, [x], engine=engine) for engine in ("forward", "nested"))
+    assert error(got.hessian, expected.hessian) < 1e-10
+
+
+@pytest.mark.parametrize("approximate", ["none", "tanh"])
+def test_curves_of_large_numbers_in_half_precision(approximate):
+    model, x = nn.Sequential(nn.Linear(3, 8), nn.Linear(8, 1)), 150 * torch.randn(20, 3)
+    nn.init.constant_(model[0].weight, 1)
+
+    def loss(model, x):
+        return (model[1](F.gelu(model[0](x), approximate=approximate)) / 100).float().square().mean()
+
+    direction = [torch.full_like(p, 0.01) for p in model.parameters()]
+    expected = ns.summarize(loss, model, [x], direction=direction)
+    got = ns.summarize(loss, model.half(), [x.half()], direction=[u.half() for u in direction])
+    assert error(got.hessian, expected.hessian) < 0.05
+    assert bool(got.third.isfinite().all())

@@ -233,7 +233,7 @@ def _add_text() -> None:
     for name, (head, config, settings) in decoders.items():
         options = dict(TEXT)
         if name in ("Mixtral", "OLMoE"):
-            options["experts_implementation"] = ("batched_mm", "eager")  # the third one multiplies in float32 at most
+            options["experts_implementation"] = ("eager", "batched_mm")  # the third one multiplies in float32 at most
         if name in ("DeBERTa v2", "T5", "Gemma 2"):  # which have only one
             del options["attn_implementation"]
         kinked = name in ("OPT", "T5", "Mixtral", "OLMoE")  # ReLU, or experts that are chosen

@@ -23,6 +23,8 @@ from newton_summary.measure.tape import Tape
 from newton_summary.partition import PIECE
 from newton_summary.summary import Summary
 
+aten = torch.ops.aten
+
 _VALUE_TOLERANCE = {torch.float64: 1e-10, torch.float32: 1e-5}
 _DERIVATIVE_TOLERANCE = {torch.float64: 1e-7, torch.float32: 2e-3}
 _COARSE = 3e-2  # for types of half precision
@@ -51,15 +53,17 @@ def check_gradients(
 
 
 def check_hessian(expected: Expected, summary: Summary, tape: Tape, leaves: Sequence[Leaf], request: Request) -> None:
-    """Holds H̄ to autograd's Hessian-vector product; where they disagree, differences of the gradient decide.
+    """Holds H̄ to autograd's Hessian-vector product; where it is another, or there is none, differences decide.
 
     Raises:
         Refusal: they are not on the side of H̄: autograd may be right, or nobody.
     """
+    if expected.rows is None or not bool(expected.rows.isfinite().all()) or _has_zeros(tape, leaves, request):
+        _check_by_differences(summary, tape, leaves, request)
+        return
     worst = expected.unlike(summary, tape)
     if worst is None:
         return
-    assert expected.rows is not None
     name = summary.names[worst]
     if tape.graph.coarsest in JUDGED:
         judge = RecordedLine(tape.graph, leaves, request).differences()
@@ -68,6 +72,27 @@ def check_hessian(expected: Expected, summary: Summary, tape: Tape, leaves: Sequ
                 return
             raise NoDerivative(f"no way to second derivatives gives those of the gradient for group {name!r}")
     raise Refusal(f"the recorded operations have another Hessian-vector product for group {name!r} than autograd")
+
+
+def _check_by_differences(summary: Summary, tape: Tape, leaves: Sequence[Leaf], request: Request) -> None:
+    if tape.graph.coarsest not in JUDGED or not bool(summary.gradient.isfinite().all()):
+        return
+    worst = RecordedLine(tape.graph, leaves, request).differences().worst(_along(summary))
+    if worst is not None:
+        raise NoDerivative(
+            f"no way to second derivatives gives those of the gradient for group {summary.names[worst]!r}, as behind "
+            "a length or an absolute value that is exactly zero: take its square from squares (x.square().sum())"
+        )
+
+
+def _has_zeros(tape: Tape, leaves: Sequence[Leaf], request: Request) -> bool:
+    """Whether an absolute value that moves is exactly zero: what follows may bend there though autograd says no."""
+    moving = [i for i, step in zip(tape.graph.instructions, tape.steps, strict=True) if step is not None]
+    sizes = [i.reads[0] for i in moving if i.op is aten.abs.default]
+    if not sizes or tape.graph.coarsest not in JUDGED:
+        return False
+    here = RecordedLine(tape.graph, leaves, request).here
+    return any(bool((here[slot] == 0).any()) for slot in sizes)
 
 
 def _value_tolerance(tape: Tape) -> float:
@@ -160,9 +185,8 @@ class Expected:
 
     def unlike(self, summary: Summary, tape: Tape) -> int | None:
         """The group whose second derivatives along the line are others."""
-        if self.rows is None or not bool(self.rows.isfinite().all()):
-            return None
         assert summary.hessian is not None
+        assert self.rows is not None
         tolerance = _derivative_tolerance(tape)
         sizes = summary.hessian.abs().sum(1)
         # a saturated loss has next to no curvature: what is then measured is the rounding of a larger whole

@@ -68,6 +68,8 @@ class AutoEngine:
         try:
             return self.nested.measure(loss, batch, partition, direction, order, third)
         except (RuntimeError, Refusal) as error:
+            if not isinstance(error, Refusal) and reason.endswith(first_line(error)):
+                raise  # the loss itself failed
             raise Refusal(f"no engine can measure this loss; forward: {reason}; nested: {first_line(error)}") from error
 
 

@@ -13,7 +13,7 @@ from typing_extensions import override
 
 from newton_summary._effects import effects_of
 from newton_summary.measure.arena import Layout
-from newton_summary.measure.lowering import CONSTANT, lowering_of
+from newton_summary.measure.lowering import CONSTANT, lowering_of, square_of
 from newton_summary.measure.record import Record, Recording, Ref, Refusal, ref
 from newton_summary.measure.tracer import Tracer
 
@@ -162,6 +162,11 @@ def _needed(records: Sequence[Record], result: int) -> set[int]:
 _PLAIN_FORM = {aten.view.default: aten.reshape.default, aten._unsafe_view.default: aten.reshape.default}
 """Operations that want a value to lie in memory as it did when they were recorded, and those that do not."""
 
+_VIEWS = {*_PLAIN_FORM, aten.reshape.default, aten.alias.default, aten.clone.default, aten.expand.default}
+_VIEWS |= {aten.unsqueeze.default, aten.squeeze.default, aten.squeeze.dim, aten.select.int, aten.slice.Tensor}
+_VIEWS |= {aten.t.default, aten.transpose.int, aten.permute.default}
+"""Between a length and its square."""
+
 
 class _Lowerer(Tracer):
     """Runs recorded operations one by one, and records what they are made of.
@@ -174,6 +179,7 @@ class _Lowerer(Tracer):
     def __init__(self) -> None:
         super().__init__()
         self.known: dict[int, Any] = {}
+        self._made: dict[int, Record] = {}
         self.moving: set[int] = set()
 
     @override
@@ -199,7 +205,10 @@ class _Lowerer(Tracer):
                 self.known[record.out] = several[record.args[1]]
                 return
         else:
-            result = self._run(record, values)
+            self._made[record.out] = record
+            result = self._square(record, values)
+            if result is NotImplemented:
+                result = self._run(record, values)
             if result is not NotImplemented:
                 one = isinstance(result, Tensor)
                 self.known[record.out] = self._slot(result) if one else [self._slot(r) for r in result]
@@ -207,6 +216,31 @@ class _Lowerer(Tracer):
         args = _mapped(record.args, self.known)
         kwargs = tuple((k, _mapped(v, self.known)) for k, v in record.kwargs)
         self.known[record.out] = self.put(record.op, args, kwargs, values[record.out])
+
+    def _square(self, record: Record, values: Mapping[int, Any]) -> Any:
+        """The square of a length as a sum of squares: it has derivatives where the length, which is zero, has none."""
+        length = self._maker(squared_slot(record))
+        views = []
+        while length is not None and length.op in _VIEWS:
+            views.append(length)
+            length = self._maker(getattr(length.args[0], "slot", None))
+        square = None if length is None else square_of(length.op)
+        if length is None or square is None or any(slots_in(view.args[1:]) for view in views):
+            return NotImplemented
+
+        def seen(*args: Any, **kwargs: Any) -> Any:
+            result = square(*args, **kwargs)
+            for view in reversed(views):
+                if result is NotImplemented:
+                    break
+                result = _PLAIN_FORM.get(view.op, view.op)(result, *view.args[1:], **dict(view.kwargs))
+            return result
+
+        return self._run(length._replace(op=seen), values)
+
+    def _maker(self, slot: int | None) -> Record | None:
+        """The operation that made a value of the recording."""
+        return None if slot is None else self._made.get(slot)
 
     def _run(self, record: Record, values: Mapping[int, Any]) -> Any:
         """Calls what stands for an operation, and records what that calls."""
@@ -258,6 +292,14 @@ class _Lowerer(Tracer):
         if effects.draws or func is aten._local_scalar_dense.default:
             self.refuse(f"{func} within an operation cannot be computed anew")
         return self.run(func, args, kwargs, effects)
+
+
+def squared_slot(record: Record) -> int | None:
+    """What an operation gives the square of."""
+    slots = [getattr(argument, "slot", None) for argument in record.args]
+    if record.op is aten.square.default or (record.op is aten.pow.Tensor_Scalar and record.args[1] == 2):
+        return slots[0]
+    return slots[0] if record.op is aten.mul.Tensor and slots[0] == slots[1] else None
 
 
 def _is_composite(op: Any) -> bool:

@@ -12,6 +12,7 @@ from newton_summary.measure.lowering import (
     quantisation,
     selection,
 )
+from newton_summary.measure.lowering.squares import square_of
 from newton_summary.measure.lowering.table import CONSTANT, Lowering, lowering_of
 
 __all__ = [
@@ -26,4 +27,5 @@ __all__ = [
     "normalisation",
     "quantisation",
     "selection",
+    "square_of",
 ]

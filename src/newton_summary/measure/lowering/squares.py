@@ -1,0 +1,65 @@
+"""Squares of lengths and absolute values, without the root that they undo.
+
+A length has no derivative where it is zero; its square has all of them.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from newton_summary.measure.lowering.table import Lowering, aten
+
+
+def square_of(op: Any) -> Lowering | None:
+    """What gives the square of an operation's result, from the same arguments."""
+    return _SQUARES.get(op)
+
+
+def _of_entries(x: Tensor) -> Tensor:
+    return torch.view_as_real(x).square().sum(-1) if x.is_complex() else x.square()
+
+
+def _of_norm(
+    x: Tensor,
+    ord: float = 2,
+    dim: list[int] | None = None,
+    keepdim: bool = False,
+    *,
+    dtype: torch.dtype | None = None,
+) -> Any:
+    if ord != 2 or dtype is not None:
+        return NotImplemented
+    return _of_entries(x).sum(list(dim) if dim else list(range(x.dim())), keepdim=keepdim)
+
+
+def _of_distance(x: Tensor, y: Tensor, p: float = 2) -> Any:
+    return _of_entries(x - y).sum() if p == 2 else NotImplemented
+
+
+def _of_distances(x: Tensor, y: Tensor, p: float = 2, compute_mode: int | None = None) -> Any:
+    return (x.unsqueeze(-2) - y.unsqueeze(-3)).square().sum(-1) if p == 2 else NotImplemented
+
+
+def _of_many_distances(x: Tensor, y: Tensor) -> Any:
+    sizes = x.square().sum(-1, keepdim=True) + y.square().sum(-1).unsqueeze(-2)
+    return sizes - 2 * (x @ y.mT)
+
+
+def _of_distances_within(x: Tensor, p: float = 2) -> Any:
+    if p != 2:
+        return NotImplemented
+    first, second = torch.triu_indices(len(x), len(x), 1, device=x.device)
+    return (x.index_select(0, first) - x.index_select(0, second)).square().sum(-1)
+
+
+_SQUARES: dict[Any, Lowering] = {
+    aten.abs.default: _of_entries,
+    aten.linalg_vector_norm.default: _of_norm,
+    aten.dist.default: _of_distance,
+    aten._cdist_forward.default: _of_distances,
+    aten._euclidean_dist.default: _of_many_distances,
+    aten._pdist_forward.default: _of_distances_within,
+}
