@@ -122,6 +122,18 @@ def test_channels_of_a_layer():
         Partition.channels(model, "2")
 
 
+@pytest.mark.parametrize("groups", [1, 2])
+def test_channels_of_a_transposed_convolution_are_its_outputs(groups):
+    model = nn.Sequential(nn.ConvTranspose2d(4, 6, 2, groups=groups))
+    partition = Partition.channels(model, "0")
+    assert partition.sizes == (4 // groups * 4 + 1,) * 6
+    slopes = partition.dot(
+        torch.autograd.grad(model(torch.randn(1, 4, 3, 3))[0, 4].sum(), partition.parameters),
+        [torch.ones_like(p) for p in partition.parameters],
+    )
+    assert [bool(slope) for slope in slopes] == [False] * 4 + [True, False]
+
+
 def test_rows_by_frequency():
     model = nn.Sequential(nn.Embedding(6, 2), nn.Linear(2, 6))
     counts = torch.tensor([1, 0, 6, 2, 3, 0])

@@ -98,6 +98,7 @@ FUNCTIONS = {
     "distances, largest": lambda x: torch.cdist(x, x.cos(), p=torch.inf),
     "distances, by products": lambda x: torch.cdist(x, x.cos(), compute_mode="use_mm_for_euclid_dist"),
     "distances within": lambda x: F.pdist(x),
+    "bilinear": lambda x: F.bilinear(x, x[:, :4].cos(), x.sin().repeat(1, 4).view(6, 6, 4), x[0]),
     "attention with a mask": lambda x: attended(x, attn_mask=opened(x)),
     "attention with a bias": lambda x: attended(x, attn_mask=x.sin()),
     "causal attention": lambda x: attended(x, is_causal=True),
@@ -519,3 +520,15 @@ def test_curves_of_large_numbers_in_half_precision(approximate):
     got = ns.summarize(loss, model.half(), [x.half()], direction=[u.half() for u in direction])
     assert error(got.hessian, expected.hessian) < 0.05
     assert bool(got.third.isfinite().all())
+
+
+def test_second_derivatives_that_are_not_there_are_told():
+    """Singular values that are equal have none, though the sum of their squares has: a warning, and no number."""
+    model = nn.Linear(3, 3).double()
+    model.weight.data.zero_()
+
+    def loss(model, x):
+        return torch.linalg.svdvals(model.weight + torch.eye(3)).square().sum() + model(x).sum()
+
+    with pytest.warns(UserWarning, match="second derivatives are not finite for 'weight'"):
+        ns.summarize(loss, model, [torch.randn(2, 3, dtype=torch.float64)])

@@ -182,8 +182,10 @@ def experts(model: nn.Module, trainable: Mapping[str, Tensor]) -> Groups:
     return groups
 
 
-def channels(layer: str, trainable: Mapping[str, Tensor]) -> Groups:
+def channels(model: nn.Module, layer: str, trainable: Mapping[str, Tensor]) -> Groups:
     """A group for each output of a layer: a slice of its weight along the first dimension, and an entry of its bias.
+
+    A transposed convolution has its outputs along the second one, those of each of its groups in rows of their own.
 
     Raises:
         ValueError: the layer has no trainable weight.
@@ -192,7 +194,16 @@ def channels(layer: str, trainable: Mapping[str, Tensor]) -> Groups:
     if weight is None:
         raise ValueError(f"no trainable weight {f'{layer}.weight'!r}: give the name of a layer that has one")
     names = [f"{layer}.weight", *([f"{layer}.bias"] if f"{layer}.bias" in trainable else [])]
-    return {f"{layer}.channel{i}": [(name, i) for name in names] for i in range(len(weight))}
+    module = dict(model.named_modules()).get(layer)
+    if not isinstance(module, nn.ConvTranspose1d | nn.ConvTranspose2d | nn.ConvTranspose3d):
+        return {f"{layer}.channel{i}": [(name, i) for name in names] for i in range(len(weight))}
+    rows, outputs = len(weight) // module.groups, weight.shape[1]
+    groups: Groups = {}
+    for i in range(module.groups * outputs):
+        start = i // outputs * rows
+        place = (slice(start, start + rows), i % outputs)
+        groups[f"{layer}.channel{i}"] = [(names[0], place), *((name, i) for name in names[1:])]
+    return groups
 
 
 def frequencies(table: str, counts: Tensor, bins: int, trainable: Mapping[str, Tensor]) -> Groups:

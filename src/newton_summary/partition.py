@@ -244,13 +244,14 @@ class Partition:
 
         Args:
             model: the module whose parameters are split.
-            layer: the name of a submodule with a weight whose first dimension is that of its outputs.
+            layer: the name of a submodule with a weight whose first dimension is that of its outputs; or of a
+                transposed convolution.
             rest: as in :meth:`heads`.
 
         Raises:
             ValueError: the layer has no trainable weight.
         """
-        return cls._of_parts(model, lambda _, trainable: architecture.channels(layer, trainable), rest)
+        return cls._of_parts(model, lambda own, trainable: architecture.channels(own, layer, trainable), rest)
 
     @classmethod
     def by_frequency(

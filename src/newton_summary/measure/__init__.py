@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any, Literal, Protocol, TypeAlias, cast
@@ -159,6 +160,7 @@ def summarize(
             raise ValueError("there are no batches to measure on")
         summary = Summary.mean(parts)
     _check_finite(summary.loss)
+    _warn_of_infinite(summary)
     return summary
 
 
@@ -244,6 +246,19 @@ def _rewinding(batches: Iterable[Any], device: torch.device) -> Iterator[None]:
 def _check_finite(loss: Tensor) -> None:
     if not bool(loss.isfinite()):
         raise ValueError(f"the loss is {loss.item()}: look for it in the data, or lower the learning rate")
+
+
+def _warn_of_infinite(summary: Summary) -> None:
+    """Says where a loss that has a gradient has no second derivatives."""
+    if summary.hessian is not None and bool(summary.gradient.isfinite().all()):
+        broken = [name for name, row in zip(summary.names, summary.hessian, strict=True) if not row.isfinite().all()]
+        if broken:
+            warnings.warn(
+                f"second derivatives are not finite for {', '.join(map(repr, broken[:3]))}"
+                f"{' and others' if len(broken) > 3 else ''}, though the gradient is: some operation has none at this "
+                "point, such as singular values that are equal or a root of zero",
+                stacklevel=3,
+            )
 
 
 def _check_request(order: int, third: str, batches: Iterable[Any], direction: DirectionLike, slices: int) -> None:

@@ -132,6 +132,25 @@ def _sparse_addmm(bias: Tensor, a: Tensor, b: Tensor, *, beta: float = 1, alpha:
     return product if beta == 0 else beta * bias + product
 
 
+@lowers(aten._trilinear.default)
+def _trilinear(
+    x: Tensor,
+    y: Tensor,
+    z: Tensor,
+    expand1: list[int],
+    expand2: list[int],
+    expand3: list[int],
+    sumdim: list[int],
+    unroll_dim: int = 1,
+) -> Any:
+    """``bilinear``'s x · W_o · y, (samples, outputs), by one product with all of W."""
+    if (expand1, expand2, expand3, sumdim) != ([1, 3], [0], [1, 2], [2, 3]):
+        return NotImplemented
+    outputs, width, other = y.shape
+    moved = (x @ y.transpose(0, 1).reshape(width, outputs * other)).view(-1, outputs, other)
+    return (moved * z.unsqueeze(1)).sum(-1)
+
+
 # Norms and distances --------------------------------------------------------------------------------------------------
 
 
