@@ -110,9 +110,9 @@ def summarize(
         batches: an iterable of batches, such as a ``DataLoader`` or ``[batch]``.
         partition: S groups, or the name of a constructor: ``"by_module"``.  Default: one for each tensor.
         direction: u, in the parameters' own units: tensors in the partition's order, a dictionary by name, or a
-            ``torch.optim.Optimizer``, or a list of several, whose next step it is (after ``backward()``), as u = θ − θ':
-            a step goes against u, as it does against a gradient, and odd orders have the sign of going along it.
-            Default: the gradient over the same batches, which are then gone through twice, in the same random state.
+            ``torch.optim.Optimizer``, or a list of several, whose next step it is (after ``backward()``), u = θ − θ':
+            steps go against it, as against a gradient, and odd orders have the sign of going along.  Default: the
+            gradient over the same batches, which are then gone through twice, in the same random state.
         order: the highest order of derivatives, from 1.  Above 3 every order is measured in full, by nested passes.
         third: the diagonal of the third order, or all S³ entries.
         engine: ``"auto"``, ``"forward"`` (which raises where it does not work) or ``"nested"``, or an :class:`Engine`.
