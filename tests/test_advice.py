@@ -233,7 +233,7 @@ def test_words_for_one_group() -> None:
 
 
 def test_all_rates_are_spoken_of_where_noise_cannot_be_the_reason() -> None:
-    leave = "leave the rates as they are: none is off by more than one step can tell"
+    leave = "leave the rates as they are: over tens of steps none is surely off, whatever suits one step alone"
     assert overall(1.0, 1.2, 0.9) == leave
     assert overall(15.0, 12.0, 18.0) == leave, "greedy by up to 19 along an averaged direction"
     assert overall(190.0, 100.0, 300.0) == "all rates are too small, at least 10× (190× for one step)"

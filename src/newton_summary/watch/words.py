@@ -21,7 +21,7 @@ DISTINCT = math.sqrt(SHARED_NOISE)
 If one may be all noise and another all signal, their factors may differ by 19 over tens of steps though both have the
 right rate: what is within √19 of the middle of them tells nothing."""
 
-LEAVE = "leave the rates as they are: none is off by more than one step can tell"
+LEAVE = "leave the rates as they are: over tens of steps none is surely off, whatever suits one step alone"
 """What is said where nothing is wrong."""
 
 UNMOVED = ("this step does not move it", "this step does not move them")
