@@ -53,7 +53,11 @@ The same models at widths, lengths and batches that people have (transformers 76
 convolutions with 64 to 256 channels), still of a few layers, in float32, in at most 24 groups. Prices are in gradients
 (a forward and a backward pass of the same loss), processor time on one thread, medians; **counted** are the
 multiply-adds of products, convolutions and attention that run, in the same unit, and **calls** the operations of torch.
-"First" is the first measurement, with the third order; it also records the loss and checks it against autograd.
+"First" is the first measurement, with the third order; it also records the loss and checks it against autograd, and
+against differences where autograd has no second derivatives. Prices above 1.6 times what is counted are of networks
+with few products: where a step is mostly gathers, normalisations and curves (graphs, spectra, embeddings, many channels
+of small convolutions), or calls (a product for each step of time). Two are refused in single precision, for rounding,
+and measured by nested passes.
 `results/large.md` has whole language models.
 
 """
