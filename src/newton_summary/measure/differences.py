@@ -137,6 +137,7 @@ class Differences:
         order: int = 2,
     ) -> None:
         self.slope = Slope(losses, step, precision)
+        step = step if 0 < step < math.inf else math.nan  # differences tell nothing
         if order == 2:
             found = [(slopes[k] - slopes[-k]) / (2 * k * step) for k in DISTANCES]
         else:
