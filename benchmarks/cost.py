@@ -207,8 +207,8 @@ class Count:
     def _bilinear(self, a: Rows, b: Rows, pass_: int, left: int, right: int) -> Rows:
         common = a.first & b.first if self.third else frozenset()
         by_right = len(a) * pass_ + len(a) * len(b) * right < len(b) * pass_ + len(a) * len(b) * left
-        fewer, entries = (a, right) if by_right else (b, left)
-        self.of["attention"] += (len(a) + len(b) + len(common) + len(fewer)) * pass_
+        pulled, entries = (a, right) if by_right else (b, left)
+        self.of["attention"] += (len(a) + len(b) + len(common) + len(pulled)) * pass_
         self.of["pairs of groups"] += len(a.first) * len(b.first) * entries
         return joined(a, b, Rows(frozenset(), frozenset(common)))
 

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from newton_summary.measure.lowering.squares import between, by_product, within
 from newton_summary.measure.lowering.table import CONSTANT, as_it_is, aten, lowers
 
 _ORDERS = 3
@@ -194,7 +195,7 @@ def _vector_norm(
 
 @lowers(aten._cdist_forward.default)
 def _cdist(x: Tensor, y: Tensor, p: float, compute_mode: int | None = None) -> Any:
-    return _norm(x.unsqueeze(-2) - y.unsqueeze(-3), p, [-1], False)
+    return _norm(between(x, y), p, [-1], False)
 
 
 @lowers(aten._euclidean_dist.default)
@@ -203,15 +204,11 @@ def _euclidean_dist(x: Tensor, y: Tensor) -> Any:
 
     Between equal points rounding leaves a distance that is none: it is torch's value, and does not move.
     """
-    x_size, y_size = (points.square().sum(-1, keepdim=True) for points in (x, y))
-    left = torch.cat([-2 * x, x_size, torch.ones_like(x_size)], -1)
-    right = torch.cat([y, torch.ones_like(y_size), y_size], -1)
-    squares = left @ right.mT
-    apart = CONSTANT(squares > 4 * torch.finfo(x.dtype).eps * (x_size + y_size.mT))
+    squares, sizes = by_product(x, y)
+    apart = CONSTANT(squares > 4 * torch.finfo(x.dtype).eps * sizes)
     return torch.where(apart, torch.where(apart, squares, 1.0).sqrt(), CONSTANT(squares.clamp_min(0).sqrt()))
 
 
 @lowers(aten._pdist_forward.default)
 def _pdist(x: Tensor, p: float = 2) -> Any:
-    first, second = torch.triu_indices(len(x), len(x), 1, device=x.device)
-    return _norm(x.index_select(0, first) - x.index_select(0, second), p, [-1], False)
+    return _norm(within(x), p, [-1], False)

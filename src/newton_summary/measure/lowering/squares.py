@@ -18,6 +18,25 @@ def square_of(op: Any) -> Lowering | None:
     return _SQUARES.get(op)
 
 
+def between(x: Tensor, y: Tensor) -> Tensor:
+    """The differences of all points of two sets."""
+    return x.unsqueeze(-2) - y.unsqueeze(-3)
+
+
+def within(x: Tensor) -> Tensor:
+    """The differences of all pairs of points of a set."""
+    first, second = torch.triu_indices(len(x), len(x), 1, device=x.device)
+    return x.index_select(0, first) - x.index_select(0, second)
+
+
+def by_product(x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
+    """The squared distances of all points of two sets, by one product, and the size of the terms of each."""
+    x_size, y_size = (points.square().sum(-1, keepdim=True) for points in (x, y))
+    left = torch.cat([-2 * x, x_size, torch.ones_like(x_size)], -1)
+    right = torch.cat([y, torch.ones_like(y_size), y_size], -1)
+    return left @ right.mT, x_size + y_size.mT
+
+
 def _of_entries(x: Tensor) -> Tensor:
     return torch.view_as_real(x).square().sum(-1) if x.is_complex() else x.square()
 
@@ -40,19 +59,15 @@ def _of_distance(x: Tensor, y: Tensor, p: float = 2) -> Any:
 
 
 def _of_distances(x: Tensor, y: Tensor, p: float = 2, compute_mode: int | None = None) -> Any:
-    return (x.unsqueeze(-2) - y.unsqueeze(-3)).square().sum(-1) if p == 2 else NotImplemented
+    return between(x, y).square().sum(-1) if p == 2 else NotImplemented
 
 
 def _of_many_distances(x: Tensor, y: Tensor) -> Any:
-    sizes = x.square().sum(-1, keepdim=True) + y.square().sum(-1).unsqueeze(-2)
-    return sizes - 2 * (x @ y.mT)
+    return by_product(x, y)[0]
 
 
 def _of_distances_within(x: Tensor, p: float = 2) -> Any:
-    if p != 2:
-        return NotImplemented
-    first, second = torch.triu_indices(len(x), len(x), 1, device=x.device)
-    return (x.index_select(0, first) - x.index_select(0, second)).square().sum(-1)
+    return within(x).square().sum(-1) if p == 2 else NotImplemented
 
 
 _SQUARES: dict[Any, Lowering] = {
