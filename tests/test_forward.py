@@ -576,14 +576,52 @@ def test_parameters_of_half_precision():
     ],
 )
 def test_gradients_in_half_precision_may_differ_by_the_rounding_of_so_many_operations(
-    dtype, operations, deviation, agree
+    dtype, operations, deviation, agree, monkeypatch
 ) -> None:
+    monkeypatch.setattr(agreement, "_rounding", lambda *_: [0.0])
     graph = SimpleNamespace(coarsest=dtype, kinked=False, instructions=[None] * operations)
     gradient, noise = torch.randn(2, 1000, dtype=torch.float64).unbind()
     noise *= deviation * gradient.norm() / noise.norm()
     tape = SimpleNamespace(graph=graph, gradient=Gradient([gradient + noise]))
     with contextlib.nullcontext() if agree else pytest.raises(Refusal, match="another gradient for 'weight'"):
-        agreement.check_gradient(tape, ["weight"], Gradient([gradient]))
+        agreement.check_gradient(tape, [], SimpleNamespace(parameter_names=["weight"]), Gradient([gradient]))
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_what_remains_of_a_gradient_that_cancels_is_rounding_and_is_measured(seed) -> None:
+    torch.manual_seed(seed)
+    model = nn.Sequential(nn.Linear(8, 16), nn.BatchNorm1d(16), nn.Tanh(), nn.Linear(16, 3))
+    batch = torch.randn(64, 8) + 1000, torch.randint(3, (64,))  # most of each gradient of the first layer cancels
+
+    def loss_fn(model, batch):
+        return nn.functional.cross_entropy(model(batch[0]), batch[1])
+
+    got = ns.summarize(loss_fn, model, [batch], engine=ForwardEngine())
+    exact = copy.deepcopy(model).double()
+    wanted = ns.summarize(loss_fn, exact, [(batch[0].double(), batch[1])], engine=ForwardEngine())
+    behind = slice(4, None)  # the last layer, which nothing cancels in
+    torch.testing.assert_close(got.gradient[behind], wanted.gradient[behind], rtol=1e-2, atol=1e-6)
+
+
+def test_a_wrong_gradient_is_no_rounding_where_others_are() -> None:
+    class Doubled(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, x):
+            return x.clone()
+
+        @staticmethod
+        def backward(ctx, g):
+            return 2 * g
+
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(8, 16), nn.BatchNorm1d(16), nn.Tanh(), nn.Linear(16, 3))
+    batch = torch.randn(64, 8) + 1000, torch.randint(3, (64,))
+
+    def loss_fn(model, batch):
+        return nn.functional.cross_entropy(model[3](Doubled.apply(model[:3](batch[0]))), batch[1])
+
+    with pytest.raises(Refusal, match=r"another gradient for '[01]\."):
+        ns.summarize(loss_fn, model, [batch], engine=ForwardEngine())
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
