@@ -334,6 +334,25 @@ def test_advice_that_fails_does_not_end_the_training(monkeypatch) -> None:
         model, lambda m, x: m(x).square().mean(), optimizer=torch.optim.SGD(model.parameters()), every=1
     )
     model(batch).square().mean().backward()
-    with pytest.warns(UserWarning, match=r"measures no more, training goes on.*no advice"):
+    with pytest.warns(UserWarning, match=r"before step 0 failed, training goes on; .*no advice"):
         assert monitor.step(batch) is None
-    assert monitor.step(batch) is None
+    for _ in range(3):
+        assert monitor.step(batch) is None  # says no more
+    assert (monitor.counts["errors"], monitor.counts["disabled"]) == (3, 1)
+    assert "silent since 3 errors in a row" in repr(monitor)
+
+
+def test_after_a_failure_it_measures_when_it_is_next_time_to() -> None:
+    model, batches = make_model(), make_batches(6)
+
+    def failing_on_some(model, batch):
+        if batch[0] is batches[0][0] or batch[0] is batches[3][0]:
+            raise OSError("for a moment")
+        return loss_fn(model, batch)
+
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
+    monitor = ns.Monitor(model, failing_on_some, optimizer=optimizer, every=1)
+    with pytest.warns(UserWarning, match="training goes on; .*for a moment") as caught:
+        train(model, optimizer, batches, 6, monitor)
+    assert len(caught) == 2
+    assert dict(monitor.counts) == {"measured": 4, "failed": 0, "errors": 2}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import itertools
 import math
 
 import pytest
@@ -179,8 +180,18 @@ def test_samples_that_do_not_stand_for_the_batch_are_refused_and_the_monitor_tak
     assert (record.samples, record.available, record.measured_on) == (40, 40, "whole batches")
     assert monitor.summary.weight == 40
     asked = ns.Monitor(model, loss, optimizer=optimizer, samples=8)
-    with pytest.warns(UserWarning, match=r"measures no more.*samples=8"):
+    with pytest.warns(UserWarning, match=r"failed, training goes on.*samples=8"):
         asked.step(batch)
+
+
+def test_a_failure_is_paid_for_as_a_measurement_is() -> None:
+    seconds = iter(i / 8 for i in itertools.count())
+    cadence = Affordable(1 / 16, clock=lambda: next(seconds))
+    with cadence.spending():  # 1/8 s, as a step takes
+        cadence.has_failed(0)
+    steps = next(n for n in itertools.count(1) if cadence.end_of_step(n, list) or cadence.is_due(n))
+    assert steps == 100
+    assert cadence.samples is None
 
 
 # The monitor ----------------------------------------------------------------------------------------------------------

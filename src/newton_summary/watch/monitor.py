@@ -37,6 +37,8 @@ from newton_summary.watch.rehearsed_advice import RehearsedAdvice, rehearse
 
 logger = logging.getLogger(__name__)
 
+_PATIENCE = 3  # failures in a row: one may be a batch's, or that of a moment without memory
+
 
 class Monitor:
     """Measures along an optimizer's own next step, and says by what factor each group's learning rate should change.
@@ -50,8 +52,8 @@ class Monitor:
     computed on is too optimistic about descent along that gradient: measure on batches of an independent sampler where
     batches are small and the gradient is mostly noise.  :meth:`attach` does.
 
-    A monitor ends no training: where :meth:`step`, or a measurement within ``optimizer.step()``, fails, it warns, once,
-    and is silent from then on.  :meth:`measure` raises.
+    A monitor ends no training: where :meth:`step`, or a measurement within ``optimizer.step()``, fails, it warns and
+    tries again when it is next time to; after three failures in a row it measures no more.  :meth:`measure` raises.
 
     By default it measures as often, and on as many samples of a batch, as a ``share`` of the training's time pays for
     (:class:`~newton_summary.watch.cadence.Affordable`).  With ``every`` nothing depends on time, and advice repeats.
@@ -90,7 +92,8 @@ class Monitor:
         summary: the last measurement, the mean over its batches, or ``None``.
         records: the history, oldest first.
         counts: how many measurements there were (``"measured"``), and how many were not finite and left the advice as
-            it was (``"failed"``); ``"disabled"`` is 1 where one raised an error, and none followed.
+            it was (``"failed"``); how many raised an error (``"errors"``); ``"disabled"`` is 1 where three in a row
+            did, and none followed.
 
     Raises:
         ValueError: an argument is out of range, the optimizer holds no parameter of the model, has no learning rate, or
@@ -158,6 +161,7 @@ class Monitor:
         self.summary: Summary | None = None
         self.records: deque[Record] = deque(maxlen=history)
         self.counts = Counter({"measured": 0, "failed": 0})
+        self._errors = 0  # in a row
         self._loss = Loss(loss_fn, model)
         self._frozen = Frozen(self._loss.model, "measured by this Monitor")
         self._processes = Processes(model, process_group)
@@ -237,7 +241,7 @@ class Monitor:
         return any(p.grad is not None for group in self.optimizer.param_groups for p in group["params"])
 
     def _attempt(self, batches: Callable[[], list[Any]]) -> Advice | None:
-        """Measures; what fails ends the measurements, in all processes, and not the training."""
+        """Measures; what fails is a measurement, in all processes, and not the training."""
         error: Exception | None = None
         measured: Measured | None = None
         with self.cadence.spending():
@@ -246,13 +250,13 @@ class Monitor:
             except Exception as raised:
                 error = raised
             if self._fails_anywhere(error is not None) or measured is None:
-                self._disable(error)
+                self._fail(error)
                 return None
             self.cadence.has_measured(self._taken, measured.counts.samples / len(measured.batches))
             try:
                 return self._take_in(measured)
             except Exception as raised:  # alike in all processes: they know the same of all
-                self._disable(raised)
+                self._fail(raised)
                 return None
 
     def _taken_of(self, batches: Sequence[Any]) -> tuple[list[Any], list[int]]:
@@ -284,16 +288,21 @@ class Monitor:
         """Means over all processes."""
         return self._processes.mean(numbers, [1.0] * len(numbers), self.partition.device)
 
-    def _disable(self, error: Exception | None) -> None:
-        """Measures no more, and says so."""
-        self.counts["disabled"] = 1
+    def _fail(self, error: Exception | None) -> None:
+        """Says what failed, where nothing did before, and measures no more after some failures in a row."""
         self._awaiting = None
-        cause = "another process" if error is None else f"{type(error).__name__}: {error}"
-        warnings.warn(
-            f"the Monitor measures no more, training goes on; a measurement before step {self._taken} failed with "
-            f"{cause}",
-            stacklevel=4,
-        )
+        self._errors += 1
+        self.counts["errors"] += 1
+        self.cadence.has_failed(self._taken)
+        if self._errors == _PATIENCE:
+            self.counts["disabled"] = 1
+        if self._errors == 1:
+            cause = "another process" if error is None else f"{type(error).__name__}: {error}"
+            warnings.warn(
+                f"a measurement of the Monitor before step {self._taken} failed, training goes on; after "
+                f"{_PATIENCE} failures in a row it measures no more; this one was {cause}",
+                stacklevel=4,
+            )
 
     @torch.no_grad()
     def measure(self, batches: Iterable[Any]) -> Advice | None:
@@ -456,8 +465,9 @@ class Monitor:
         except Exception as raised:
             error = raised
         if self._fails_anywhere(error is not None):
-            self._disable(error)
+            self._fail(error)
             return
+        self._errors = 0
         total = sum(weights)
         own = sum(w * loss for w, loss in zip(weights, losses, strict=True)) / total
         after = self._processes.mean([own], [total], self.partition.device)[0]
@@ -472,7 +482,7 @@ class Monitor:
         counted = f"measured {self.counts['measured']}×, of which {self.counts['failed']}× not finite"
         on = f", last on {self.records[-1].measured_on}" if self.records and self.records[-1].measured_on else ""
         advice = "no advice yet" if self.advice is None else repr(self.advice)
-        silent = ", silent since an error" if self.counts["disabled"] else ""
+        silent = f", silent since {_PATIENCE} errors in a row" if self.counts["disabled"] else ""
         return f"{watched}, {counted}{on}{silent}\n{advice}"
 
     def to_frame(self) -> Any:
