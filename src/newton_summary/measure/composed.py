@@ -16,6 +16,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
+from newton_summary.measure.half import wide
+
 
 class Composed(TorchFunctionMode):
     """A block in which these operations are replaced by compositions with the same values and first derivatives."""
@@ -121,7 +123,7 @@ def _statistics_last(norm: Callable[..., Tensor]) -> Callable[..., Tensor]:
 
 def _standardised(x: Tensor, dims: list[int], eps: float) -> Tensor:
     """A value minus its mean, divided by its deviation."""
-    x = x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
+    x = wide(x)
     centred = x - x.mean(dims, keepdim=True)
     return centred * (centred.square().mean(dims, keepdim=True) + eps).rsqrt()
 

@@ -18,6 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from newton_summary.measure.half import HALF
 from newton_summary.measure.loss import Loss
 from newton_summary.partition import Partition
 
@@ -74,7 +75,7 @@ def ratio(parameters: Sequence[Tensor], direction: Sequence[Tensor]) -> float:
 
 def _wide(t: Tensor) -> torch.dtype | None:
     """The type to find the length of a tensor in: its own, unless squares may not fit there."""
-    return torch.float32 if t.dtype in (torch.float16, torch.bfloat16) else None
+    return torch.float32 if t.dtype in HALF else None
 
 
 class Slope:

@@ -7,7 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from newton_summary.measure.lowering.table import aten, lowers, wide
+from newton_summary.measure.half import wide
+from newton_summary.measure.lowering.table import aten, lowers
 
 
 def _channels(parameter: Tensor | None, x: Tensor) -> Tensor | None:

@@ -74,8 +74,3 @@ def in_one_type(x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
     """Two values in the type that torch computes their product in."""
     dtype = torch.result_type(x, y)
     return x.to(dtype), y.to(dtype)
-
-
-def wide(x: Tensor) -> Tensor:
-    """A value in the type that torch computes sums of it in: half precision in single."""
-    return x.float() if x.dtype in (torch.float16, torch.bfloat16) else x

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 from typing_extensions import override
 
+from newton_summary.measure.half import wide
 from newton_summary.measure.rules.base import Rule, Sums, add_cubes
 from newton_summary.measure.rules.call import Call, Place
 from newton_summary.measure.rules.derive import apart, jvp
@@ -104,7 +105,7 @@ class Elementwise(Rule):
 
     def _slopes(self, call: Call, rows: Tensor) -> Iterator[tuple[slice, tuple[Tensor, Tensor, Slope]]]:
         """Blocks of entries, and the derivatives of three orders there."""
-        point, out = (x.float() if _is_half(x) else x for x in (call.args[0].reshape(-1), call.out.reshape(-1)))
+        point, out = map(wide, (call.args[0].reshape(-1), call.out.reshape(-1)))
         steep = self.steep(call) if callable(self.steep) else self.steep
         for block in blocks(rows.shape[1], len(rows)):
             here = Call(call.op, (point[block], *call.args[1:]), call.kwargs, out[block], {})
@@ -137,11 +138,6 @@ class Elementwise(Rule):
             twist = (adjoint * d3).reshape(-1) / 3
             weights[rows_of(groups, both)] += dot[rows_of(jet.first, both)] * twist
         add_cubes(weights, dot, groups, jet.first, sums)
-
-
-def _is_half(x: Tensor) -> bool:
-    """Whether squares, and what is nearly zero, may not fit."""
-    return x.dtype in (torch.float16, torch.bfloat16)
 
 
 # Derivatives ----------------------------------------------------------------------------------------------------------
