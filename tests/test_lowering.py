@@ -284,6 +284,7 @@ AT_ZERO = {
     "log of sums": lambda x: torch.logaddexp(x, 2 * x),
     "softplus": F.softplus,
     "sinc": torch.sinc,
+    "log of the normal distribution": torch.special.log_ndtr,
     "angle": lambda x: torch.atan2(x, x + 2),
     "sinc, small": lambda x: torch.sinc(x / 30),
 }
@@ -320,6 +321,24 @@ def test_numbers_have_one_axis(name, dim) -> None:
     got, expected = (ns.summarize(loss_fn, model, [x], direction=u, engine=e) for e in ("forward", "nested"))
     torch.testing.assert_close(got.hessian, expected.hessian)
     torch.testing.assert_close(got.third, expected.third)
+
+
+@pytest.mark.parametrize(("dtype", "far"), [(torch.float64, 700.0), (torch.float32, 30.0)])
+def test_the_log_of_the_normal_distribution_far_out(dtype, far) -> None:
+    class Point(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.w = nn.Parameter(torch.ones((), dtype=dtype))
+
+        def forward(self, x):
+            return torch.special.log_ndtr(self.w * x)
+
+    batch, u = torch.tensor([-far, far], dtype=dtype), [torch.ones((), dtype=dtype)]
+    got = ns.summarize(lambda m, x: -m(x).mean(), Point(), [batch], direction=u, order=2, engine="forward")
+    slope = far * (far + 1 / far - 2 / far**3) / 2  # of −log Φ at −x, by Mills' ratio for large x
+    torch.testing.assert_close(got.gradient, torch.tensor([slope], dtype=torch.float64), rtol=1e-6, atol=0)
+    bend = far**2 * (1 - 1 / far**2) / 2
+    torch.testing.assert_close(got.hessian, torch.tensor([[bend]], dtype=torch.float64), rtol=1e-3, atol=0)
 
 
 @pytest.mark.parametrize("name", AT_ZERO)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -60,6 +61,16 @@ def _log_sigmoid(x: Tensor) -> tuple[Tensor, Tensor]:
     """min(x, 0) − log(1 + exp(−|x|)), of which each side is written so that it holds at zero, too."""
     is_positive = x > 0
     return torch.where(is_positive, 0.0, x) - torch.where(is_positive, -x, x).exp().log1p(), x.new_zeros(0)
+
+
+@lowers(aten.special_log_ndtr.default)
+def _log_ndtr(x: Tensor) -> Tensor:
+    """log Φ(x), in two pieces as torch has it, neither of which sees what overflows there and belongs to the other."""
+    is_low = x < -1
+    low = torch.where(is_low, x, -1.0) / math.sqrt(2)
+    high = torch.where(is_low, 0.0, x) / math.sqrt(2)
+    tail = (torch.special.erfcx(-low) / 2).log() - low.square()
+    return torch.where(is_low, tail, torch.log1p(torch.erfc(high) / -2))
 
 
 @lowers(aten.atan2.default)
