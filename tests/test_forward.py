@@ -364,6 +364,20 @@ REFUSED = {
 }
 
 
+def test_nested_tensors_are_refused_with_what_to_use_in_their_place():
+    def loss_fn(m, x):
+        rows = torch.nested.nested_tensor([x[:2], x[2:]], layout=torch.jagged)
+        return (rows @ m.a).to_padded_tensor(0.0).square().sum()
+
+    case = Case(Custom(a=(4, 3)).double(), loss_fn, torch.randn(5, 4, dtype=torch.float64))
+    with pytest.raises(Refusal, match=r"nested|jagged") as refused:
+        measure(ForwardEngine(), case)
+    assert "use a dense one" in str(refused.value)
+    with pytest.warns(UserWarning, match=r"nested|jagged"), pytest.raises(Refusal, match="no engine can") as refused:
+        measure(AutoEngine(ForwardEngine()), case)
+    assert "engine='forward'" not in str(refused.value)  # which has refused
+
+
 def test_the_first_order_alone_takes_one_gradient():
     class NotAsked(ForwardEngine):
         def measure(self, *_):

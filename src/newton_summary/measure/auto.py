@@ -70,7 +70,8 @@ class AutoEngine:
         except (RuntimeError, Refusal) as error:
             if not isinstance(error, Refusal) and reason.endswith(first_line(error)):
                 raise  # the loss itself failed
-            raise Refusal(f"no engine can measure this loss; forward: {reason}; nested: {first_line(error)}") from error
+            nested = first_line(error).replace("use engine='forward', or ", "")  # which has refused
+            raise Refusal(f"no engine can measure this loss; forward: {reason}; nested: {nested}") from error
 
 
 FORWARD = ForwardEngine()

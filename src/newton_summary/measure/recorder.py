@@ -82,9 +82,14 @@ class Recorder(Tracer):
             self._walked.add(node)
             if id(getattr(node, "variable", None)) in self._parameters:
                 name = tensor.grad_fn.name() if tensor.grad_fn is not None else "?"
+                kind, by, cure = (
+                    ("nested tensor", "", "use a dense one, padded, with a mask")
+                    if tensor.is_nested
+                    else ("tensor", f" by {name}", "compute it within the loss, by operations of torch")
+                )
                 self.refuse(
-                    f"a tensor of shape {tuple(tensor.shape)} comes from a parameter by {name}, which cannot be "
-                    "recorded: compute it within the loss, by operations of torch"
+                    f"a {kind} of shape {tuple(tensor.shape)} comes from a parameter{by}, which cannot be recorded: "
+                    + cure
                 )
                 return
             nodes += [following for following, _ in node.next_functions]

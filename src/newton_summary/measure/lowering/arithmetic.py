@@ -65,7 +65,7 @@ def _log_sigmoid(x: Tensor) -> tuple[Tensor, Tensor]:
 
 @lowers(aten.special_log_ndtr.default)
 def _log_ndtr(x: Tensor) -> Tensor:
-    """log Φ(x), in two pieces as torch has it, neither of which sees what overflows there and belongs to the other."""
+    """Log Φ(x), in two pieces as torch has it, neither of which sees what overflows there and belongs to the other."""
     is_low = x < -1
     low = torch.where(is_low, x, -1.0) / math.sqrt(2)
     high = torch.where(is_low, 0.0, x) / math.sqrt(2)
