@@ -23,6 +23,10 @@ from newton_summary.optim.weight_average import WeightAverage
 logger = logging.getLogger(__name__)
 
 
+def _later() -> None:
+    """For the stream, which then leaves random states as a batch was drawn: the loss rewinds them, once for both."""
+
+
 class AverageComparison:
     """Now and then finds what each group adds to the loss from the weights to their average, for rates to be adapted.
 
@@ -75,7 +79,7 @@ class AverageComparison:
     def _first_loss(self, rewind: Callable[[], None]) -> float:
         """The loss of the next batch at the first weights, in the block whose randomness is preserved."""
         samples = self._samples
-        batch = samples.next()
+        batch = samples.next(_later)
         with samples.whole() as (partition, _), samples.loss.movable(batch, partition, rewind) as (_, loss):
             if self._sides is None:
                 return samples.mean(loss(), batch_size(batch))
@@ -94,7 +98,7 @@ class AverageComparison:
             S numbers; nothing where the loss has diverged.
         """
         samples = self._samples
-        batch = samples.next()
+        batch = samples.next(_later)
         size = batch_size(batch)
         with (
             samples.whole(average) as (partition, average),
@@ -120,7 +124,7 @@ class AverageComparison:
         """
         samples = self._samples
         with preserved_randomness(samples.loss.devices) as rewind:
-            batch = samples.next()
+            batch = samples.next(_later)
             size = batch_size(batch)
             with samples.along(u) as (partition, along):
                 step = [v * f for v, f in zip(along, partition.spread(eta.tolist()), strict=True)]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -49,10 +49,10 @@ class Samples:
         among = self.processes
         self.stream = None if data is None else BatchStream(data, seed, among.rank, among.count)
 
-    def next(self) -> Any:
-        """The next batch of the stream, on the model's device."""
+    def next(self, rewind: Callable[[], None] | None = None) -> Any:
+        """The next batch of the stream, on the model's device; see :meth:`.BatchStream.next`."""
         assert self.stream is not None
-        return self.stream.next(self.partition.device)
+        return self.stream.next(self.partition.device, rewind)
 
     @contextlib.contextmanager
     def along(self, u: Mapping[Tensor, Tensor]) -> Iterator[tuple[Partition, Sequence[Tensor]]]:
