@@ -119,7 +119,7 @@ def test_training_under_autocast_goes_down() -> None:
             loss = loss_fn(model, data[t % 5])
         loss.backward()
         optimizer.step()
-    assert loss_fn(model, data[0]).item() < 0.3 * before
+    assert loss_fn(model, data[0]).item() < 0.5 * before
     assert optimizer.counts["failed"] == 0
 
 

@@ -24,6 +24,10 @@ def groups(direction, held):
     return [{"params": [p], **direction.defaults} for p in held]
 
 
+def little(factor):
+    return 2.0**-26 * factor.trace() / len(factor)
+
+
 class DenseReference:
     """One matrix: the same algorithm on vec(G) with the whole basis Q_L ⊗ Q_R, which Gram and Schmidt refresh."""
 
@@ -42,7 +46,9 @@ class DenseReference:
                 continue
             if self.factors[axis] is None:
                 self.factors[axis] = product
-                values, vectors = torch.linalg.eigh(product)
+                n = len(product)  # and so that rounding does not choose among directions in which there is nothing
+                ramp = torch.tensor([(n - 1 - k) / (n - 1) for k in range(n)], dtype=torch.float64)
+                values, vectors = torch.linalg.eigh(product + little(product) * torch.diag(ramp))
                 self.bases[axis] = vectors[:, torch.arange(len(values) - 1, -1, -1)]
             else:
                 self.factors[axis] = self.beta * self.factors[axis] + (1 - self.beta) * product
@@ -68,7 +74,7 @@ class DenseReference:
             order = torch.argsort(values, descending=True)
             columns = []
             for q in old.T[order]:  # Gram and Schmidt, twice
-                new = self.factors[axis] @ q
+                new = self.factors[axis] @ q + little(self.factors[axis]) * q
                 for _ in range(2):
                     for c in columns:
                         new = new - (c @ new) * c
@@ -92,7 +98,7 @@ def test_it_is_the_dense_algorithm(shape, sides) -> None:
         p.grad, vector.grad = scale * torch.randn_like(p) + 0.3, torch.randn_like(vector)
         u = direction.update(groups(direction, [p, vector]), state)
         # columns of a basis have no sign of their own; the step does not depend on it
-        torch.testing.assert_close(u[p], twin.step(p.grad), rtol=1e-8, atol=1e-10, msg=f"at step {t}")
+        torch.testing.assert_close(u[p], twin.step(p.grad), rtol=1e-6, atol=1e-6, msg=f"at step {t}")
         assert torch.equal(u[vector], plain.update(groups(plain, [vector]), plain_state)[vector])
 
 
@@ -121,7 +127,7 @@ def test_it_is_the_same_after_a_rotation_of_the_outputs() -> None:
         p.grad = torch.randn_like(p)
         q.grad = rotation @ p.grad
         u = direction.update(groups(direction, [p, q]), state)
-        torch.testing.assert_close(u[q], rotation @ u[p], rtol=1e-8, atol=1e-9)
+        torch.testing.assert_close(u[q], rotation @ u[p], rtol=1e-5, atol=1e-6)
 
 
 def test_what_has_no_factors_moves_as_with_nadam() -> None:
@@ -280,8 +286,42 @@ def test_convolutions_have_factors_and_wide_layers_on_few_samples_have_none() ->
     assert chosen(dense, lambda: dense(torch.randn(20, 1000))) == [NONE] * 4
     assert chosen(dense, lambda: dense(torch.randn(20_000, 1000)))[0] == BOTH
     tiny = nn.Linear(4, 3)
-    assert chosen(tiny, lambda: tiny(torch.randn(8, 4))) == [NONE, NONE], "its time goes into calls"
+    sides = chosen(tiny, lambda: tiny(torch.randn(8, 4)))
+    assert sum(map(sum, sides)) == 1, "its time goes into calls: ten for a step, of which a fifth is one side's two"
     assert 0 < SHARE < 0.25
+
+
+def test_rounding_chooses_no_basis_where_the_gradient_has_not_been() -> None:
+    p, direction = nn.Parameter(torch.zeros(9, 2, dtype=torch.float64)), SOAP()
+    q, state = nn.Parameter(torch.zeros(2, 9, dtype=torch.float64).T), defaultdict(dict)
+    for _ in range(25):
+        p.grad = torch.randn_like(p)  # two of nine directions at a time
+        q.grad = torch.empty_like(q).copy_(p.grad * (1 + 1e-15 * torch.randn_like(p)))
+        u = direction.update(groups(direction, [p, q]), state)
+        torch.testing.assert_close(u[p], u[q], rtol=1e-5, atol=1e-5)
+
+
+def test_eigenvectors_that_single_precision_does_not_find_come_from_double(monkeypatch) -> None:
+    eigh, asked = torch.linalg.eigh, []
+
+    def failing(matrix):
+        asked.append(matrix.dtype)
+        if matrix.dtype == torch.float32:
+            raise torch.linalg.LinAlgError("too many repeated eigenvalues")
+        return eigh(matrix)
+
+    monkeypatch.setattr(torch.linalg, "eigh", failing)
+    embedding = nn.Embedding(50, 4)  # of whose rows few have gradients
+    direction = SOAP()
+    groups, state = [{"params": [embedding.weight], **direction.defaults}], defaultdict(dict)
+    embedding(torch.tensor([1, 2])).square().sum().backward()
+    with torch.no_grad():
+        step = direction.update(groups, state)[embedding.weight]
+    assert asked.count(torch.float64) == asked.count(torch.float32) == 2
+    assert step.dtype == torch.float32
+    assert bool(step.isfinite().all())
+    basis = state[embedding.weight]["basis_out"]
+    torch.testing.assert_close(basis.T @ basis, torch.eye(50), atol=1e-5, rtol=0)
 
 
 def test_the_default_counts_once_and_keeps_its_choice() -> None:

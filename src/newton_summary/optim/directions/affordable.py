@@ -15,7 +15,10 @@ from newton_summary.parallel.processes import Processes
 
 SHARE = 0.2  # of a training step without them, for all factors together
 _FEWEST = 0.25  # of the sides: for less, the one kernel that a step without factors takes is worth more
-_CALLS = 7  # that a side takes in a step
+_LONGEST = 2  # times the rows that a layer sees: the length of a side with a factor
+_CALLS = 2  # whose time a side takes in a step: three products without autograd, and a part of a refresh
+_CALLS_OF_OPERATION = 2  # of the loss, in a training step: one more on the way back
+_CALLS_OF_TENSOR = 3  # the same of the optimizer
 _PRODUCTS = 6.5  # multiply-adds of a side, in n² for each entry of the other one: 2 in its factor, 4 to turn and back
 _BASIS = 6  # the same of a refresh, in n³
 _FUSED = ("rnn", "lstm", "gru")  # operations that no registry counts
@@ -66,7 +69,8 @@ def affordable_sides(
 
     A side of n takes about n / rows of its layer's own operations.  So factors are nearly free on convolutions,
     recurrent layers and sequences, and dear on wide layers that see few samples; on the smallest networks, whose time
-    goes into calls, there are few of them.
+    goes into calls, there are few of them.  None is much longer than the rows: it would take twice what the layer
+    itself takes, and what a batch tells of it is of lower rank.
 
     Args:
         allowed: the sides of each parameter that may have a factor at all.
@@ -76,21 +80,22 @@ def affordable_sides(
     """
     with Work(parameters) as work:
         loss()
-    budget = SHARE * (work.calls * CALL + GRADIENT * work.operations)
+    calls = _CALLS_OF_OPERATION * work.calls + _CALLS_OF_TENSOR * len(parameters)
+    budget = SHARE * (calls * CALL + GRADIENT * work.operations)
     offers = []
     for number, (parameter, sides) in enumerate(zip(parameters, allowed, strict=True)):
         shape = matrix_shape(parameter) if any(sides) else (0, 0)
         for axis, (n, other) in enumerate((shape, shape[::-1])):
-            if sides[axis]:
+            if sides[axis] and n <= _LONGEST * work.rows[number]:
                 price = _PRODUCTS * n * n * other + _BASIS * n**3 / refresh_every + _CALLS * CALL
-                own = 2 * GRADIENT * max(work.rows[number], 1.0) * n * other
+                own = 2 * GRADIENT * work.rows[number] * n * other
                 offers.append((price / own, number, axis, price))
     chosen = [[False, False] for _ in parameters]
     for _, number, axis, price in sorted(offers):
         if price <= budget:
             budget -= price
             chosen[number][axis] = True
-    if sum(map(sum, chosen)) < _FEWEST * len(offers):
+    if sum(map(sum, chosen)) < _FEWEST * sum(map(sum, allowed)):
         return [Sides(False, False) for _ in parameters]
     return [Sides(*pair) for pair in chosen]
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from typing import Any, NamedTuple, TypeGuard
 
@@ -81,7 +82,7 @@ class SOAP(NAdam):
             turned = [self._observe(g, m) for g, m in zip(gradients_of(parameters), memories, strict=True)]
             steps = self.directions(turned, memories, alike)
             for p, step, memory in zip(parameters, steps, memories, strict=True):
-                result[p] = _back(step, memory).reshape(p.shape)
+                result[p] = _back(step, memory).view(p.shape) if _is_factored(memory) else step
                 if alike.step % self.refresh_every == 0:
                     _refresh(memory)
         return result
@@ -111,16 +112,15 @@ class SOAP(NAdam):
         if not _is_factored(memory):
             return gradient
         matrix = gradient.reshape(memory["exp_avg"].shape)
-        for key in ("out", "into"):
+        turned = matrix.T
+        for key, left, right in (("out", matrix, turned), ("into", turned, matrix)):
             factor = memory.get(f"factor_{key}")
             if factor is None:
                 continue
-            product = matrix @ matrix.T if key == "out" else matrix.T @ matrix
             if f"basis_{key}" in memory:
-                factor.lerp_(product, 1 - self.factor_beta)
-            else:  # the first gradient; the largest eigenvalues come first
-                factor.copy_(product)
-                memory[f"basis_{key}"] = torch.linalg.eigh(factor.nan_to_num())[1].flip(1).contiguous()
+                factor.addmm_(left, right, beta=self.factor_beta, alpha=1 - self.factor_beta)
+            else:  # the first gradient
+                memory[f"basis_{key}"] = _eigenvectors(torch.mm(left, right, out=factor))
         if "basis_out" in memory:
             matrix = memory["basis_out"].T @ matrix
         if "basis_into" in memory:
@@ -137,6 +137,27 @@ def _is_factored(memory: dict[str, Any]) -> bool:
     return "factor_out" in memory or "factor_into" in memory
 
 
+def _eigenvectors(factor: Tensor) -> Tensor:
+    """The columns that diagonalise a factor, the largest eigenvalues first.
+
+    Where the gradient has not been, all eigenvalues are 0, and rounding would choose among the bases; a little that
+    differs from entry to entry chooses the one nearest to the entries themselves.
+    """
+    ramp = torch.linspace(1, 0, len(factor)).to(factor)
+    factor = (factor + torch.diag(_little(factor) * ramp)).nan_to_num()
+    found: Tensor
+    try:
+        found = torch.linalg.eigh(factor)[1]
+    except torch.linalg.LinAlgError:  # type: ignore[attr-defined]  # single precision, where most of them are 0
+        found = torch.linalg.eigh(factor.double())[1].to(factor.dtype)
+    return found.flip(1).contiguous()
+
+
+def _little(factor: Tensor) -> Tensor:
+    """An eigenvalue that is next to nothing, and far above rounding."""
+    return math.sqrt(torch.finfo(factor.dtype).eps) * factor.diagonal().mean()
+
+
 def _back(step: Tensor, memory: dict[str, Any]) -> Tensor:
     """From the bases to where the parameter is."""
     if "basis_out" in memory:
@@ -147,15 +168,17 @@ def _back(step: Tensor, memory: dict[str, Any]) -> Tensor:
 def _refresh(memory: dict[str, Any]) -> None:
     """One step of orthogonal iteration, L Q = Q' R, with columns in the order of their eigenvalues.
 
+    A little is added to all eigenvalues: where the gradient has not been, the basis stays as it is.
     The mean is turned with the basis; the squares, which have no direction, are only put in that order.
     """
     for axis, key in enumerate(("out", "into")):
         basis = memory.get(f"basis_{key}")
         if basis is None:
             continue
-        image = memory[f"factor_{key}"] @ basis
+        factor = memory[f"factor_{key}"]
+        image = (factor @ basis).addcmul_(basis, _little(factor))
         order = (basis * image).sum(0).argsort(descending=True)
-        refreshed = torch.linalg.qr(image[:, order])[0].contiguous()
+        refreshed = torch.linalg.qr(image.index_select(1, order))[0].contiguous()
         turn = basis.T @ refreshed
         mean = memory["exp_avg"]
         memory["exp_avg"] = turn.T @ mean if axis == 0 else mean @ turn
