@@ -346,6 +346,30 @@ def test_after_a_divergence_the_weights_go_back_to_their_average(factor) -> None
     assert min(losses[66:]) < min(losses[:62]), "it did not go on"
 
 
+@pytest.mark.parametrize("direction", [None, "soap", "adam"])
+def test_after_a_divergence_what_led_there_is_forgotten(direction) -> None:
+    """The gradient of where the weights were, and the momentum: they would lead back there at once."""
+    model, batches = wide(), list(make_loader())
+    optimizer = ns.NewtonSummary(
+        model, loss_fn, curvature_data=make_loader(), compare_every=5, direction=direction, partition="trivial"
+    )
+    losses = []
+    for t in range(90):
+        optimizer.zero_grad()
+        loss_fn(model, batches[t % len(batches)]).backward()
+        if t == 62:
+            with torch.no_grad():
+                for parameter in model.parameters():
+                    parameter.add_(100.0)
+                    optimizer.state[parameter]["exp_avg"].fill_(30.0)
+                    optimizer.state[parameter]["exp_avg_sq"].fill_(1.0)
+        optimizer.step()
+        losses.append(sum(loss_fn(model, batch).item() for batch in batches))
+    assert optimizer._comparison.adaptation.cuts == 1
+    first = next(t for t in range(62, 90) if losses[t] < losses[0])
+    assert max(losses[first:]) < 2 * max(losses[52:62])
+
+
 def test_looks_in_step_with_the_batches_do_not_stop_a_run() -> None:
     """A period that is one longer than the list: every search is on the batch that comes next, for which steps of the
     others go uphill."""

@@ -52,29 +52,33 @@ class AverageComparison:
         self._samples = samples
         self._sides = sides
 
-    def run(self, state: State, step: int, holds: bool) -> None:
+    def run(self, state: State, step: int, holds: bool) -> bool:
         """Compares.
 
         Args:
             state: the optimizer's, which holds the average.
             step: the number of steps taken.
             holds: whether the scales stay as they are.
+
+        Returns:
+            Whether the weights have gone back to their average.
         """
         gap = self.cadence.take(step)
         average = self.average.values(state)
         with preserved_randomness(self._samples.loss.devices) as rewind:
             if step == 0:
                 self.adaptation.begin(self._first_loss(rewind))
-                return
+                return False
             share = self.adaptation.share(step, gap)
             behind = self._behind(average, share, rewind)
         if behind is None:
             logger.info("the loss has diverged at step %d: back to averaged weights", step)
             self.adaptation.roll_back()
             self.average.restore(state)
-        else:
-            self.average.update(state, share)
-            self.adaptation.compare(behind, step, gap, holds)
+            return True
+        self.average.update(state, share)
+        self.adaptation.compare(behind, step, gap, holds)
+        return False
 
     def _first_loss(self, rewind: Callable[[], None]) -> float:
         """The loss of the next batch at the first weights, in the block whose randomness is preserved."""

@@ -16,7 +16,7 @@ from newton_summary.measure.together import OneOrSeveral, are_optimizers, member
 from newton_summary.optim.backtracking import backtrack
 from newton_summary.optim.clipping import GradientClipping
 from newton_summary.optim.comparison import AverageComparison
-from newton_summary.optim.directions import SOAP, Direction, usual_rate
+from newton_summary.optim.directions import SOAP, Direction, forget, usual_rate
 from newton_summary.optim.directions.affordable import SidesByCount
 from newton_summary.optim.measured import MeasuredOptimizer
 from newton_summary.optim.paper import PaperNewtonSummary
@@ -273,8 +273,10 @@ class NewtonSummary(MeasuredOptimizer):
         if self._comparison is None or self._taken < self._comparison.cadence.due:
             return
         begins = self._comparison.cadence.due == 0
-        self._comparison.run(self.state, self._taken, holds=self.factor < 1)
+        goes_back = self._comparison.run(self.state, self._taken, holds=self.factor < 1)
         self.counts["compared"] += 1
+        if goes_back:
+            forget(self.partition.parameters, self.state)
         if begins and self._relative.value is not None:
             self._comparison.begin(self._current_direction(), self._relative.value)
         self._publish_rates()

@@ -1,7 +1,7 @@
 """Where the direction u comes from: the gradient, momentum, Adam, or any ``torch.optim.Optimizer``; one a file."""
 
 from newton_summary.optim.directions.adam import Adam, NAdam
-from newton_summary.optim.directions.base import Direction, Groups, State, usual_rate
+from newton_summary.optim.directions.base import Direction, Groups, State, forget, usual_rate
 from newton_summary.optim.directions.gradient import Gradient
 from newton_summary.optim.directions.momentum import Momentum
 from newton_summary.optim.directions.named import resolve
@@ -20,6 +20,7 @@ __all__ = [
     "State",
     "StepOf",
     "descends",
+    "forget",
     "matrix_shape",
     "resolve",
     "usual_rate",

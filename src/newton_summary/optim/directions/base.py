@@ -71,6 +71,17 @@ def buckets(groups: Groups, *keys: str) -> Iterable[tuple[tuple[Any, ...], list[
     return [(values, parameters) for values, parameters in buckets.items() if parameters]
 
 
+def forget(parameters: Iterable[Tensor], state: State) -> None:
+    """Sets the gradients, and what a direction remembers of their mean, to 0: they led from where the weights are back.
+
+    The squares stay.  They hold steps back for as long as they remember, which is what one wants after a divergence.
+    """
+    for p in parameters:
+        means = [state[p][key] for key in ("exp_avg", "momentum") if key in state[p]]
+        for tensor in (*means, *([] if p.grad is None else [p.grad])):
+            tensor.zero_()
+
+
 def gradients_of(parameters: list[Tensor]) -> list[Tensor]:
     """The gradients of these parameters.
 
