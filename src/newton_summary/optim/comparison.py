@@ -32,7 +32,7 @@ class AverageComparison:
 
     That takes one gradient on a new batch, half way between the two, which takes about as long as a training step.
     The first evaluation, before the first step, is of the loss alone; it counts which sides of matrices are worth a
-    Kronecker factor.  Where the loss has diverged, the weights go back to their average.
+    Kronecker factor.  Where the loss has diverged, the weights go back to their average; :func:`.forget` goes with it.
 
     Args:
         samples: where batches come from.
