@@ -286,8 +286,7 @@ def test_convolutions_have_factors_and_wide_layers_on_few_samples_have_none() ->
     assert chosen(dense, lambda: dense(torch.randn(20, 1000))) == [NONE] * 4
     assert chosen(dense, lambda: dense(torch.randn(20_000, 1000)))[0] == BOTH
     tiny = nn.Linear(4, 3)
-    sides = chosen(tiny, lambda: tiny(torch.randn(8, 4)))
-    assert sum(map(sum, sides)) == 1, "its time goes into calls: ten for a step, of which a fifth is one side's two"
+    assert chosen(tiny, lambda: tiny(torch.randn(8, 4))) == [NONE, NONE], "its time goes into calls"
     assert 0 < SHARE < 0.25
 
 

@@ -14,7 +14,7 @@ from newton_summary.optim.directions.soap import SOAP, Sides, matrix_shape
 from newton_summary.parallel.processes import Processes
 
 SHARE = 0.2  # of a training step without them, for all factors together
-_FEWEST = 0.25  # of the sides: for less, the one kernel that a step without factors takes is worth more
+_FEWEST = 2, 0.25  # sides, and of all: for less, the one kernel that a step without factors takes is worth more
 _LONGEST = 2  # times the rows that a layer sees: the length of a side with a factor
 _CALLS = 2  # whose time a side takes in a step: three products without autograd, and a part of a refresh
 _CALLS_OF_OPERATION = 2  # of the loss, in a training step: one more on the way back
@@ -95,7 +95,7 @@ def affordable_sides(
         if price <= budget:
             budget -= price
             chosen[number][axis] = True
-    if sum(map(sum, chosen)) < _FEWEST * sum(map(sum, allowed)):
+    if sum(map(sum, chosen)) < max(_FEWEST[0], _FEWEST[1] * sum(map(sum, allowed))):
         return [Sides(False, False) for _ in parameters]
     return [Sides(*pair) for pair in chosen]
 
