@@ -195,6 +195,9 @@ def _single_rates(histories: Mapping[str, Sequence[Row]], title: str) -> Figure:
 # Losses (figures 4 and 7) ---------------------------------------------------------------------------------------------
 
 
+_END = "x"  # where a run diverged
+
+
 def losses(
     tasks: Mapping[str, Mapping[str, Sequence[Sequence[Row]]]],
     costs: Mapping[str, Mapping[str, StepCost]],
@@ -216,6 +219,8 @@ def losses(
                 _draw_losses(pair, runs, cost, _LINES[number], labels[optimizer])
         pair[0].set_ylabel(f"{name}\ntraining loss", fontsize=8)
         highest = max(rows[0].train_loss or 1.0 for runs in optimizers.values() for rows in runs)
+        for end in (line for ax in pair for line in ax.get_lines() if line.get_marker() == _END):
+            end.set_ydata([min(float(y), 1.6 * highest) for y in end.get_ydata()])  # at the top, where it is beyond
         for ax in pair:
             ax.set_yscale("log")
             ax.set_ylim(top=1.6 * highest)
@@ -249,7 +254,7 @@ def _draw_losses(
             known = [(row, row.train_loss) for row in rows if row.train_loss is not None]
             row, loss = known[-1]
             for ax, at in zip(pair, (row.epoch, cost.seconds(row)), strict=True):
-                ax.plot([at], [loss], "x", color=colour, markersize=7, clip_on=False)
+                ax.plot([at], [loss], _END, color=colour, markersize=7, clip_on=False)
 
 
 # The invariance -------------------------------------------------------------------------------------------------------
