@@ -141,8 +141,8 @@ def test_a_diverged_run_has_an_exit_code_of_its_own(run):
 
 
 def test_failed_measurements_are_reported(run, monkeypatch):
-    def spoiled(stream, device):
-        images, classes = read(stream, device)
+    def spoiled(stream, *given):
+        images, classes = read(stream, *given)
         return (images, classes) if stream.position == 1 else (images * torch.nan, classes)
 
     read = BatchStream.next

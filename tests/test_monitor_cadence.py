@@ -162,7 +162,7 @@ def weighted(model, batch):
     ("model", "loss", "reason"),
     [
         (nn.Sequential(nn.BatchNorm1d(3), nn.Linear(3, 1)), lambda m, b: m(b[0]).square().mean(), "the mean "),
-        (nn.Linear(3, 1), weighted, "the mean loss"),
+        (nn.Linear(3, 1), weighted, "the mean "),
         (nn.Linear(3, 1), shuffled, "random"),
     ],
 )

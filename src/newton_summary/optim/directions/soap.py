@@ -138,7 +138,7 @@ def _is_factored(memory: dict[str, Any]) -> bool:
 
 
 def _eigenvectors(factor: Tensor) -> Tensor:
-    """The columns that diagonalise a factor, the largest eigenvalues first.
+    """The columns that diagonalise a factor, the largest eigenvalues first, and the largest entry of each positive.
 
     Where the gradient has not been, all eigenvalues are 0, and rounding would choose among the bases; a little that
     differs from entry to entry chooses the one nearest to the entries themselves.
@@ -150,7 +150,9 @@ def _eigenvectors(factor: Tensor) -> Tensor:
         found = torch.linalg.eigh(factor)[1]
     except torch.linalg.LinAlgError:  # type: ignore[attr-defined]  # single precision, where most of them are 0
         found = torch.linalg.eigh(factor.double())[1].to(factor.dtype)
-    return found.flip(1).contiguous()
+    found = found.flip(1)
+    largest = found.gather(0, found.abs().argmax(0, keepdim=True))
+    return (found * largest.sign()).contiguous()
 
 
 def _little(factor: Tensor) -> Tensor:
