@@ -56,7 +56,7 @@ multiply-adds of products, convolutions and attention that run, in the same unit
 "First" is the first measurement, with the third order; it also records the loss and checks it against autograd, and
 against differences where autograd has no second derivatives. Prices above 1.6 times what is counted are of networks
 with few products: where a step is mostly gathers, normalisations and curves (graphs, spectra, embeddings, many channels
-of small convolutions), or calls (a product for each step of time). Two are refused in single precision, for rounding,
+of small convolutions), or calls (a product for each step of time). One is refused in single precision, for rounding,
 and measured by nested passes.
 `results/large.md` has whole language models.
 
