@@ -15,6 +15,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 import torch.nn.functional as F
+from cases import Reversing
 from models import CASES, Case, Custom, cross_entropy, plain_normalisation
 from reference import dense_derivatives
 from torch import nn
@@ -618,21 +619,12 @@ def test_what_remains_of_a_gradient_that_cancels_is_rounding_and_is_measured(see
 
 
 def test_a_wrong_gradient_is_no_rounding_where_others_are() -> None:
-    class Doubled(torch.autograd.Function):
-        @staticmethod
-        def forward(ctx, x):
-            return x.clone()
-
-        @staticmethod
-        def backward(ctx, g):
-            return 2 * g
-
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(8, 16), nn.BatchNorm1d(16), nn.Tanh(), nn.Linear(16, 3))
     batch = torch.randn(64, 8) + 1000, torch.randint(3, (64,))
 
     def loss_fn(model, batch):
-        return nn.functional.cross_entropy(model[3](Doubled.apply(model[:3](batch[0]))), batch[1])
+        return nn.functional.cross_entropy(model[3](Reversing.apply(model[:3](batch[0]))), batch[1])
 
     with pytest.raises(Refusal, match=r"another gradient for '[01]\."):
         ns.summarize(loss_fn, model, [batch], engine=ForwardEngine())

@@ -162,12 +162,15 @@ def weighted(model, batch):
     ("model", "loss", "reason"),
     [
         (nn.Sequential(nn.BatchNorm1d(3), nn.Linear(3, 1)), lambda m, b: m(b[0]).square().mean(), "the mean "),
-        (nn.Linear(3, 1), weighted, "the mean "),
+        (nn.Linear(3, 1), weighted, "the mean loss"),
         (nn.Linear(3, 1), shuffled, "random"),
     ],
 )
 def test_samples_that_do_not_stand_for_the_batch_are_refused_and_the_monitor_takes_it_whole(model, loss, reason):
     torch.manual_seed(0)
+    for layer in model.modules():  # made when this file was read, with whatever random numbers came
+        if hasattr(layer, "reset_parameters"):
+            layer.reset_parameters()
     batch = torch.randn(40, 3), torch.rand(40)
     with pytest.raises(ValueError, match=rf"samples=8: .*{reason}"):
         RandomSamples(Loss(loss, model)).of(batch, 8)
@@ -188,7 +191,7 @@ def test_a_failure_is_paid_for_as_a_measurement_is() -> None:
     seconds = iter(i / 8 for i in itertools.count())
     cadence = Affordable(1 / 16, clock=lambda: next(seconds))
     with cadence.spending():  # 1/8 s, as a step takes
-        cadence.has_failed(0)
+        cadence.has_measured(0, 0.0)
     steps = next(n for n in itertools.count(1) if cadence.end_of_step(n, list) or cadence.is_due(n))
     assert steps == 100
     assert cadence.samples is None

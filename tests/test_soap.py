@@ -98,7 +98,7 @@ def test_it_is_the_dense_algorithm(shape, sides) -> None:
         p.grad, vector.grad = scale * torch.randn_like(p) + 0.3, torch.randn_like(vector)
         u = direction.update(groups(direction, [p, vector]), state)
         # columns of a basis have no sign of their own; the step does not depend on it
-        torch.testing.assert_close(u[p], twin.step(p.grad), rtol=1e-6, atol=1e-6, msg=f"at step {t}")
+        torch.testing.assert_close(u[p], twin.step(p.grad), rtol=1e-6, atol=1e-7, msg=f"at step {t}")
         assert torch.equal(u[vector], plain.update(groups(plain, [vector]), plain_state)[vector])
 
 
@@ -127,7 +127,7 @@ def test_it_is_the_same_after_a_rotation_of_the_outputs() -> None:
         p.grad = torch.randn_like(p)
         q.grad = rotation @ p.grad
         u = direction.update(groups(direction, [p, q]), state)
-        torch.testing.assert_close(u[q], rotation @ u[p], rtol=1e-5, atol=1e-6)
+        torch.testing.assert_close(u[q], rotation @ u[p], rtol=1e-6, atol=1e-7)
 
 
 def test_what_has_no_factors_moves_as_with_nadam() -> None:

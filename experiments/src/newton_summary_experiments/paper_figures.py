@@ -195,9 +195,6 @@ def _single_rates(histories: Mapping[str, Sequence[Row]], title: str) -> Figure:
 # Losses (figures 4 and 7) ---------------------------------------------------------------------------------------------
 
 
-_END = "x"  # where a run diverged
-
-
 def losses(
     tasks: Mapping[str, Mapping[str, Sequence[Sequence[Row]]]],
     costs: Mapping[str, Mapping[str, StepCost]],
@@ -213,17 +210,15 @@ def losses(
     figure = Figure(figsize=(7.2, 2.3 * len(tasks) + 0.4), layout="constrained")
     panels = figure.subplots(len(tasks), 2, squeeze=False, sharey="row")
     for (name, optimizers), pair in zip(tasks.items(), panels, strict=True):
+        top = 1.6 * max(rows[0].train_loss or 1.0 for runs in optimizers.values() for rows in runs)
         for number, optimizer in enumerate(labels):
             runs, cost = optimizers.get(optimizer, []), costs[name].get(optimizer)
             if runs and cost is not None:
-                _draw_losses(pair, runs, cost, _LINES[number], labels[optimizer])
+                _draw_losses(pair, runs, cost, _LINES[number], labels[optimizer], top)
         pair[0].set_ylabel(f"{name}\ntraining loss", fontsize=8)
-        highest = max(rows[0].train_loss or 1.0 for runs in optimizers.values() for rows in runs)
-        for end in (line for ax in pair for line in ax.get_lines() if line.get_marker() == _END):
-            end.set_ydata([min(float(y), 1.6 * highest) for y in end.get_ydata()])  # at the top, where it is beyond
         for ax in pair:
             ax.set_yscale("log")
-            ax.set_ylim(top=1.6 * highest)
+            ax.set_ylim(top=top)
             quiet(ax)
             ax.tick_params(which="both", labelsize=7)
     panels[-1][0].set_xlabel("epoch", fontsize=8)
@@ -236,7 +231,12 @@ def losses(
 
 
 def _draw_losses(
-    pair: Sequence[Axes], runs: Sequence[Sequence[Row]], cost: StepCost, line: tuple[str, str, float], label: str
+    pair: Sequence[Axes],
+    runs: Sequence[Sequence[Row]],
+    cost: StepCost,
+    line: tuple[str, str, float],
+    label: str,
+    top: float,
 ) -> None:
     colour, style, width = line
     length = max(len(rows) for rows in runs)
@@ -254,7 +254,7 @@ def _draw_losses(
             known = [(row, row.train_loss) for row in rows if row.train_loss is not None]
             row, loss = known[-1]
             for ax, at in zip(pair, (row.epoch, cost.seconds(row)), strict=True):
-                ax.plot([at], [loss], _END, color=colour, markersize=7, clip_on=False)
+                ax.plot([at], [min(loss, top)], "x", color=colour, markersize=7, clip_on=False)
 
 
 # The invariance -------------------------------------------------------------------------------------------------------

@@ -17,7 +17,7 @@ from newton_summary.measure.graph import Graph
 from newton_summary.measure.loss import Loss, gradients_of
 from newton_summary.measure.own_gradient import JUDGED, NoDerivative, check_own_gradient
 from newton_summary.measure.record import Leaf, Recording, Refusal
-from newton_summary.measure.recorded_line import RecordedLine
+from newton_summary.measure.recorded_line import RecordedLine, differentiable
 from newton_summary.measure.request import Request
 from newton_summary.measure.tape import Tape
 from newton_summary.partition import PIECE, Partition
@@ -178,7 +178,7 @@ def _rounding(tape: Tape, leaves: Sequence[Leaf], partition: Partition) -> list[
         tensor = leaves[leaf].tensor.detach()
         here.append(tensor)
         there.append(tensor if number is None else _in_last_place(tensor, generator))
-    gradients = [gradients_of(*_differentiable(tape.graph, inputs, partition, tape.values)) for inputs in (here, there)]
+    gradients = [gradients_of(*differentiable(tape.graph, inputs, partition, tape.values)) for inputs in (here, there)]
     return [_norm([_flat(x - y)]) for x, y in map(_dense, *gradients)]
 
 
@@ -187,18 +187,6 @@ def _in_last_place(tensor: Tensor, generator: torch.Generator) -> Tensor:
     up = torch.rand(tensor.shape, generator=generator) < 0.5
     eps = torch.finfo(tensor.dtype).eps
     return torch.where(up.to(tensor.device), tensor * (1 + eps), tensor * (1 - eps))
-
-
-def _differentiable(
-    graph: Graph, inputs: Sequence[Tensor], partition: Partition, constants: Sequence[Any] | None = None
-) -> tuple[Tensor, list[Tensor]]:
-    """The loss of recorded operations at some inputs, and the parameters to differentiate it by."""
-    parameters = [p.detach() for p in partition.parameters]
-    fresh = [tensor.detach() for tensor in inputs]
-    for tensor, (_, _, number) in zip(fresh, graph.inputs, strict=True):
-        if number is not None:
-            parameters[number] = tensor.requires_grad_()
-    return graph.run(fresh, constants=constants)[graph.result], parameters
 
 
 class Expected:
@@ -254,7 +242,7 @@ def replayed_rows(graph: Graph, leaves: Sequence[Leaf], request: Request) -> Ten
     """
     inputs = [leaves[leaf].tensor for _, leaf, _ in graph.inputs]
     try:
-        value, parameters = _differentiable(graph, inputs, request.partition)
+        value, parameters = differentiable(graph, inputs, request.partition)
         gradients = request.gradients
         return gradients.hessian_rows(gradients.of(value, parameters, create_graph=True), parameters)
     except RuntimeError:

@@ -31,11 +31,24 @@ from newton_summary.measure.graph import Graph
 from newton_summary.measure.loss import gradients_of
 from newton_summary.measure.record import Leaf
 from newton_summary.measure.request import Request
+from newton_summary.partition import Partition
 
 _ROUNDINGS = 32  # units in the last place of a loss: what they make of a slope is within its tolerance
 _SHORTEST = 1e-3  # of the usual step: a loss that is near 0 by itself tells nothing of its rounding
 
 _WIDE = {torch.float32: torch.float64, torch.complex64: torch.complex128}
+
+
+def differentiable(
+    graph: Graph, inputs: Sequence[Tensor], partition: Partition, constants: Sequence[Any] | None = None
+) -> tuple[Tensor, list[Tensor]]:
+    """The loss of recorded operations at some inputs, and the parameters to differentiate it by."""
+    parameters = [p.detach() for p in partition.parameters]
+    fresh = [tensor.detach() for tensor in inputs]
+    for tensor, (_, _, number) in zip(fresh, graph.inputs, strict=True):
+        if number is not None:
+            parameters[number] = tensor.requires_grad_()
+    return graph.run(fresh, constants=constants)[graph.result], parameters
 
 
 class RecordedLine:
@@ -123,11 +136,7 @@ class RecordedLine:
     def _slopes(self, k: int) -> tuple[float, Tensor]:
         """The loss, and every group's slope."""
         partition, inputs = self._request.partition, [i() for i in self._inputs(k)]
-        parameters = [p.detach() for p in partition.parameters]
-        for tensor, (_, _, number) in zip(inputs, self.graph.inputs, strict=True):
-            if number is not None:
-                parameters[number] = tensor.requires_grad_()
-        value = self.graph.run(inputs, constants=self.here)[self.graph.result]
+        value, parameters = differentiable(self.graph, inputs, partition, self.here)
         gradient = gradients_of(value, parameters)
         along = [self._widened(u) for u in self._request.direction]
         return value.item(), torch.stack(partition.dot(gradient, along)).double()

@@ -59,11 +59,8 @@ class ParameterUpdate:
         for p in u:
             if p in sizes:
                 alike[sizes[p]].append(p)
-        for size, (p, *others) in alike.items():
-            if others:
-                torch._foreach_sub_([p, *others], [u[p], *(u[q] for q in others)], alpha=size)
-            else:  # in half the time
-                p.sub_(u[p], alpha=size)
+        for size, parameters in alike.items():
+            torch._foreach_sub_(parameters, [u[p] for p in parameters], alpha=size)
         scale = by_parameter(groups, scales) if self._split else {}
         for p, factor in self._split.items():
             if p in u:

@@ -36,11 +36,7 @@ class Cadence(Protocol):
         ...
 
     def has_measured(self, taken: int, samples: float) -> None:
-        """A measurement was made, on so many samples of each batch in the mean."""
-        ...
-
-    def has_failed(self, taken: int) -> None:
-        """A measurement failed."""
+        """A measurement was made, on so many samples of each batch in the mean; 0 where it failed."""
         ...
 
     def samples_of(self, size: int, evaluation: Callable[[], Price]) -> int:
@@ -85,9 +81,6 @@ class Fixed:
         return contextlib.nullcontext()
 
     def has_measured(self, taken: int, samples: float) -> None:
-        """See :class:`Cadence`."""
-
-    def has_failed(self, taken: int) -> None:
         """See :class:`Cadence`."""
 
     def samples_of(self, size: int, evaluation: Callable[[], Price]) -> int:
@@ -185,10 +178,6 @@ class Affordable:
         self._is_due = False
         self._measured, self._look, self._size = taken, taken + SHORTEST, samples
 
-    def has_failed(self, taken: int) -> None:
-        """See :class:`Cadence`."""
-        self.has_measured(taken, 0.0)  # its price is none of a measurement's
-
     def samples_of(self, size: int, evaluation: Callable[[], Price]) -> int:
         """See :class:`Cadence`."""
         if not self._adapts:
@@ -225,7 +214,7 @@ class Affordable:
             self._look = taken + (math.ceil((cost - saved) / income) if income else SHORTEST)
             return
         self._is_due, self._cost, self._saved = True, 0.0, cost
-        if self._adapts and size > 0:
+        if self._adapts and size > 0:  # what failed has no price
             self.samples = self._affordable(round(size), cost, income * SHORTEST)
 
     def _affordable(self, size: int, cost: float, budget: float) -> int:

@@ -293,7 +293,7 @@ class Monitor:
         self._awaiting = None
         self._errors += 1
         self.counts["errors"] += 1
-        self.cadence.has_failed(self._taken)
+        self.cadence.has_measured(self._taken, 0.0)
         if self._errors == _PATIENCE:
             self.counts["disabled"] = 1
         if self._errors == 1:

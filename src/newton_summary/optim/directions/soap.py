@@ -112,8 +112,7 @@ class SOAP(NAdam):
         if not _is_factored(memory):
             return gradient
         matrix = gradient.reshape(memory["exp_avg"].shape)
-        turned = matrix.T
-        for key, left, right in (("out", matrix, turned), ("into", turned, matrix)):
+        for key, left, right in (("out", matrix, matrix.T), ("into", matrix.T, matrix)):
             factor = memory.get(f"factor_{key}")
             if factor is None:
                 continue
