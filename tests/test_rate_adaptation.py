@@ -346,13 +346,18 @@ def test_after_a_divergence_the_weights_go_back_to_their_average(factor) -> None
     assert min(losses[66:]) < min(losses[:62]), "it did not go on"
 
 
-@pytest.mark.parametrize("direction", [None, "soap", "adam"])
+@pytest.mark.parametrize("direction", [None, "soap", "adam", "AdamW", "SGD"])
 def test_after_a_divergence_what_led_there_is_forgotten(direction) -> None:
     """The gradient of where the weights were, and the momentum: they would lead back there at once."""
     model, batches = wide(), list(make_loader())
+    if direction == "AdamW":
+        direction = torch.optim.AdamW(model.parameters(), 3e-3)
+    elif direction == "SGD":
+        direction = torch.optim.SGD(model.parameters(), 0.03, momentum=0.9)
     optimizer = ns.NewtonSummary(
         model, loss_fn, curvature_data=make_loader(), compare_every=5, direction=direction, partition="trivial"
     )
+    memory = optimizer.state if direction is None or isinstance(direction, str) else direction.state
     losses = []
     for t in range(90):
         optimizer.zero_grad()
@@ -361,8 +366,9 @@ def test_after_a_divergence_what_led_there_is_forgotten(direction) -> None:
             with torch.no_grad():
                 for parameter in model.parameters():
                     parameter.add_(100.0)
-                    optimizer.state[parameter]["exp_avg"].fill_(30.0)
-                    optimizer.state[parameter]["exp_avg_sq"].fill_(1.0)
+                    for key, value in (("exp_avg", 30.0), ("momentum_buffer", 30.0), ("exp_avg_sq", 1.0)):
+                        if key in memory[parameter]:
+                            memory[parameter][key].fill_(value)
         optimizer.step()
         losses.append(sum(loss_fn(model, batch).item() for batch in batches))
     assert optimizer._comparison.adaptation.cuts == 1

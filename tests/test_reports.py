@@ -614,6 +614,13 @@ def test_a_function_that_is_differentiated_once(engine) -> None:
     check_or_refused(loss_fn, model, lambda: batch, engine, "HandWritten")
 
 
+def test_nested_passes_alone_recommend_the_other_engine() -> None:
+    model, batch = network(4, 3, 1), regression()[0]
+    loss_fn = lambda m, b: (HandWritten.apply(m(b[0])) - b[1]).square().mean()  # noqa: E731
+    with pytest.raises(Refusal, match="differentiated twice, or try engine='forward'"):
+        ns.summarize(loss_fn, model, [batch], engine="nested")
+
+
 class StraightThrough(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x):

@@ -70,8 +70,7 @@ class AutoEngine:
         except (RuntimeError, Refusal) as error:
             if not isinstance(error, Refusal) and reason.endswith(first_line(error)):
                 raise  # the loss itself failed
-            nested = first_line(error).replace("use engine='forward', or ", "")  # which has refused
-            raise Refusal(f"no engine can measure this loss; forward: {reason}; nested: {nested}") from error
+            raise Refusal(f"no engine can measure this loss; forward: {reason}; nested: {first_line(error)}") from error
 
 
 FORWARD = ForwardEngine()

@@ -33,6 +33,10 @@ _TORCHS = (RuntimeError, NotImplementedError, TypeError, IndexError, AttributeEr
 """What torch raises where a backward pass cannot be differentiated."""
 
 
+class _Lacking(Refusal):
+    """Why autograd cannot differentiate a loss that the forward engine may know."""
+
+
 class NestedEngine:
     """Derivatives as gradients of gradients.
 
@@ -71,6 +75,22 @@ class NestedEngine:
             ValueError: the loss does not depend on the parameters.
             Refusal: autograd does not know a derivative, or leaves terms out.
         """
+        try:
+            tensors = self._tensors(loss, batch, partition, direction, order, third)
+        except _Lacking as refusal:
+            if self.doubted or order > 3:  # the forward engine has refused, or does not go so far
+                raise
+            raise Refusal(f"{refusal}, or try engine='forward', which has derivatives of its own") from refusal
+        first_orders = dict(zip(("loss", "gradient", "hessian", "third"), tensors, strict=False))
+        first_orders.setdefault("gradient", torch.zeros(len(partition), device=partition.device))
+        return Summary(
+            **first_orders, names=partition.names, higher=tuple(tensors[4:]), weight=float(batch_size(batch))
+        )
+
+    def _tensors(
+        self, loss: Loss, batch: Any, partition: Partition, direction: Sequence[Tensor], order: int, third: str
+    ) -> list[Tensor]:
+        """The loss and its derivatives, by order."""
         with loss.undisturbed() as rewind:
             with loss.evaluated(batch, differentiable=True) as value:
                 nesting = _Nesting(partition, direction, order, third == "diagonal")
@@ -80,11 +100,7 @@ class NestedEngine:
             if made.is_checked:
                 made.check(nesting, lambda degree: differences_of(loss, batch, partition, direction, rewind, degree))
                 known.add(made.key)
-        first_orders = dict(zip(("loss", "gradient", "hessian", "third"), tensors, strict=False))
-        first_orders.setdefault("gradient", torch.zeros(len(partition), device=partition.device))
-        return Summary(
-            **first_orders, names=partition.names, higher=tuple(tensors[4:]), weight=float(batch_size(batch))
-        )
+        return tensors
 
 
 class _Made:
@@ -248,9 +264,8 @@ class _Nesting:
             except torch.OutOfMemoryError:
                 raise
             except _TORCHS as error:
-                raise Refusal(
-                    f"autograd lacks a derivative, {first_line(error)}: use engine='forward', or compute the loss "
-                    "without this operation"
+                raise _Lacking(
+                    f"autograd lacks a derivative, {first_line(error)}: compute the loss without this operation"
                 ) from error
             for i, gradient in zip(chosen, gradients, strict=True):
                 results[i] = gradient
@@ -270,9 +285,8 @@ def _check_remembered(value: Tensor) -> None:
     """Raises where third derivatives of a loss would lack terms."""
     names = forgetful(value)
     if names:
-        raise Refusal(
-            f"third derivatives behind {names[0]} lack terms in autograd: use engine='forward', or normalise by a "
-            "module or function of torch.nn"
+        raise _Lacking(
+            f"third derivatives behind {names[0]} lack terms in autograd: normalise by a module or function of torch.nn"
         )
 
 
@@ -280,8 +294,7 @@ def _check_differentiable(scalar: Tensor, order: int) -> None:
     """Raises where the next derivative would lack terms."""
     names = once_differentiable(scalar)
     if names:
-        raise Refusal(
+        raise _Lacking(
             f"derivatives of order {order} are unknown to autograd behind {', '.join(sorted(set(names)))}, whose "
-            "backward pass is marked once_differentiable: use engine='forward', or a function that can be "
-            "differentiated twice"
+            "backward pass is marked once_differentiable: use a function that can be differentiated twice"
         )

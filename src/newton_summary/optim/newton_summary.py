@@ -277,7 +277,7 @@ class NewtonSummary(MeasuredOptimizer):
         goes_back = self._comparison.run(self.state, self._taken, holds=self.factor < 1)
         self.counts["compared"] += 1
         if goes_back:
-            forget(self.partition.parameters, self.state)
+            forget(self.direction, self.partition.parameters, self.state)
         if begins and self._relative.value is not None:
             self._comparison.begin(self._current_direction(), self._relative.value)
         self._publish_rates()

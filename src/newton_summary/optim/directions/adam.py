@@ -24,6 +24,8 @@ class Adam(Stateless):
         eps: ε, in units of the gradient; 0 makes the direction invariant to a scaling of each group.
     """
 
+    mean_key = "exp_avg"
+
     looks_ahead = False
     usual_rate = 3e-3
     """What a training begins with: entries of its step are at most about 1, whatever the units of the loss."""

@@ -7,7 +7,7 @@ state for each parameter, as torch's own optimizers do.  The step of group s is 
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any, Protocol
 
 from torch import Tensor
@@ -49,6 +49,13 @@ class Stateless:
     """A direction whose memory is all in the optimizer's state."""
 
     defaults: dict[str, Any]
+    mean_key = ""
+    """Under which name the mean of a parameter's gradients is remembered."""
+
+    def mean_of(self, parameter: Tensor, state: State) -> Tensor | None:
+        """What is remembered of the mean of a parameter's gradients, if anything is."""
+        mean: Tensor | None = state.get(parameter, {}).get(self.mean_key)
+        return mean
 
     def unit(self, parameter: Tensor) -> float:
         """1: its step is that of a learning rate of 1."""
@@ -71,15 +78,17 @@ def buckets(groups: Groups, *keys: str) -> Iterable[tuple[tuple[Any, ...], list[
     return [(values, parameters) for values, parameters in buckets.items() if parameters]
 
 
-def forget(parameters: Iterable[Tensor], state: State) -> None:
+def forget(direction: Direction, parameters: Iterable[Tensor], state: State) -> None:
     """Sets the gradients, and what a direction remembers of their mean, to 0: they led from where the weights are back.
 
     The squares stay.  They hold steps back for as long as they remember, which is what one wants after a divergence.
     """
+    mean_of: Callable[[Tensor, State], Tensor | None]
+    mean_of = getattr(direction, "mean_of", lambda parameter, state: None)  # a direction of one's own may have none
     for p in parameters:
-        means = [state[p][key] for key in ("exp_avg", "momentum") if key in state[p]]
-        for tensor in (*means, *([] if p.grad is None else [p.grad])):
-            tensor.zero_()
+        for tensor in (p.grad, mean_of(p, state)):
+            if tensor is not None:
+                tensor.zero_()
 
 
 def gradients_of(parameters: list[Tensor]) -> list[Tensor]:

@@ -16,6 +16,8 @@ class Momentum(Stateless):
         momentum: μ, in [0, 1).
     """
 
+    mean_key = "momentum"
+
     def __init__(self, momentum: float = 0.9) -> None:
         check_fraction("momentum", momentum)
         self.defaults = {"momentum": momentum}

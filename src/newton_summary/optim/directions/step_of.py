@@ -63,6 +63,12 @@ class StepOf:
                 return 1.0 if rate is None else float(rate)
         return 1.0
 
+    def mean_of(self, parameter: Tensor, state: State) -> Tensor | None:
+        """What that optimizer remembers of the mean of a parameter's gradients, under torch's names for it."""
+        memories = [m for optimizer in self.optimizers if (m := optimizer.state.get(parameter))]
+        means = [m.get(key) for m in memories for key in ("exp_avg", "momentum_buffer")]
+        return next((mean for mean in means if isinstance(mean, Tensor)), None)
+
     def state_dict(self) -> dict[str, Any]:
         """That optimizer's, or theirs by number."""
         if len(self.optimizers) == 1:
