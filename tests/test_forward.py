@@ -594,7 +594,7 @@ def test_gradients_in_half_precision_may_differ_by_the_rounding_of_so_many_opera
     dtype, operations, deviation, agree, monkeypatch
 ) -> None:
     monkeypatch.setattr(agreement, "_rounding", lambda *_: [0.0])
-    graph = SimpleNamespace(coarsest=dtype, kinked=False, instructions=[None] * operations)
+    graph = SimpleNamespace(coarsest=dtype, kinked=False, instructions=[SimpleNamespace(op=None)] * operations)
     gradient, noise = torch.randn(2, 1000, dtype=torch.float64).unbind()
     noise *= deviation * gradient.norm() / noise.norm()
     tape = SimpleNamespace(graph=graph, gradient=Gradient([gradient + noise]))

@@ -12,8 +12,9 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from newton_summary.measure.autograd import once_differentiable
 from newton_summary.measure.differences import rates
+from newton_summary.measure.doubtful import reads_one_triangle
 from newton_summary.measure.gradient import Gradient
-from newton_summary.measure.graph import Graph
+from newton_summary.measure.graph import Graph, Instruction
 from newton_summary.measure.loss import Loss, gradients_of
 from newton_summary.measure.own_gradient import JUDGED, NoDerivative, check_own_gradient
 from newton_summary.measure.record import Leaf, Recording, Refusal
@@ -38,12 +39,18 @@ def check_gradients(
     request: Request,
     gradient: Gradient | None,
     expected: Expected | None,
+    in_doubt: bool,
 ) -> None:
     """Holds the gradient of the recorded operations to that of the loss, and that to what it should be.
 
-    One of the loss's own making may be another one by intention: it is left to the first comparison.
+    One of the loss's own making may be another one by intention: it is left to the first comparison.  Later ones are
+    made where the data leave the gradient in doubt.
     """
     by_intention = gradient is not None
+    if expected is None and in_doubt:
+        known = gradient or tape.gradient
+        assert known is not None
+        check_own_gradient(tape, recording.leaves, request, known)
     if expected is not None and not by_intention:
         check_own_gradient(tape, recording.leaves, request, expected.gradient)
     for wanted in (gradient, expected.gradient if expected is not None else None):
@@ -78,7 +85,8 @@ def check_hessian(expected: Expected, summary: Summary, tape: Tape, leaves: Sequ
 def _check_by_differences(summary: Summary, tape: Tape, leaves: Sequence[Leaf], request: Request) -> None:
     if tape.graph.coarsest not in JUDGED or not bool(summary.gradient.isfinite().all()):
         return
-    worst = RecordedLine(tape.graph, leaves, request).differences().worst(_along(summary))
+    found = RecordedLine(tape.graph, leaves, request).differences()
+    worst = found.worst(_along(summary)) if bool(found.rows.isfinite().all()) else int(_along(summary).abs().argmin())
     if worst is not None:
         raise NoDerivative(
             f"no way to second derivatives gives those of the gradient for group {summary.names[worst]!r}, as behind "
@@ -87,13 +95,22 @@ def _check_by_differences(summary: Summary, tape: Tape, leaves: Sequence[Leaf], 
 
 
 def _has_zeros(tape: Tape, leaves: Sequence[Leaf], request: Request) -> bool:
-    """Whether an absolute value that moves is exactly zero: what follows may bend there though autograd says no."""
-    moving = [i for i, step in zip(tape.graph.instructions, tape.steps, strict=True) if step is not None]
-    sizes = [i.reads[0] for i in moving if i.op is aten.abs.default]
+    """Whether an absolute value or a root that moves is exactly zero: what follows may bend there, unseen by autograd.
+
+    A root is taken apart from where it is zero, by a comparison (:func:`.algebra.root`).
+    """
+    made = {i.out for i, step in zip(tape.graph.instructions, tape.steps, strict=True) if step is not None}
+    moving = made | {slot for slot, _, number in tape.graph.inputs if number is not None}
+    compared = [i for i in tape.graph.instructions if i.op is aten.abs.default or _is_held_to_zero(i)]
+    sizes = [i.reads[0] for i in compared if i.reads[0] in moving]
     if not sizes or tape.graph.coarsest not in JUDGED:
         return False
     here = RecordedLine(tape.graph, leaves, request).here
     return any(bool((here[slot] == 0).any()) for slot in sizes)
+
+
+def _is_held_to_zero(instruction: Instruction) -> bool:
+    return instruction.op is aten.eq.Scalar and instruction.args[1] == 0
 
 
 def _value_tolerance(tape: Tape) -> float:
@@ -154,9 +171,15 @@ def check_gradient(tape: Tape, leaves: Sequence[Leaf], partition: Partition, wan
     for number in unlike:
         got, expected = pairs[number]
         if not _norm([_flat(got - expected)]) <= _ROUNDINGS * rounding[number]:
+            name = f"{partition.parameter_names[number]!r}, of shape {tuple(expected.shape)},"
+            if reads_one_triangle(tape.graph):
+                raise NoDerivative(
+                    f"autograd's gradient for {name} is not that of the loss: a matrix is taken for symmetric or "
+                    "triangular that is not built so (A + A.T, A.tril())"
+                )
             raise Refusal(
-                f"the recorded operations have another gradient for {partition.parameter_names[number]!r} than "
-                "autograd, as custom autograd functions and hooks have it"
+                f"the recorded operations have another gradient for {name} than autograd, as custom autograd functions "
+                "and hooks have it"
             )
 
 

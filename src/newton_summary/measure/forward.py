@@ -28,9 +28,11 @@ from newton_summary.measure.agreement import (
 )
 from newton_summary.measure.autograd import own_derivatives
 from newton_summary.measure.batches import batch_size
+from newton_summary.measure.doubtful import reads_one_triangle, written_once, written_twice
 from newton_summary.measure.gradient import Gradient
 from newton_summary.measure.graph import Graph, first_line, lower
 from newton_summary.measure.loss import Loss, check_dependence, differentiable_recurrence
+from newton_summary.measure.own_gradient import NoDerivative, check_apart
 from newton_summary.measure.record import Recording, Refusal
 from newton_summary.measure.recorder import Recorder
 from newton_summary.measure.request import Request
@@ -48,8 +50,9 @@ class ForwardEngine:
 
     At each measurement the loss is called once, and its operations are recorded as they run.  What they are made of is
     kept for each sequence of operations and shapes.  A new sequence of operations is checked against the gradient and
-    one Hessian-vector product by autograd; every measurement against the loss, and against its gradient where the loss
-    has derivatives of its own making (custom functions, hooks).
+    one Hessian-vector product by autograd; every measurement against the loss, against its gradient where the loss
+    has derivatives of its own making (custom functions, hooks), and against differences where it depends on the data
+    whether autograd's gradient is that of the loss (entries written twice, matrices of which one triangle is read).
 
     Args:
         graphs: how many graphs are kept for each model.
@@ -84,22 +87,26 @@ class ForwardEngine:
         partition = request.partition
         known = self._known.setdefault(loss.model, _Known())
         on_host = partition.device.type == "cpu"
+        check_apart(partition)
         with loss.undisturbed(differentiable=not on_host) as rewind, differentiable_recurrence(loss.model):
             recording, gradient = _recorded(loss, batch, request)
+            twice = written_twice(recording)
             entry = self._entry(known, recording)
             recording.values.clear()
-            known_refusal = entry.refusal or entry.refused.get(_kind(request))
-            if known_refusal is not None:
-                raise known_refusal
-            assert entry.graph is not None
-            is_new = (recording.operations(), request.order) not in known.checked
-            expected = None
-            if is_new:
-                rewind()
-                expected = Expected(loss, batch, request, own=gradient is not None)
-                if gradient is not None:
-                    expected.rows = replayed_rows(entry.graph, recording.leaves, request)
-            return self._swept(known, entry, recording, request, float(batch_size(batch)), gradient, expected)
+            in_doubt = entry.is_in_doubt or twice is not None
+            with written_once(twice):
+                known_refusal = entry.refusal or entry.refused.get(_kind(request))
+                if known_refusal is not None:
+                    raise known_refusal
+                assert entry.graph is not None
+                expected = None
+                if (recording.operations(), request.order) not in known.checked:
+                    rewind()
+                    expected = Expected(loss, batch, request, own=gradient is not None)
+                    if gradient is not None:
+                        expected.rows = replayed_rows(entry.graph, recording.leaves, request)
+                asked = _Asked(request, float(batch_size(batch)), gradient, expected, in_doubt)
+                return self._swept(known, entry, recording, asked)
 
     def within(self, memory: float | None) -> ForwardEngine:
         """The same engine, with the same graphs, and another budget."""
@@ -128,7 +135,8 @@ class ForwardEngine:
         entry = known.entries.pop(key, None)
         if entry is None:
             try:
-                entry = _Entry(lower(recording))
+                graph = lower(recording)
+                entry = _Entry(graph, is_in_doubt=reads_one_triangle(graph))
             except Refusal as refusal:
                 entry = _Entry(refusal=refusal)
             except _TORCHS as error:
@@ -138,41 +146,50 @@ class ForwardEngine:
         known.entries[key] = entry
         return entry
 
-    def _swept(
-        self,
-        known: _Known,
-        entry: _Entry,
-        recording: Recording,
-        request: Request,
-        weight: float,
-        gradient: Gradient | None,
-        expected: Expected | None,
-    ) -> Summary:
+    def _swept(self, known: _Known, entry: _Entry, recording: Recording, asked: _Asked) -> Summary:
         """The summary, with what is to be checked compared."""
+        request, gradient, expected = asked.request, asked.gradient, asked.expected
         graph, is_new = entry.graph, expected is not None
         assert graph is not None
         try:
             with torch.autocast(request.partition.device.type, enabled=False):
-                wanted = request.gradients if is_new or gradient is not None else None
+                wanted = request.gradients if is_new or gradient is not None or asked.in_doubt else None
                 tape = Tape(graph, recording.leaves, wanted, keep=request.full)
                 check_value(tape, recording.loss)
-                check_gradients(tape, recording, request, gradient, expected)
-                asked = replace(request, order=max(request.order, 2)) if is_new else request
-                summary = sweep(tape, asked, weight, self.memory)
-        except Refusal as refusal:
-            if gradient is None:
-                entry.refused[_kind(request)] = refusal  # else it may be the data that decide
-            raise
-        if expected is not None:
-            try:
+                check_gradients(tape, recording, request, gradient, expected, asked.in_doubt)
+                checkable = replace(request, order=max(request.order, 2)) if is_new else request
+                summary = sweep(tape, checkable, asked.weight, self.memory)
+            if expected is not None:
                 check_hessian(expected, summary, tape, recording.leaves, request)
                 check_accelerations(tape, summary)
-            except Refusal as refusal:
-                entry.refused[_kind(request)] = refusal
-                raise
-            if expected.is_finite:
-                known.check((recording.operations(), request.order))
+        except NoDerivative:
+            raise  # of these data
+        except Refusal as refusal:
+            if gradient is None or expected is not None:
+                entry.refused[_kind(request)] = refusal  # else it may be the data that decide
+            raise
+        if expected is not None and expected.is_finite:
+            known.check((recording.operations(), request.order))
         return summary if request.order > 1 else replace(summary, hessian=None)
+
+
+@dataclass(frozen=True)
+class _Asked:
+    """What is asked of a recording.
+
+    Attributes:
+        request: what is measured.
+        weight: of the batch.
+        gradient: of the loss, where that may be of the user's own making.
+        expected: what a new sequence of operations is held to.
+        in_doubt: whether autograd's gradient may not be that of the loss, for these data.
+    """
+
+    request: Request
+    weight: float
+    gradient: Gradient | None
+    expected: Expected | None
+    in_doubt: bool
 
 
 @dataclass(slots=True)
@@ -182,6 +199,7 @@ class _Entry:
     graph: Graph | None = None
     refusal: Refusal | None = None
     refused: dict[tuple[int, bool], Refusal] = field(default_factory=dict)
+    is_in_doubt: bool = False
 
 
 def _kind(request: Request) -> tuple[int, bool]:
@@ -208,7 +226,7 @@ _CHECKED = 256
 def _recorded(loss: Loss, batch: Any, request: Request) -> tuple[Recording, Gradient | None]:
     """One evaluation of the loss, and its gradient where that may be of the user's own making."""
     partition = request.partition
-    recorder = Recorder(partition.parameters, partition.parameter_names)
+    recorder = Recorder(partition.parameters)
     with loss.evaluated(batch, recorder) as value:
         with torch.no_grad():
             recording = recorder.finish(value)

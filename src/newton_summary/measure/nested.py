@@ -25,6 +25,7 @@ from newton_summary.measure.batches import batch_size
 from newton_summary.measure.differences import Differences, differences_of, is_exact, mismatch, rates
 from newton_summary.measure.graph import first_line
 from newton_summary.measure.loss import Loss, check_dependence
+from newton_summary.measure.own_gradient import check_apart
 from newton_summary.measure.record import Refusal
 from newton_summary.partition import Partition
 from newton_summary.summary import Summary
@@ -75,6 +76,7 @@ class NestedEngine:
             ValueError: the loss does not depend on the parameters.
             Refusal: autograd does not know a derivative, or leaves terms out.
         """
+        check_apart(partition)
         try:
             tensors = self._tensors(loss, batch, partition, direction, order, third)
         except _Lacking as refusal:

@@ -6,6 +6,7 @@ and an entry that is written twice for two.  All further derivatives, by whateve
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from typing import Any
 
@@ -16,11 +17,13 @@ from newton_summary.measure.differences import rates
 from newton_summary.measure.gradient import Gradient
 from newton_summary.measure.graph import Instruction
 from newton_summary.measure.lowering import CONSTANT
+from newton_summary.measure.memory import geometry, overlaps
 from newton_summary.measure.record import Leaf, Refusal
 from newton_summary.measure.recorded_line import RecordedLine
 from newton_summary.measure.request import Request
 from newton_summary.measure.rules import KINKED
 from newton_summary.measure.tape import Tape
+from newton_summary.partition import Partition
 
 JUDGED = (torch.float32, torch.float64)
 """Types that losses are computed in whose differences tell something."""
@@ -65,6 +68,27 @@ def check_own_gradient(tape: Tape, leaves: Sequence[Leaf], request: Request, gra
             "is taken for symmetric or triangular that is not (build it so: A + A.T, A.tril()), an entry is written "
             "twice (write each once, or accumulate), or gradients are scaled (scale_grad_by_freq=False)"
         )
+
+
+def check_apart(partition: Partition) -> None:
+    """Checks that no two parameters lie in the same memory: one would move with the other, unseen by autograd.
+
+    Raises:
+        NoDerivative: two do.
+    """
+    owners: dict[int, list[int]] = {}
+    for number, parameter in enumerate(partition.parameters):
+        if parameter.layout is torch.strided:
+            owners.setdefault(parameter.untyped_storage()._cdata, []).append(number)
+    for shared in owners.values():
+        views = [geometry(partition.parameters[n]) for n in shared]
+        for i, j in itertools.combinations(range(len(shared)), 2):
+            if overlaps(views[i], views[j]):
+                one, other = (partition.parameter_names[shared[n]] for n in (i, j))
+                raise NoDerivative(
+                    f"parameters {one!r} and {other!r} are different tensors in the same memory: register one, and "
+                    "make the other of it where it is used"
+                )
 
 
 def _slope_along(request: Request, gradient: Gradient) -> tuple[float, float]:

@@ -19,7 +19,6 @@ from torch import Tensor
 from typing_extensions import override
 
 from newton_summary._effects import Effects, effects_of
-from newton_summary.measure.memory import geometry, overlaps
 from newton_summary.measure.record import Leaf, Recording, ref
 from newton_summary.measure.tracer import BESIDE, Tracer, overwritten
 
@@ -31,32 +30,21 @@ class Recorder(Tracer):
 
     Args:
         parameters: the tensors that it is differentiated by.
-        names: their names.
     """
 
-    def __init__(self, parameters: Sequence[Tensor], names: Sequence[str]) -> None:
+    def __init__(self, parameters: Sequence[Tensor]) -> None:
         super().__init__()
         self._parameters: dict[int, int] = {}
-        owners: dict[int, list[int]] = {}
+        self._shared: set[int] = set()
         for number, parameter in enumerate(parameters):
             leaf = Leaf(self.new_slot(parameter), parameter, number)
             self.leaves.append(leaf)
             self._parameters[id(parameter)] = leaf.slot
             if parameter.layout is torch.strided:
-                owners.setdefault(parameter.untyped_storage()._cdata, []).append(number)
+                self._shared.add(parameter.untyped_storage()._cdata)
                 self.name(parameter, leaf.slot)
-        self._shared = set(owners)
         self._resolved: set[int] = set()
-        for shared in owners.values():
-            self._check_apart([parameters[n] for n in shared], [names[n] for n in shared])
         self._walked: set[Any] = set()
-
-    def _check_apart(self, parameters: Sequence[Tensor], names: Sequence[str]) -> None:
-        views = [geometry(p) for p in parameters]
-        for i in range(len(views)):
-            for j in range(i):
-                if overlaps(views[i], views[j]):
-                    self.refuse(f"parameters {names[j]!r} and {names[i]!r} are different tensors in the same memory")
 
     @override
     def slot_of(self, tensor: Tensor) -> int | None:

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from newton_summary.measure.lowering.algebra import root
+from newton_summary.measure.lowering.complex_numbers import power as complex_power
 from newton_summary.measure.lowering.table import CONSTANT, as_it_is, aten, in_one_type, lowers, same_type
 
 _SHARES_TIES = torch.__version__ >= "2.14"
@@ -169,6 +170,19 @@ def _var_mean(
     squares = torch.view_as_real(centred).square().sum(-1) if x.is_complex() else centred.square()
     variance = squares.sum(dims, keepdim=keepdim) / max(count - (1 if correction is None else correction), 0)
     return variance, mean if keepdim else mean.sum(dims)
+
+
+@lowers(aten.pow.Tensor_Tensor)
+def _pow(x: Tensor, exponent: Tensor) -> Any:
+    """x^y as exp(y log x) where y is 0, for a y that moves: there torch's derivative by x is the constant 0."""
+    if x.is_complex() or exponent.is_complex():
+        return complex_power(x, exponent)
+    if not exponent.is_floating_point():
+        return NotImplemented
+    zero = (exponent == 0) & (x > 0)
+    elsewhere = torch.where(zero, 1.0, x), torch.where(zero, 1.0, exponent)
+    there = (exponent * torch.where(zero, x, 1.0).log()).exp()
+    return torch.where(zero, there, as_it_is(aten.pow.Tensor_Tensor, *elsewhere))
 
 
 @lowers(aten.prod.default)

@@ -125,8 +125,8 @@ def _tanh(a: Tensor, b: Tensor) -> Tensor:
     return torch.complex(t * (1 + u.square()) * scale, u * (1 - t.square()) * scale)
 
 
-def _power(z: Any, exponent: Any) -> Tensor:
-    """By products where the exponent is a small whole number, so that zero has derivatives, too; else exp(w log z)."""
+def power(z: Any, exponent: Any) -> Tensor:
+    """z^w, by products where w is a small whole number, so that zero has derivatives, too; else exp(w log z)."""
     if isinstance(exponent, int | float) and exponent == int(exponent) and 0 < exponent <= 64:
         result = z
         for bit in bin(int(exponent))[3:]:
@@ -167,14 +167,14 @@ def _sigmoid(z: Tensor) -> Any:
 
 @lowers(aten.sqrt.default)
 def _sqrt(z: Tensor) -> Any:
-    return _power(z, 0.5) if _is_complex(z) else NotImplemented
+    return power(z, 0.5) if _is_complex(z) else NotImplemented
 
 
 @lowers(aten.rsqrt.default)
 def _rsqrt(z: Tensor) -> Any:
-    return _power(z, -0.5) if _is_complex(z) else NotImplemented
+    return power(z, -0.5) if _is_complex(z) else NotImplemented
 
 
-@lowers(aten.pow.Tensor_Scalar, aten.pow.Scalar, aten.pow.Tensor_Tensor)
+@lowers(aten.pow.Tensor_Scalar, aten.pow.Scalar)
 def _pow(z: Any, exponent: Any) -> Any:
-    return _power(z, exponent) if _is_complex(z, exponent) else NotImplemented
+    return power(z, exponent) if _is_complex(z, exponent) else NotImplemented

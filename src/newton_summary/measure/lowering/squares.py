@@ -1,4 +1,4 @@
-"""Squares of lengths and absolute values, without the root that they undo.
+"""Squares of lengths, absolute values and deviations, without the root that they undo.
 
 A length has no derivative where it is zero; its square has all of them.
 """
@@ -70,6 +70,12 @@ def _of_distances_within(x: Tensor, p: float = 2) -> Any:
     return within(x).square().sum(-1) if p == 2 else NotImplemented
 
 
+def _of_deviation(
+    x: Tensor, dim: list[int] | None = None, *, correction: float | None = None, keepdim: bool = False
+) -> Tensor:
+    return torch.var(x, dim, correction=1 if correction is None else correction, keepdim=keepdim)
+
+
 _SQUARES: dict[Any, Lowering] = {
     aten.abs.default: _of_entries,
     aten.linalg_vector_norm.default: _of_norm,
@@ -77,4 +83,5 @@ _SQUARES: dict[Any, Lowering] = {
     aten._cdist_forward.default: _of_distances,
     aten._euclidean_dist.default: _of_many_distances,
     aten._pdist_forward.default: _of_distances_within,
+    aten.std.correction: _of_deviation,
 }
