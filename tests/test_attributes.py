@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections import Counter, OrderedDict, defaultdict, deque
 from collections.abc import Callable
 from typing import Any
@@ -209,3 +210,53 @@ def test_a_container_that_a_function_captured_tells_what_it_was_called_with() ->
 
     ns.summarize(loss_fn, network(), [(X, Y)], engine="nested")
     assert set(seen) == {6}
+
+
+class Slotted:
+    __slots__ = ("calls", "last")
+
+    def __init__(self) -> None:
+        self.calls = 0
+
+
+def test_what_a_loss_keeps_in_slots_and_in_attributes_of_functions_comes_back() -> None:
+    model, kept = nn.Linear(2, 1), Slotted()
+
+    def loss_fn(m: nn.Module, x: Tensor) -> Tensor:
+        kept.calls += 1
+        loss_fn.calls = getattr(loss_fn, "calls", 0) + 1
+        return m(x).square().mean()
+
+    ns.summarize(loss_fn, model, [torch.ones(3, 2)])
+    assert kept.calls == 0
+    assert not hasattr(loss_fn, "calls")
+    loss_fn(model, torch.ones(3, 2))
+    ns.summarize(loss_fn, model, [torch.ones(3, 2)])
+    assert (kept.calls, loss_fn.calls) == (1, 1)
+
+
+@pytest.mark.parametrize("steps", [0, 1])
+@pytest.mark.parametrize("engine", ["forward", "nested"])
+def test_a_network_that_the_loss_trains_beside_the_model(engine, steps) -> None:
+    """Its step is a constant of the loss, as for autograd; network and optimizer are as they were afterwards."""
+    torch.manual_seed(0)
+    critic, model = nn.Linear(2, 1).double(), nn.Sequential(nn.Linear(3, 2), nn.Tanh()).double()
+    inner, x = torch.optim.SGD(critic.parameters(), 0.5, momentum=0.9), torch.randn(4, 3, dtype=torch.float64)
+
+    def loss_fn(m: nn.Module, x: Tensor) -> Tensor:
+        y = m(x)
+        inner.zero_grad()
+        critic(y.detach()).square().mean().backward()
+        inner.step()
+        return critic(y).cos().mean()
+
+    for _ in range(steps):
+        loss_fn(model, x)
+    before, memories = copy.deepcopy(critic.state_dict()), {p: dict(m) for p, m in inner.state.items()}
+    u = [torch.full_like(p, 0.1) for p in model.parameters()]
+    summary = ns.summarize(loss_fn, model, [x], direction=u, engine=engine)
+    assert all(torch.equal(critic.state_dict()[name], value) for name, value in before.items())
+    assert {p: dict(m) for p, m in inner.state.items()} == memories
+    loss_fn(model, x)  # the critic's step, once, for real
+    expected = ns.summarize(lambda m, x: critic(m(x)).cos().mean(), model, [x], direction=u, engine="nested")
+    torch.testing.assert_close(summary.hessian, expected.hessian)

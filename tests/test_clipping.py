@@ -203,3 +203,23 @@ def test_a_resumed_run_knows_what_is_usual() -> None:
     usual = optimizer._clipping.usual
     optimizer.load_state_dict(copy.deepcopy(optimizer.state_dict()))
     assert optimizer._clipping.usual == usual
+
+
+def test_parameters_of_several_types_are_looked_at_together() -> None:
+    guard = GradientClipping()
+    narrow, wide = torch.tensor([1.0]).bfloat16(), torch.tensor([2.0], dtype=torch.float64)
+    apply(guard, narrow, wide)
+    assert guard.usual == [1.0, 2.0]
+    model = nn.ModuleList([nn.Linear(3, 4), nn.Linear(4, 2).double()])
+
+    def loss_fn(m, x):
+        return m[1](m[0](x).double()).square().mean()
+
+    batches = [torch.randn(8, 3) for _ in range(4)]
+    optimizer = ns.NewtonSummary(model, loss_fn, curvature_data=batches)
+    before = loss_fn(model, batches[0]).item()
+    for x in batches * 3:
+        optimizer.zero_grad()
+        loss_fn(model, x).backward()
+        optimizer.step()
+    assert loss_fn(model, batches[0]).item() < before

@@ -551,3 +551,12 @@ def test_second_derivatives_that_are_not_there_are_told():
 
     with pytest.warns(UserWarning, match="second derivatives are not finite for 'weight'"):
         ns.summarize(loss, model, [torch.randn(2, 3, dtype=torch.float64)])
+
+
+def test_derivatives_that_are_not_there_are_told():
+    """A root of zero, which its square makes NaN of: in the gradient, too."""
+    model = nn.Module()
+    model.w = nn.Parameter(torch.zeros(2).double())
+    loss = lambda m, _: m.w.square().sum().sqrt() ** 2 + m.w.sum()  # noqa: E731
+    with pytest.warns(UserWarning, match="^derivatives are not finite for 'w'"):
+        ns.summarize(loss, model, [torch.ones(1)], direction=[torch.ones(2).double()])

@@ -7,9 +7,11 @@ import warnings
 import pytest
 import torch
 import torch.nn.functional as F
+from differences import differences, random_direction
 from torch import Tensor, nn
 
 import newton_summary as ns
+from newton_summary.measure.forward import ForwardEngine
 
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")
@@ -32,6 +34,22 @@ class Packed(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         packed = nn.utils.rnn.pack_padded_sequence(x, [5, 4, 2], batch_first=True)
         return self.out(self.core(packed)[1][0][-1])
+
+
+class PackedWords(nn.Module):
+    """Sentences of several lengths, as classifiers of texts have them."""
+
+    def __init__(self, batch_first: bool) -> None:
+        super().__init__()
+        self.words, self.out = nn.Embedding(12, 4), nn.Linear(10, 2)
+        self.core, self.batch_first = nn.GRU(4, 5, batch_first=batch_first, bidirectional=True), batch_first
+
+    def forward(self, ids: Tensor, lengths: Tensor) -> Tensor:
+        x = self.words(ids if self.batch_first else ids.T)
+        packed = nn.utils.rnn.pack_padded_sequence(x, lengths, batch_first=self.batch_first, enforce_sorted=False)
+        outputs, last = self.core(packed)
+        whole = nn.utils.rnn.pad_packed_sequence(outputs, batch_first=self.batch_first)[0]
+        return self.out(last.transpose(0, 1).flatten(1)) + whole.sum(int(self.batch_first))[:, :2]
 
 
 class Views(nn.Module):
@@ -144,3 +162,16 @@ def test_unusual_models(name) -> None:
         scale = float(expected.hessian.abs().max())
         assert float((summary.third - expected.third).abs().max()) < 1e-8 * scale
     assert all(torch.equal(value, model.state_dict()[key]) for key, value in before.items())
+
+
+@pytest.mark.parametrize("batch_first", [True, False])
+def test_packed_words_of_other_lengths(batch_first) -> None:
+    """The same program stands for batches with as many words, whatever the sentences' lengths."""
+    torch.manual_seed(0)
+    model, engine = PackedWords(batch_first).double(), ForwardEngine()
+    loss_fn = lambda m, b: m(*b).tanh().square().mean()  # noqa: E731
+    u = random_direction(model)
+    for lengths in ([5, 4, 2], [2, 5, 4], [6, 1, 4]):
+        batch = torch.randint(12, (3, 6)), torch.tensor(lengths)
+        summary = ns.summarize(loss_fn, model, [batch], direction=u, engine=engine, batch_size=3)
+        differences(loss_fn, model, lambda batch=batch: batch, u, 0.005).check(summary, 1e-5)

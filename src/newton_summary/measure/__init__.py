@@ -250,16 +250,19 @@ def _check_finite(loss: Tensor) -> None:
 
 
 def _warn_of_infinite(summary: Summary) -> None:
-    """Says where a loss that has a gradient has no second derivatives."""
-    if summary.hessian is not None and bool(summary.gradient.isfinite().all()):
-        broken = [name for name, row in zip(summary.names, summary.hessian, strict=True) if not row.isfinite().all()]
+    """Says where a loss that is finite has no derivatives, or a gradient and nothing beyond."""
+    rows = [summary.gradient[:, None], *([] if summary.hessian is None else [summary.hessian])]
+    for kind, row in zip(("derivatives", "second derivatives"), rows, strict=False):
+        broken = [name for name, entries in zip(summary.names, row, strict=True) if not entries.isfinite().all()]
         if broken:
+            others = " and others" if len(broken) > 3 else ""
+            but = ", though the gradient is" if kind.startswith("second") else ""
             warnings.warn(
-                f"second derivatives are not finite for {', '.join(map(repr, broken[:3]))}"
-                f"{' and others' if len(broken) > 3 else ''}, though the gradient is: some operation has none at this "
-                "point, such as singular values that are equal or a root of zero",
+                f"{kind} are not finite for {', '.join(map(repr, broken[:3]))}{others}{but}: some operation has none "
+                "at this point, such as singular values that are equal or a root of zero",
                 stacklevel=3,
             )
+            return
 
 
 def _check_request(order: int, third: str, batches: Iterable[Any], direction: DirectionLike, slices: int) -> None:

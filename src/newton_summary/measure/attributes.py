@@ -106,14 +106,18 @@ def _collect(value: Any, depth: int, seen: set[int], found: list[Any], is_attrib
     elif kind is types.FunctionType:
         if value.__module__ is None or value.__module__.partition(".")[0] in _STRANGERS:
             return
+        found.append(value)
         inner, is_attribute = _captured(value, found), False
     elif kind is types.MethodType:
         inner = [value.__self__, value.__func__]
     elif kind is functools.partial:
         inner = [value.func, *value.args, *value.keywords.values()]
+    elif isinstance(value, torch.optim.Optimizer):
+        found += [value.state, *value.state.values(), *value.param_groups]
+        return
     elif _is_plain_object(value):
         found.append(value)
-        inner, is_attribute = list(vars(value).values()), True
+        inner, is_attribute = [*getattr(value, "__dict__", {}).values(), *_slots(value).values()], True
     else:
         return
     if is_attribute and kind in _CONTAINERS:
@@ -144,14 +148,25 @@ def _is_plain_object(value: Any) -> bool:
     """Whether it is of a class that a user wrote, with attributes that can be set."""
     kind = type(value)
     return (
-        isinstance(getattr(value, "__dict__", None), dict)
+        (isinstance(getattr(value, "__dict__", None), dict) or "__slots__" in vars(kind))
         and kind.__module__.partition(".")[0] not in _STRANGERS
-        and not isinstance(value, type | types.ModuleType | types.FunctionType | torch.optim.Optimizer)
+        and not isinstance(value, type | types.ModuleType | types.FunctionType)
         and not callable(getattr(kind, "__get__", 0))
     )
 
 
 _NOTHING = object()
+
+
+def _slots(value: Any) -> dict[str, Any]:
+    """The attributes of an object that are not in a table."""
+    names = {name for kind in type(value).__mro__ for name in _named(vars(kind).get("__slots__", ()))}
+    found = {name: getattr(value, name, _NOTHING) for name in names - {"__dict__", "__weakref__"}}
+    return {name: attribute for name, attribute in found.items() if attribute is not _NOTHING}
+
+
+def _named(slots: Any) -> Iterable[str]:
+    return (slots,) if isinstance(slots, str) else slots
 
 
 def _content(cell: Any) -> Any:
@@ -173,6 +188,7 @@ class Attributes:
         self._tables: list[tuple[dict[str, Any], dict[str, Any]]] = []
         self._containers: list[tuple[Any, Any]] = []
         self._empty: list[Any] = []  # most containers of modules are
+        self._slotted: list[tuple[Any, dict[str, Any]]] = []
         self._cells: list[tuple[Any, Any]] = []
         self._globals: list[tuple[_Global, Any]] = []
         self._parameters: dict[int, tuple[Tensor, bool, Tensor | None, Tensor | None]] = {}
@@ -194,12 +210,18 @@ class Attributes:
             elif isinstance(thing, _Global):
                 self._globals.append((thing, thing.table.get(thing.name)))
             elif not isinstance(thing, _GENERATORS):
-                self._tables.append((vars(thing), dict(vars(thing))))
+                if hasattr(thing, "__dict__"):
+                    self._tables.append((vars(thing), dict(vars(thing))))
+                self._slotted.append((thing, _slots(thing)))
 
     def restore(self) -> None:
         """Puts everything back that has changed."""
         for table, before in self._tables:
             _put_back(table, before)
+        for thing, slots in self._slotted:
+            for name, attribute in slots.items():
+                if getattr(thing, name, _NOTHING) is not attribute:
+                    object.__setattr__(thing, name, attribute)
         for value in self._empty:
             if value:
                 value.clear()

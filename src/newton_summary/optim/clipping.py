@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -51,7 +52,7 @@ class GradientClipping:
         parts = [_values(g) for g in gradients if g is not None]
         if not parts:
             return
-        exact = torch.promote_types(parts[0].dtype, torch.float32)
+        exact = functools.reduce(torch.promote_types, {part.dtype for part in parts}, torch.float32)
         found = iter(torch._foreach_norm(parts, 2, dtype=exact))
         norms = torch.stack([parts[0].new_zeros((), dtype=exact) if g is None else next(found) for g in gradients])
         if any(g is not None and is_sharded(g) for g in gradients):

@@ -74,6 +74,17 @@ def _embedding_bag(
     return rows.new_zeros(bags, weight.shape[1]).index_add(0, number, rows), bag_of, sizes, winners
 
 
+@lowers(aten._pack_padded_sequence.default)
+def _pack_padded_sequence(x: Tensor, lengths: Tensor, batch_first: bool) -> Any:
+    """The steps that are no padding, in the order of time."""
+    _, sizes = as_it_is(aten._pack_padded_sequence.default, CONSTANT(x), lengths, batch_first)
+    if batch_first:
+        x = x.transpose(0, 1)
+    kept = torch.arange(x.shape[0], device=lengths.device)[:, None] < lengths
+    place = kept.flatten().nonzero().squeeze(1).to(x.device)
+    return x.flatten(0, 1).index_select(0, place), sizes
+
+
 @lowers(aten.scatter_reduce.two)
 def _scatter_reduce(
     x: Tensor, dim: int, index: Tensor, source: Tensor, reduce: str, *, include_self: bool = True
