@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import copy
+import errno
 import gc
+import io
 import json
 import math
 import sys
 import tracemalloc
+from pathlib import Path
 
 import pytest
 import torch
@@ -292,8 +295,6 @@ def test_misuse_is_refused() -> None:
     with pytest.raises(TypeError, match="measures by itself"):
         ns.Monitor(model, loss_fn, optimizer=ns.NewtonSummary(model, loss_fn))
     monitor = ns.Monitor(model, loss_fn, optimizer=optimizer)
-    with pytest.raises(ValueError, match="call backward"):
-        monitor.step(make_batches()[0])
     with pytest.raises(ValueError, match="one-shot"):
         monitor.attach(iter(make_batches()))
     loss_fn(model, make_batches()[0]).backward()
@@ -324,6 +325,84 @@ def test_its_repr_says_what_it_watches_and_what_it_advises() -> None:
     assert rest == repr(monitor.advice).splitlines()
 
 
+def test_a_loop_that_skips_backward_goes_on() -> None:
+    model, batches = make_model(), make_batches(6)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    monitor = ns.Monitor(model, loss_fn, optimizer=optimizer, every=1)
+
+    def loop() -> None:
+        for t, batch in enumerate(batches):
+            optimizer.zero_grad()
+            if t not in (1, 3):
+                loss_fn(model, batch).backward()
+            monitor.step(batch)
+            optimizer.step()
+
+    with pytest.warns(UserWarning, match=r"nothing before step 2, .*call backward\(\)") as caught:
+        loop()
+    assert len(caught) == 1
+    assert [record.step for record in monitor.records] == [0, 2, 4, 5]
+
+
+def test_a_path_that_takes_no_records_is_refused_when_the_monitor_is_made(tmp_path, monkeypatch) -> None:
+    model = make_model()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    (tmp_path / "file").write_text("")
+    with pytest.raises(ValueError, match="is a folder: name a file in it"):
+        ns.Monitor(model, loss_fn, optimizer=optimizer, path=tmp_path)
+    with pytest.raises(ValueError, match=r"its folder cannot be made .*Not a directory"):
+        ns.Monitor(model, loss_fn, optimizer=optimizer, path=tmp_path / "file" / "deep" / "run.jsonl")
+    with monkeypatch.context() as patched:
+        patched.setattr("os.access", lambda *_: False)  # root may write everywhere
+        with pytest.raises(ValueError, match="cannot be written"):
+            ns.Monitor(model, loss_fn, optimizer=optimizer, path=tmp_path / "run.jsonl")
+    assert not optimizer._optimizer_step_pre_hooks
+    ns.Monitor(model, loss_fn, optimizer=optimizer, path=tmp_path / "new" / "folder" / "run.jsonl")
+    assert list((tmp_path / "new" / "folder").iterdir()) == []
+
+
+def test_records_that_cannot_be_written_end_no_training(tmp_path) -> None:
+    class Failing:
+        def add_scalar(self, tag, value, step) -> None:
+            raise RuntimeError("closed")
+
+    model, batches, path = make_model(), make_batches(6), tmp_path / "runs" / "run.jsonl"
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    monitor = ns.Monitor(model, loss_fn, optimizer=optimizer, every=1, path=path, writer=Failing())
+    path.parent.rmdir()
+    with pytest.warns(UserWarning, match="training goes on") as caught:
+        train(model, optimizer, batches, 3, monitor)
+    told = [str(warning.message) for warning in caught]
+    assert len(told) == 2
+    assert f"cannot write to {path} (FileNotFoundError: No such file" in told[0]
+    assert "its writer, a Failing (RuntimeError: closed)" in told[1]
+    path.parent.mkdir()
+    train(model, optimizer, batches, 2, monitor)
+    assert [json.loads(line)["step"] for line in path.read_text().splitlines()] == [3, 4]
+    assert [record.step for record in monitor.records] == [0, 1, 2, 3, 4]
+    assert dict(monitor.counts) == {"measured": 5, "failed": 0}
+
+
+def test_a_line_that_a_full_disk_cuts_off_is_taken_back(tmp_path, monkeypatch) -> None:
+    class Full(io.StringIO):
+        def write(self, text: str) -> int:
+            with path.open("ab") as file:
+                file.write(text[:10].encode())
+            raise OSError(errno.ENOSPC, "No space left on device")
+
+    model, batches, path = make_model(), make_batches(6), tmp_path / "run.jsonl"
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    monitor = ns.Monitor(model, loss_fn, optimizer=optimizer, every=1, path=path)
+    train(model, optimizer, batches, 1, monitor)
+    opened = Path.open
+    with monkeypatch.context() as patched:
+        patched.setattr(Path, "open", lambda self, mode="r", **more: Full() if mode == "a" else opened(self, mode))
+        with pytest.warns(UserWarning, match="No space left on device"):
+            train(model, optimizer, batches, 1, monitor)
+    train(model, optimizer, batches, 1, monitor)
+    assert [json.loads(line)["step"] for line in path.read_text().splitlines()] == [0, 2]
+
+
 def test_advice_that_fails_does_not_end_the_training(monkeypatch) -> None:
     def failing(*_, **__):
         raise ValueError("no advice")
@@ -334,7 +413,7 @@ def test_advice_that_fails_does_not_end_the_training(monkeypatch) -> None:
         model, lambda m, x: m(x).square().mean(), optimizer=torch.optim.SGD(model.parameters()), every=1
     )
     model(batch).square().mean().backward()
-    with pytest.warns(UserWarning, match=r"before step 0 failed, training goes on; .*no advice"):
+    with pytest.warns(UserWarning, match=r"before step 1 failed, training goes on; .*no advice"):
         assert monitor.step(batch) is None
     for _ in range(3):
         assert monitor.step(batch) is None  # says no more

@@ -31,7 +31,7 @@ from newton_summary.summary import Summary
 from newton_summary.watch.advice import Advice, advise
 from newton_summary.watch.cadence import Affordable, Cadence, Fixed
 from newton_summary.watch.measured import Counts, Measured, Randomness, record_of
-from newton_summary.watch.output import Writer, frame_of, write
+from newton_summary.watch.output import Output, Writer, frame_of
 from newton_summary.watch.record import Record
 from newton_summary.watch.rehearsed_advice import RehearsedAdvice, rehearse
 
@@ -54,6 +54,7 @@ class Monitor:
 
     A monitor ends no training: where :meth:`step`, or a measurement within ``optimizer.step()``, fails, it warns and
     tries again when it is next time to; after three failures in a row it measures no more.  :meth:`measure` raises.
+    Where a record cannot be written, it warns once, and ``records`` has it.
 
     By default it measures as often, and on as many samples of a batch, as a ``share`` of the training's time pays for
     (:class:`~newton_summary.watch.cadence.Affordable`).  With ``every`` nothing depends on time, and advice repeats.
@@ -75,7 +76,7 @@ class Monitor:
         share: of the training's time, for measuring; without meaning where ``every`` is given.
         writer: takes scalars by ``add_scalar(tag, value, step)``, and words by ``add_text`` where it has that.
         path: a file to which every record is appended, one JSON object a line, with the correlations of the groups'
-            steps; ``newton-summary report`` makes a page of it.
+            steps; ``newton-summary report`` makes a page of it.  Folders above it are made.
         window: how many batches the advice is made of.
         history: how many records are kept.
         level: the confidence of the advice's intervals.
@@ -97,7 +98,7 @@ class Monitor:
 
     Raises:
         ValueError: an argument is out of range, the optimizer holds no parameter of the model, has no learning rate, or
-            evaluates the loss in its step.
+            evaluates the loss in its step; ``path`` is a folder, or cannot be written.
         TypeError: the optimizer is a :class:`~newton_summary.NewtonSummary`, which measures by itself, or of a class
             that runs no hooks.
 
@@ -156,15 +157,19 @@ class Monitor:
             Affordable(share, samples, self.partition.device) if every is None else Fixed(every, samples)
         )
         self.writer, self.path = writer, None if path is None else Path(path)
+        self._output = Output(self.path, writer)
         self.engine = resolve_engine(engine, memory)
         self.advice: Advice | None = None
         self.summary: Summary | None = None
         self.records: deque[Record] = deque(maxlen=history)
         self.counts = Counter({"measured": 0, "failed": 0})
         self._errors = 0  # in a row
+        self._told_of_no_gradients = False
         self._loss = Loss(loss_fn, model)
         self._frozen = Frozen(self._loss.model, "measured by this Monitor")
         self._processes = Processes(model, process_group)
+        if self._processes.rank == 0:
+            self._output.check()
         self._counts_samples = every is None or samples is not None
         self._samples = RandomSamples(self._loss, self._processes.rank)
         self._window: deque[tuple[Summary, Tensor]] = deque(maxlen=window)
@@ -187,17 +192,15 @@ class Monitor:
             batch: what to measure on, if it is time to.
 
         Returns:
-            New advice where it was measured, else ``None``.
-
-        Raises:
-            ValueError: there are no gradients.
+            New advice where it was measured, else ``None``.  Where there are no gradients nothing is: it says so once.
         """
         if self._stepped:  # and the others of several optimizers did not step
             self._end_of_step()
         if not self._is_due():
             return None
         if not self._has_gradients():
-            raise ValueError("the optimizer's parameters have no gradients: call backward() before monitor.step()")
+            self._warn_of_no_gradients()
+            return None
         return self._attempt(lambda: [batch])
 
     def attach(self, batches: Iterable[Any], *, repeats: int = 1, seed: int = 0) -> Monitor:
@@ -239,6 +242,15 @@ class Monitor:
 
     def _has_gradients(self) -> bool:
         return any(p.grad is not None for group in self.optimizer.param_groups for p in group["params"])
+
+    def _warn_of_no_gradients(self) -> None:
+        if not self._told_of_no_gradients:
+            self._told_of_no_gradients = True
+            warnings.warn(
+                f"the Monitor measured nothing before step {self._taken + 1}, for there are no gradients: call "
+                "backward() before monitor.step()",
+                stacklevel=3,
+            )
 
     def _attempt(self, batches: Callable[[], list[Any]]) -> Advice | None:
         """Measures; what fails is a measurement, in all processes, and not the training."""
@@ -299,7 +311,7 @@ class Monitor:
         if self._errors == 1:
             cause = "another process" if error is None else f"{type(error).__name__}: {error}"
             warnings.warn(
-                f"a measurement of the Monitor before step {self._taken} failed, training goes on; after "
+                f"a measurement of the Monitor before step {self._taken + 1} failed, training goes on; after "
                 f"{_PATIENCE} failures in a row it measures no more; this one was {cause}",
                 stacklevel=4,
             )
@@ -396,7 +408,9 @@ class Monitor:
         self.counts["measured"] += 1
         if not mean.is_finite():
             self.counts["failed"] += 1
-            logger.info("measurement before step %d is not finite: look for it in the data or the rates", self._taken)
+            logger.info(
+                "measurement before step %d is not finite: look for it in the data or the rates", self._taken + 1
+            )
             return None
         rates = self._learning_rates()
         self._window.extend((part, rates) for part in parts)
@@ -502,4 +516,4 @@ class Monitor:
     def _write(self, record: Record) -> None:
         if self._processes.rank == 0:
             assert self.summary is not None
-            write(record, self.summary, self.path, self.writer)
+            self._output.write(record, self.summary)

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import json
-from collections.abc import Iterable
+import os
+import warnings
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -26,17 +29,81 @@ class Writer(Protocol):
         ...
 
 
-def write(record: Record, summary: Summary, path: Path | None, writer: Writer | None) -> None:
-    """Appends a record to a file, with the correlations of its measurement, and gives it to a writer."""
-    if path is not None:
-        line = {**record.to_dict(), "correlations": _lower_triangle(correlations(summary))}
+class Output:
+    """A file, and a writer, that records go to.  None of what fails there is an error: a training goes on without.
+
+    Args:
+        path: of the file, to which a line is appended for each record.
+        writer: takes scalars, and words where it has ``add_text``.
+    """
+
+    def __init__(self, path: Path | None, writer: Writer | None) -> None:
+        self.path, self.writer = path, writer
+        self._told: set[str] = set()
+
+    def check(self) -> None:
+        """Makes the folders above the file.
+
+        Raises:
+            ValueError: nothing can be written there.
+        """
+        if self.path is None:
+            return
+        try:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise ValueError(f"path={str(self.path)!r}: its folder cannot be made ({_cause(error)})") from error
+        if self.path.is_dir():
+            raise ValueError(f"path={str(self.path)!r} is a folder: name a file in it, such as run.jsonl")
+        if not os.access(self.path if self.path.exists() else self.path.parent, os.W_OK):
+            raise ValueError(f"path={str(self.path)!r} cannot be written: name a file in a folder of yours")
+
+    def write(self, record: Record, summary: Summary) -> None:
+        """Appends a record to the file, with the correlations of its measurement, and gives it to the writer."""
+        path, writer = self.path, self.writer
+        if path is not None:
+            line = {**record.to_dict(), "correlations": _lower_triangle(correlations(summary))}
+            text = json.dumps(line, ensure_ascii=False) + "\n"
+            self._attempt(lambda: _append(path, text), str(path))
+        if writer is not None:
+            self._attempt(lambda: _give(record, writer), f"its writer, a {type(writer).__name__}")
+
+    def _attempt(self, put: Callable[[], None], where: str) -> None:
+        """Warns once of each place that takes nothing; what comes later is tried again: a disk may have room then."""
+        try:
+            put()
+        except Exception as error:
+            if where not in self._told:
+                self._told.add(where)
+                warnings.warn(
+                    f"the Monitor cannot write to {where} ({_cause(error)}): training goes on, and monitor.records "
+                    "has what is not written",
+                    stacklevel=4,
+                )
+
+
+def _append(path: Path, text: str) -> None:
+    """Appends a line as a whole, or nothing: the next one must not follow half of one."""
+    whole = path.stat().st_size if path.is_file() else 0
+    try:
         with path.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(line, ensure_ascii=False) + "\n")
-    if writer is not None:
-        for tag, value in record.scalars().items():
-            writer.add_scalar(tag, value, record.step)
-        if hasattr(writer, "add_text"):
-            writer.add_text(TAG, markdown(record.sentences), record.step)
+            file.write(text)
+    except OSError:
+        with contextlib.suppress(OSError):
+            if path.is_file():
+                os.truncate(path, whole)
+        raise
+
+
+def _give(record: Record, writer: Writer) -> None:
+    for tag, value in record.scalars().items():
+        writer.add_scalar(tag, value, record.step)
+    if hasattr(writer, "add_text"):
+        writer.add_text(TAG, markdown(record.sentences), record.step)
+
+
+def _cause(error: Exception) -> str:
+    return f"{type(error).__name__}: {getattr(error, 'strerror', None) or error}"
 
 
 def frame_of(records: Iterable[Record]) -> Any:
