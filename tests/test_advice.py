@@ -15,7 +15,8 @@ from scipy import optimize, stats
 from newton_summary import Summary
 from newton_summary.solve import Status, cubic
 from newton_summary.watch.advice import advise, alone, correlations
-from newton_summary.watch.words import LEAVE
+from newton_summary.watch.progress import Progress
+from newton_summary.watch.words import LEAVE, LEAVE_SO_FAR
 
 
 def one(gradient: float, curvature: float, third: float = 0.0, weight: float = 1.0, name: str = "g") -> Summary:
@@ -229,20 +230,100 @@ def test_words_for_one_group() -> None:
     assert words(one(-1, 1), one(0.9, 1), one(-0.9, 1)) == "`g`: no descent along this step that can be told from noise"
     assert words(one(0, 0), one(0, 0)) == "`g`: this step does not move it"
     assert words(one(1, -1), one(1.1, -1)) == "`g`: nothing in the model limits its step"
+    assert words(one(6.0, 1)) == f"`g`: moves 6× (from one batch) {less}"
+    assert words(one(-1, 1)) == "`g`: no descent along this step (from one batch)"
+    assert words(one(1, -1)) == "`g`: nothing in the model limits its step (from one batch)"
     assert words(one(6.0, 0.1), one(7.0, -0.05), one(6.5, 0.11)).endswith(f") {less}")
 
 
 def test_all_rates_are_spoken_of_where_noise_cannot_be_the_reason() -> None:
-    leave = "leave the rates as they are: over tens of steps none is surely off, whatever suits one step alone"
-    assert overall(1.0, 1.2, 0.9) == leave
-    assert overall(15.0, 12.0, 18.0) == leave, "greedy by up to 19 along an averaged direction"
+    leave = "leave the rates as they are: over tens of steps none is surely off"
+    assert overall(1.0, 1.2, 0.9, noise=0.5) == f"{leave}, whatever suits one step alone" == LEAVE
+    # greedy by up to 19 along an averaged direction
+    assert overall(15.0, 12.0, 18.0) == f"{leave}, though for one step alone 3 groups move too little"
     assert overall(190.0, 100.0, 300.0) == "all rates are too small, at least 10× (190× for one step)"
-    assert overall(190.0, 100.0, 300.0, noise=50.0) == leave, "nothing is sure"
+    assert overall(190.0, 100.0, 300.0, noise=50.0) == LEAVE, "nothing is sure"
     assert overall(0.1, 0.1, 0.1).startswith("all rates are too large for the next step, 10× (")
     assert overall(1.0, 1.1, 30.0) == "", "one that stands out is enough to say"
-    single = advise([one(3.0, 1.0)])
-    assert single.overall == leave
+    assert advise([one(3.0, 1.0)]).overall == "leave the rates as they are: from one batch none is surely off"
+    assert advise([one(0.2, 1.0)]).overall == "all rates are too large for the next step, 5× (from one batch)"
     assert advise([one(-1.0, 1.0)]).overall == ""
+
+
+def test_the_sentence_that_nothing_is_off_agrees_with_the_intervals_beside_it() -> None:
+    leave = "leave the rates as they are: over tens of steps none is surely off, though for one step alone"
+    assert overall(0.5, 1.0, 1.0) == f"{leave} `g0` moves too far"
+    assert overall(0.5, 1.0, 1.0, 2.0) == f"{leave} `g0` moves too far and `g3` moves too little"
+    assert overall(0.5, 0.5, 1.0, 1.0, 2.0) == f"{leave} 2 groups move too far and `g4` moves too little"
+
+
+def test_what_is_said_of_the_middle_is_not_said_of_all_where_groups_differ() -> None:
+    def headline(*factors: float) -> str:
+        count = len(factors)
+        hessian = torch.diag(1 / torch.tensor(factors, dtype=torch.float64))
+        slopes = [[1.0 + e * (-1) ** s for s in range(count)] for e in (-0.001, 0.0, 0.001)]
+        names = [f"g{s}" for s in range(count)]
+        return advise([Summary(1.0, g, hessian, [0.0] * count, names) for g in slopes]).headline
+
+    assert headline(190.0, 190.0, 190.0, 38.0).startswith(
+        "the rates in the middle of the groups are too small, at least 10× (190× for one step); 1 group stands out"
+    )
+    assert headline(0.1, 0.1, 0.1, 3.0).startswith("the rates in the middle of the groups are too large for the next")
+
+
+def test_where_the_loss_has_not_fallen_nothing_says_that_the_rates_are_right() -> None:
+    parts = [one(1.0, 1.0), one(1.1, 1.0), one(0.9, 1.0)]
+    advice = advise(parts, stalled="the loss is no lower")
+    assert advise(parts).headline == LEAVE
+    assert (advice.headline, advice.sentences()) == ("the loss is no lower", ["the loss is no lower"])
+    assert advice.to_dict()["words"] == "the loss is no lower"
+    assert repr(advice).endswith("  the loss is no lower")
+    small = advise([one(190.0, 1.0), one(191.0, 1.0)], stalled="the loss is no lower")
+    assert small.sentences() == ["all rates are too small, at least 10× (190× for one step)", "the loss is no lower"]
+    beside = [Summary(1.0, [g, 1.0, 1.0], np.eye(3), [0.0] * 3, list("ghi")) for g in (30.0, 30.1)]
+    assert advise(beside, stalled="the loss is no lower").headline == "the loss is no lower; 1 group stands out"
+
+
+def told_of(*losses: float, overall: str = "", step: int = 0, every: int = 20) -> str:
+    """What is said of a training whose measurements had these losses."""
+    progress = Progress(20)
+    for t, loss in enumerate(losses):
+        progress.add(loss, t * every)
+        progress.hear(overall if t == step else LEAVE, t * every)
+    return progress.words()
+
+
+def test_a_loss_that_has_not_fallen_is_told_from_one_that_has() -> None:
+    assert told_of(2.4) == told_of(2.4, 2.5) == "", "too early to say"
+    assert told_of(2.39, 2.4, 2.39) == "the loss is no lower than at the first measurement (2.39, now 2.4)"
+    assert told_of(2.4, 2.6, 2.4, 2.5, every=0) == "", "no step was taken in between"
+    assert told_of(*(2.4 - 0.1 * t for t in range(8))) == "", "steady progress is no scatter"
+    assert told_of(2.4, 1.2, 0.6, 0.3, 0.15, 0.07, 0.04) == ""
+    assert told_of(2.4, 9.0, 0.6, 0.5, 0.5, 0.5) == "", "a spike is no standstill"
+    noise = np.random.default_rng(0).normal(size=20)
+    assert told_of(2.4, *(2.3 + 0.3 * noise)).startswith("the loss is not surely lower than at the first measurement (")
+    assert told_of(2.4, *(1.0 + 0.3 * noise)) == ""
+    assert told_of(0.5, 0.4, 0.3, 0.2, 3.0, 4.0, 5.0) == (
+        "the loss is no lower than at the first measurement (0.5, now 3)"
+    )
+
+
+def test_a_training_that_stands_still_is_told_what_was_wrong_at_first() -> None:
+    large = "all rates are too large for the next step, 3.3× (2–4×)"
+    still = "the loss is no lower than at the first measurement (2.4, now 2.4)"
+    assert told_of(2.4, 2.4, 2.4, overall=large) == f"{still}; before step 1 all rates were too large, 3.3× (2–4×)"
+    assert told_of(2.4, 2.4, 2.4, overall=large, step=1).endswith(
+        "; before step 21 all rates were too large, 3.3× (2–4×)"
+    )
+    assert told_of(*[2.4] * 30, overall=large, step=25) == still, "that was not at first"
+    assert told_of(2.4, 0.1, 0.1, overall=large) == ""
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_noise_is_rarely_taken_for_progress(seed: int) -> None:
+    generator = np.random.default_rng(seed)
+    healthy = sum(not told_of(*generator.normal(size=21)) for _ in range(100))
+    assert healthy <= 10
 
 
 def test_the_headline_is_what_is_wrong_or_that_nothing_is() -> None:
@@ -254,11 +335,12 @@ def test_the_headline_is_what_is_wrong_or_that_nothing_is() -> None:
         assert advice.headline.startswith(advice.sentences()[0])
         return advice.headline
 
-    assert headline(1.0, 1.1, 0.9) == LEAVE
+    assert headline(1.0, 1.1, 0.9, noise=0.2) == LEAVE
     assert headline(1.0, 1.0, 30.0) == "`c`: moves 30× (30–30×) less than suits it, next to the other groups"
     assert headline(1.0, 1.0, 1.0, 20.0, 0.02).startswith("`e`: moves 50× (")
     assert headline(1.0, 1.0, 1.0, 20.0, 0.02).endswith("next to the other groups; 1 more stands out")
-    assert headline(0.1, 0.1, 0.1, 3.0, 0.001).startswith("all rates are too large for the next step, 10× (")
+    middle = "the rates in the middle of the groups are too large for the next step, 10× ("
+    assert headline(0.1, 0.1, 0.1, 3.0, 0.001).startswith(middle)
     assert headline(0.1, 0.1, 0.1, 3.0, 0.001).endswith("); 2 groups stand out")
 
 
@@ -274,7 +356,7 @@ def test_what_cannot_be_told_from_noise_is_no_headline() -> None:
     up = advise([two(-1.0, 1.0), two(-1.1, 1.2), two(-0.9, 1.1)])
     assert up.headline == "`a`: no descent along this step"
     still = advise([Summary(1.0, [0.0, 1.0], [[0.0, 0.0], [0.0, 1.0]], [0.0, 0.0], ["a", "b"])])
-    assert still.headline == LEAVE
+    assert still.headline == LEAVE_SO_FAR
 
 
 def test_groups_of_which_nothing_can_be_said_share_a_sentence() -> None:

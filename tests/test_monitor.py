@@ -8,6 +8,7 @@ import gc
 import io
 import json
 import math
+import re
 import sys
 import tracemalloc
 from pathlib import Path
@@ -204,6 +205,38 @@ def test_attached_it_measures_within_step_on_clipped_gradients() -> None:
     assert monitor.counts["measured"] == 3
     assert not optimizer._optimizer_step_pre_hooks
     assert not optimizer._optimizer_step_post_hooks
+
+
+@pytest.mark.parametrize("way", ["step", "attach"])
+def test_a_training_that_stands_still_is_not_called_healthy(way: str, tmp_path) -> None:
+    model, batches = make_model(), make_batches()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
+    monitor = ns.Monitor(model, loss_fn, optimizer=optimizer, every=2, path=tmp_path / "run.jsonl")
+    if way == "attach":
+        monitor.attach(batches)
+    train(model, optimizer, batches[:1] if way == "step" else batches, 12, monitor if way == "step" else None)
+    lower = "no" if way == "step" else "(no|not surely)"
+    said = rf"the loss is {lower} lower than at the first measurement \([\d.]+, now [\d.]+\)"
+    row = json.loads((tmp_path / "run.jsonl").read_text().splitlines()[-1])
+    flat = monitor.advice.to_dict()["words"]
+    for words in (monitor.advice.headline, repr(monitor), flat, row["headline"], row["sentences"][0]):
+        assert re.search(said, words)
+        assert "leave the rates" not in words
+
+
+def test_groups_that_were_frozen_since_are_not_advised_by_what_they_were() -> None:
+    model, batches = make_model(), make_batches()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    monitor = ns.Monitor(model, loss_fn, optimizer=optimizer, every=1)
+    train(model, optimizer, batches, 3, monitor)
+    assert monitor.advice["0.weight"].alone > 0
+    optimizer.zero_grad()
+    model[0].weight.requires_grad_(False)
+    train(model, optimizer, batches, 2, monitor)
+    assert monitor.advice.batches == 5
+    assert monitor.advice["0.weight"].words == "`0.weight`: this step does not move it"
+    assert monitor.advice["0.weight"].alone == 0
+    assert monitor.advice["0.bias"].alone > 0
 
 
 # What it remembers ----------------------------------------------------------------------------------------------------

@@ -19,6 +19,7 @@ from newton_summary import cli
 from newton_summary.errors import UsageError
 from newton_summary.report import factors, page, write
 from newton_summary.report.monitor_log import MonitorLog, read_log
+from newton_summary.report.watched import _lines
 from newton_summary.watch.record import Record
 from newton_summary.watch.words import LEAVE, tells
 
@@ -171,6 +172,15 @@ def test_it_leads_with_what_is_wrong_in_the_words_of_the_advice(run) -> None:
     assert [row[0] for row in figures] == list(monitor.partition.names)
     told = shown.tables["What was said first"][1:]
     assert told[-1][1].lower() == headline.replace("`", "").lower()
+
+
+def test_steps_count_from_1_everywhere_on_the_page(run) -> None:
+    steps = [entry.record.step + 1 for entry in read_log(run[1]).entries]
+    markup = page.render_log(read_log(run[1]))
+    shown = Page(markup)
+    assert shown.tables["What was said first"][1][0].split(" ")[0] == f"{steps[0]}" == "1"
+    assert [line.points[0][0] for line in _lines(run[0].records)] == [1] * 4
+    assert re.findall(r'data-label="(\d+)"', markup) == [f"{step}" for step in steps]
 
 
 def test_that_nothing_is_wrong_is_said(run) -> None:

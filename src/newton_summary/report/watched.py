@@ -42,6 +42,11 @@ def _advice(log: MonitorLog) -> str:
     )
 
 
+def _number(record: Record) -> int:
+    """Of the step that was measured: the first one is 1, everywhere on the page."""
+    return record.step + 1
+
+
 def headline(record: Record) -> str:
     """The one sentence to read first; files of before it was written have words of groups alone."""
     return record.headline or next((words for words in record.words if words), "nothing stands out")
@@ -50,7 +55,7 @@ def headline(record: Record) -> str:
 def _source(record: Record) -> str:
     count = f"from {record.batches} batch{'es' if record.batches != 1 else ''}, " if record.batches else ""
     part = f"the last one measured on {record.measured_on}, " if 0 < record.samples < record.available else ""
-    return f"The advice before step {record.step + 1:,}, {count}{part}where the loss was {number(record.loss)}."
+    return f"The advice before step {_number(record):,}, {count}{part}where the loss was {number(record.loss)}."
 
 
 def _key(record: Record) -> str:
@@ -98,12 +103,17 @@ def _figures(record: Record) -> str:
 
 
 def _training(records: Sequence[Record]) -> str:
-    steps = [record.step for record in records]
+    steps = [_number(record) for record in records]
     losses = Line("loss", list(zip(steps, (r.loss for r in records), strict=True)), "var(--line0)")
     model = Line(
-        "predicted by the quadratic model", [(r.step, r.predicted_decrease) for r in records], "var(--line3)", True
+        "predicted by the quadratic model",
+        list(zip(steps, (r.predicted_decrease for r in records), strict=True)),
+        "var(--line3)",
+        True,
     )
-    actual = Line("what the step did", [(r.step, r.actual_decrease) for r in records], "var(--line0)")
+    actual = Line(
+        "what the step did", list(zip(steps, (r.actual_decrease for r in records), strict=True)), "var(--line0)"
+    )
     lines = _lines(records)
     loud = [line for line in lines if line.colour != _GREY]
     charts = (
@@ -128,7 +138,8 @@ def _lines(records: Sequence[Record]) -> list[Line]:
     colours = {name: f"var(--line{(i + 1) % 6})" for i, name in enumerate(loud)}
     order = sorted(range(len(last.names)), key=lambda i: last.names[i] in colours)  # the coloured ones on top
     return [
-        Line(last.names[i], [(r.step, r.alone[i]) for r in records], colours.get(last.names[i], _GREY)) for i in order
+        Line(last.names[i], [(_number(r), r.alone[i]) for r in records], colours.get(last.names[i], _GREY))
+        for i in order
     ]
 
 
@@ -137,7 +148,7 @@ def _told(records: Sequence[Record]) -> str:
     spans = [list(span) for _, span in groupby(records, key=headline)]
     rows = [
         (
-            f"{span[0].step + 1:,}" + (f" – {span[-1].step + 1:,}" if len(span) > 1 else ""),
+            f"{_number(span[0]):,}" + (f" – {_number(span[-1]):,}" if len(span) > 1 else ""),
             f'<span class="said">{_said(headline(span[0]))}</span>',
         )
         for span in spans[-_MOST_TOLD:]
@@ -167,7 +178,7 @@ def _moments(log: MonitorLog) -> str:
 
 def _moment(entry: Entry) -> str:
     record = entry.record
-    label = f"{record.step + 1:,}"
+    label = f"{_number(record):,}"
     drawn = heatmap(entry.correlations) if entry.correlations else "<p>The interactions were not written.</p>"
     return (
         f'<section class="moment" data-label="{label}" aria-label="step {label}"><h4>Step {label}</h4>'
@@ -183,7 +194,7 @@ def _file(log: MonitorLog) -> str:
     first, last = log.entries[0].record, log.entries[-1].record
     facts = {
         "File": code(log.name),
-        "Measurements": f"{len(log.entries):,}, before steps {first.step + 1:,} to {last.step + 1:,}",
+        "Measurements": f"{len(log.entries):,}, before steps {_number(first):,} to {_number(last):,}",
         "Groups": f"{len(last.names)}",
         "Loss": f"{number(first.loss)} at first, {number(last.loss)} in the end",
     }

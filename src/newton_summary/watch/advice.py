@@ -20,7 +20,7 @@ from newton_summary._html import Cell, aligned, table
 from newton_summary.solve import Status
 from newton_summary.summary import Summary
 from newton_summary.watch.intervals import Array, best, intervals, quantile, slopes_of
-from newton_summary.watch.words import UNMOVED, UNSURE, between, in_one, overall, tells, times, words_of
+from newton_summary.watch.words import UNMOVED, UNSURE, between, in_one, leaves, overall, tells, times, words_of
 
 STRONG = 0.5
 """A correlation of this size between two groups is put into words."""
@@ -82,6 +82,8 @@ class Advice:
         middle: the median factor of the groups along which the loss falls: what all rates share.  NaN where there is
             none.
         overall: what to do about all rates, in words; empty where only single groups stand out.
+        stalled: that the loss has not fallen since the first measurement, in words; empty where it has, or where that
+            is not known.  Then ``overall`` does not say that nothing is wrong.
     """
 
     groups: tuple[GroupAdvice, ...]
@@ -93,6 +95,7 @@ class Advice:
     level: float
     middle: float
     overall: str
+    stalled: str = ""
 
     def __len__(self) -> int:
         return len(self.groups)
@@ -117,8 +120,9 @@ class Advice:
     def headline(self) -> str:
         """The one sentence to read first: what is wrong most, and how much else is; or that nothing is."""
         off = [group.words for group in self.ranked() if tells(group.words)]
-        first, *others = [self.overall] * bool(self.overall) + off
-        counted = f"{len(others)} group{'s' * (len(others) != 1)}" if self.overall else f"{len(others)} more"
+        general = self._general()[:1]
+        first, *others = general + off
+        counted = f"{len(others)} group{'s' * (len(others) != 1)}" if general else f"{len(others)} more"
         return f"{first}; {counted} stand{'s' * (len(others) == 1)} out" if others else first
 
     def sentences(self) -> list[str]:
@@ -130,7 +134,11 @@ class Advice:
         told = [group.words for group in ranked if tells(group.words)]
         for reason, plural in ((UNSURE, UNSURE), UNMOVED):
             told += in_one([group.name for group in ranked if group.words.endswith(reason)], reason, plural)
-        return [self.overall] * bool(self.overall) + told + [pair.words for pair in self.pairs]
+        return self._general() + told + [pair.words for pair in self.pairs]
+
+    def _general(self) -> list[str]:
+        """What there is to say of no single group."""
+        return [words for words in (self.overall, self.stalled) if words]
 
     def to_dict(self) -> dict[str, float | str | None]:
         """Flat, with plain values, as what logs dictionaries takes it: ``None`` stands for infinite or unknown.
@@ -167,7 +175,9 @@ class Advice:
         return "\n".join([*lines, *aligned(rows), *(f"  {sentence}" for sentence in self.sentences())])
 
 
-def advise(summaries: Sequence[Summary], *, regularization: float = 1.0, level: float = 0.9) -> Advice:
+def advise(
+    summaries: Sequence[Summary], *, regularization: float = 1.0, level: float = 0.9, stalled: str = ""
+) -> Advice:
     """Advice from summaries of several batches, all along one direction: the optimizer's next step.
 
     The factor of a group alone minimises its own cubic model −ḡ_s η + ½ H̄_ss η² + (λ_int / 6) |D_sss| |η|³ of the mean
@@ -188,6 +198,8 @@ def advise(summaries: Sequence[Summary], *, regularization: float = 1.0, level: 
         summaries: of batches, with H̄, over the same groups; each counts by its weight.
         regularization: λ_int, the weight of the cubic term.
         level: the confidence of the intervals, between 0 and 1.
+        stalled: that the loss has not fallen since the first measurement, in words, where it has not: the rates are
+            then not said to be right.
 
     Raises:
         ValueError: there are no summaries, H̄ was not measured, an entry is not finite, or the level is out of range.
@@ -223,6 +235,8 @@ def advise(summaries: Sequence[Summary], *, regularization: float = 1.0, level: 
         )
     )
     stands_out = any(tells(group.words) for group in groups)
+    too_far, too_little = ([mean.names[i] for i in np.flatnonzero(moved & beyond)] for beyond in (high < 1, low > 1))
+    of_all = overall(middle, _middle(low[falls]), _middle(high[falls]), stands_out, too_far, too_little)
     return Advice(
         groups=groups,
         pairs=_strong_pairs(parts, mean, level),
@@ -232,7 +246,8 @@ def advise(summaries: Sequence[Summary], *, regularization: float = 1.0, level: 
         batches=len(parts),
         level=level,
         middle=middle,
-        overall=overall(middle, _middle(low[falls]), _middle(high[falls]), stands_out),
+        overall="" if stalled and leaves(of_all) else of_all,
+        stalled=stalled,
     )
 
 

@@ -32,6 +32,7 @@ from newton_summary.watch.advice import Advice, advise
 from newton_summary.watch.cadence import Affordable, Cadence, Fixed
 from newton_summary.watch.measured import Counts, Measured, Randomness, record_of
 from newton_summary.watch.output import Output, Writer, frame_of
+from newton_summary.watch.progress import Progress
 from newton_summary.watch.record import Record
 from newton_summary.watch.rehearsed_advice import RehearsedAdvice, rehearse
 
@@ -50,7 +51,8 @@ class Monitor:
     Advice is made of the last ``window`` batches that were measured (:func:`~newton_summary.watch.advice.advise`): each
     batch along the step of its own time, in units of the learning rates of now.  A batch that the gradient was
     computed on is too optimistic about descent along that gradient: measure on batches of an independent sampler where
-    batches are small and the gradient is mostly noise.  :meth:`attach` does.
+    batches are small and the gradient is mostly noise.  :meth:`attach` does.  Where the loss is no lower than at the
+    first measurement, beyond what batches differ by, it says so, and never that the rates are right.
 
     A monitor ends no training: where :meth:`step`, or a measurement within ``optimizer.step()``, fails, it warns and
     tries again when it is next time to; after three failures in a row it measures no more.  :meth:`measure` raises.
@@ -173,6 +175,7 @@ class Monitor:
         self._counts_samples = every is None or samples is not None
         self._samples = RandomSamples(self._loss, self._processes.rank)
         self._window: deque[tuple[Summary, Tensor]] = deque(maxlen=window)
+        self._progress = Progress(window)
         self._taken = 0
         self._stepped: set[int] = set()  # which of several optimizers have stepped in this round
         self._awaiting: Measured | None = None
@@ -414,7 +417,14 @@ class Monitor:
             return None
         rates = self._learning_rates()
         self._window.extend((part, rates) for part in parts)
-        self.advice = advise(self._in_todays_units(rates), regularization=self.regularization, level=self.level)
+        self._progress.add(mean.loss.item(), self._taken)
+        self.advice = advise(
+            self._in_todays_units(rates),
+            regularization=self.regularization,
+            level=self.level,
+            stalled=self._progress.words(),
+        )
+        self._progress.hear(self.advice.overall, self._taken)
         self.records.append(record_of(self._taken, mean, rates, self.advice, self._in_all(measured.counts)))
         self._awaiting = measured
         return self.advice
@@ -427,9 +437,20 @@ class Monitor:
     def _in_todays_units(self, rates: Tensor) -> list[Summary]:
         """The window's summaries along steps as long as they would be at the present learning rates."""
         factors = [torch.nan_to_num(rates / then, nan=1.0, posinf=1.0, neginf=1.0) for _, then in self._window]
+        for factor in factors:  # what they were before they were frozen is no matter any more
+            factor[self._frozen_groups()] = 0.0
         return [
             part if bool((factor == 1).all()) else part.scale(factor)
             for (part, _), factor in zip(self._window, factors, strict=True)
+        ]
+
+    def _frozen_groups(self) -> list[int]:
+        """The groups none of whose tensors takes gradients now."""
+        parameters = self.partition.parameters
+        return [
+            s
+            for s, tensors in enumerate(self.partition.tensors_of)
+            if not any(parameters[i].requires_grad for i in tensors)
         ]
 
     def _learning_rates(self) -> Tensor:

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from typing import TypeAlias
+
+Names: TypeAlias = Sequence[str]
 
 NOTABLE = 1.5
 """A factor on all rates this far from what is certain is put into words."""
@@ -21,8 +24,16 @@ DISTINCT = math.sqrt(SHARED_NOISE)
 If one may be all noise and another all signal, their factors may differ by 19 over tens of steps though both have the
 right rate: what is within √19 of the middle of them tells nothing."""
 
-LEAVE = "leave the rates as they are: over tens of steps none is surely off, whatever suits one step alone"
-"""What is said where nothing is wrong."""
+_NONE_OFF = "leave the rates as they are: over tens of steps none is surely off"
+
+LEAVE = f"{_NONE_OFF}, whatever suits one step alone"
+"""What is said where nothing is wrong, and no interval tells a factor from 1."""
+
+LEAVE_SO_FAR = "leave the rates as they are: from one batch none is surely off"
+"""What is said where nothing is wrong, and there are no intervals."""
+
+_TOO_LARGE = " are too large for the next step, "
+_FROM_ONE = " (from one batch)"
 
 UNMOVED = ("this step does not move it", "this step does not move them")
 """How sentences end about a group, and about several, that have no part in a step."""
@@ -51,11 +62,11 @@ def words_of(name: str, factor: float, low: float, high: float, middle: float, *
     if not moves:
         return f"`{name}`: {UNMOVED[0]}"
     if factor == 0 and (single or high == 0):
-        return f"`{name}`: no descent along this step"
+        return f"`{name}`: no descent along this step{_FROM_ONE * single}"
     if factor == 0:
         return f"`{name}`: {UNSURE}"
     if math.isinf(factor) and (single or math.isinf(low)):
-        return f"`{name}`: nothing in the model limits its step"
+        return f"`{name}`: nothing in the model limits its step{_FROM_ONE * single}"
     factor, low, high = factor / middle, low / middle, high / middle
     if factor >= DISTINCT and (single or low > 1):
         amount = f"at least {_short(low)}×" if math.isinf(factor) else f"{_short(factor)}×{_range(low, high)}"
@@ -66,30 +77,55 @@ def words_of(name: str, factor: float, low: float, high: float, middle: float, *
     return ""
 
 
-def overall(middle: float, low: float, high: float, stands_out: bool) -> str:
+def overall(
+    middle: float, low: float, high: float, stands_out: bool, too_far: Names = (), too_little: Names = ()
+) -> str:
     """What to do about all rates.
 
     Args:
         middle: the median factor.
         low: the median of the lower ends of the intervals; NaN where a single batch was measured.
         high: that of the upper ends.
-        stands_out: whether there is something to say of single groups.
+        stands_out: whether there is something to say of single groups; then what is said of the middle is not of all.
+        too_far: the groups whose intervals lie below 1, so that the next step alone would better be shorter.
+        too_little: those whose intervals lie above 1.
     """
     single = math.isnan(low)
-    if math.isnan(middle):
-        return "" if stands_out else LEAVE
+    whose = "the rates in the middle of the groups" if stands_out else "all rates"
     if middle > NOTABLE * SHARED_NOISE and (single or low > SHARED_NOISE):
-        return f"all rates are too small, at least {_short(middle / SHARED_NOISE)}× ({_short(middle)}× for one step)"
+        amount = f"at least {_short(middle / SHARED_NOISE)}× ({_short(middle)}× for one step"
+        return f"{whose} are too small, {amount}{', from one batch' * single})"
     if middle < 1 / NOTABLE and (single or high < 1):
-        return (
-            f"all rates are too large for the next step, {_short(1 / middle)}×{_range(_inverse(high), _inverse(low))}"
-        )
-    return "" if stands_out else LEAVE
+        return f"{whose}{_TOO_LARGE}{_short(1 / middle)}×{_range(_inverse(high), _inverse(low))}"
+    return "" if stands_out else _leave(too_far, too_little, single and not math.isnan(middle))
+
+
+def _leave(too_far: Names, too_little: Names, single: bool) -> str:
+    """That nothing is wrong, and what tables beside it show nevertheless."""
+    if single:
+        return LEAVE_SO_FAR
+    parts = [
+        (f"`{names[0]}` moves" if len(names) == 1 else f"{len(names)} groups move") + f" too {how}"
+        for names, how in ((too_far, "far"), (too_little, "little"))
+        if names
+    ]
+    return f"{_NONE_OFF}, though for one step alone {' and '.join(parts)}" if parts else LEAVE
+
+
+def leaves(words: str) -> bool:
+    """Whether words about all rates say that nothing is wrong."""
+    return words.startswith("leave the rates")
+
+
+def were_too_large(words: str, step: int) -> str:
+    """That all rates were too large before the step of this number, where words about all rates said so then."""
+    whose, found, amount = words.partition(_TOO_LARGE)
+    return f"before step {step:,} {whose} were too large, {amount}" if found else ""
 
 
 def _range(low: float, high: float) -> str:
     if math.isnan(low):
-        return ""
+        return _FROM_ONE
     return f" (at least {_short(low)}×)" if math.isinf(high) else f" ({_short(low)}–{_short(high)}×)"
 
 
