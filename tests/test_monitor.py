@@ -328,8 +328,12 @@ def test_misuse_is_refused() -> None:
     with pytest.raises(TypeError, match="measures by itself"):
         ns.Monitor(model, loss_fn, optimizer=ns.NewtonSummary(model, loss_fn))
     monitor = ns.Monitor(model, loss_fn, optimizer=optimizer)
-    with pytest.raises(ValueError, match="one-shot"):
+    with pytest.raises(ValueError, match=r"^batches is a one-shot"):
         monitor.attach(iter(make_batches()))
+    with pytest.raises(ValueError, match=r"^batches is empty"):
+        monitor.attach([])
+    with pytest.raises(TypeError, match=r"^batches must be .*, got TensorDataset: .* of a data set a DataLoader"):
+        monitor.attach(TensorDataset(torch.randn(9, 5)))
     loss_fn(model, make_batches()[0]).backward()
     with pytest.raises(ValueError, match="no batches"):
         monitor.measure([])

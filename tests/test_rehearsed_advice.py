@@ -5,15 +5,20 @@ from __future__ import annotations
 import copy
 import json
 import math
+import warnings
+from contextlib import nullcontext
 from types import SimpleNamespace
 
 import pytest
 import torch
 from torch import nn
+from torch.utils.data import DataLoader, TensorDataset
 
 import newton_summary as ns
 from newton_summary.watch.rate_search import MOST_CHANGES, SURE, Outcome, Trial, candidates, confirmed, follow
 from newton_summary.watch.rehearsed_advice import HELD_OUT, RehearsedAdvice, RehearsedGroup
+
+pytestmark = pytest.mark.filterwarnings("ignore:.* batches are few for trials")  # small lists are quick
 
 
 def loss_fn(model, batch):
@@ -378,7 +383,8 @@ def test_apply_multiplies_learning_rates_and_initial_ones() -> None:
     optimizer = torch.optim.SGD([{"params": [a], "lr": 0.1}, {"params": [b, c], "lr": torch.tensor(0.2)}])
     torch.optim.lr_scheduler.StepLR(optimizer, 1)
     rate = optimizer.param_groups[1]["lr"]
-    made([3.0, 1 / 9], parameters=[(a,), (b,)]).apply(optimizer)
+    with pytest.warns(UserWarning, match="a scheduler was made"):
+        made([3.0, 1 / 9], parameters=[(a,), (b,)]).apply(optimizer)
     assert optimizer.param_groups[0]["lr"] == pytest.approx(0.3)
     assert optimizer.param_groups[0]["initial_lr"] == pytest.approx(0.3)
     assert optimizer.param_groups[1]["lr"] is rate  # where a captured graph reads it
@@ -465,6 +471,38 @@ def test_misuse_is_refused() -> None:
     still = ns.Monitor(model, loss_fn, optimizer=torch.optim.SGD(model.parameters(), lr=0.0))
     with pytest.raises(ValueError, match="no learning rate of the optimizer is above 0"):
         still.rehearse(batches)
+
+
+def test_what_is_judged_on_its_own_batches_is_refused_or_warned_of() -> None:
+    model, batches = make_model(), make_batches()
+    monitor = ns.Monitor(model, loss_fn, optimizer=torch.optim.Adam(model.parameters(), lr=1e-2))
+    with pytest.raises(ValueError, match=r"^batches is empty"):
+        monitor.rehearse([])
+    loader = DataLoader(TensorDataset(*batches[0]), batch_size=16)
+    for single in (batches[:1], iter(batches[:1]), loader):
+        with pytest.raises(ValueError, match=r"rehearse\(\) got one batch: a training on it says nothing of others"):
+            monitor.rehearse(single, steps=8)
+    with pytest.warns(UserWarning, match="8 batches are few for trials of 8 steps: .* pass more than 8, or 28"):
+        monitor.rehearse(batches[:8], steps=8)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        monitor.rehearse(batches[:9], steps=8)
+
+
+@pytest.mark.parametrize("scheduled", [True, False])
+def test_apply_warns_of_schedulers_that_would_undo_it(scheduled: bool) -> None:
+    model = nn.Linear(2, 1)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    if scheduled:
+        torch.optim.lr_scheduler.LambdaLR(optimizer, lambda _: 1.0)
+    warned = pytest.warns(UserWarning, match=r"make it anew after apply\(\)") if scheduled else nullcontext()
+    with warned:
+        made((3.0,), parameters=(tuple(model.parameters()),)).apply(optimizer)
+    made((1.0,), parameters=(tuple(model.parameters()),)).apply(optimizer)  # changes nothing
+    again = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda _: 1.0, last_epoch=0 if scheduled else -1)
+    optimizer.step()
+    again.step()
+    assert optimizer.param_groups[0]["lr"] == pytest.approx(0.3)
 
 
 def test_frozen_rates_and_strangers_are_left_out() -> None:

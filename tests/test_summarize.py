@@ -502,6 +502,12 @@ def test_a_bare_batch():
     refused(r"got one dict: pass \[batch\]", case, {"x": case.batch[0]})
 
 
+def test_a_data_set_of_single_samples():
+    case = make("mlp")
+    with pytest.raises(TypeError, match=r"^batches must be .* got TensorDataset: pass .* of a data set a DataLoader"):
+        ns.summarize(case.loss_fn, case.model, TensorDataset(case.batch[0]))
+
+
 @pytest.mark.parametrize("batches", [[], (), DataLoader([], batch_size=2)])
 def test_no_batches(batches):
     for direction in (None, make("mlp").direction()):

@@ -583,7 +583,7 @@ def advice_is_rehearsed(user: User) -> None:
     optimizer = torch.optim.SGD(user.model.parameters(), lr=1e-3, momentum=0.9)
     monitor = ns.Monitor(user.model, user.loss_fn, optimizer=optimizer, partition="trivial")
     with mock.patch.object(rehearsed_advice, "HELD_OUT", 2):  # which saves time
-        monitor.rehearse([user.batch], steps=8)
+        monitor.rehearse([user.batch] * 9, steps=8)
     monitor.close()
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 from torch import Tensor
@@ -34,10 +34,15 @@ def check_not_negative(what: str, value: float) -> None:
 
 
 def check_batches(what: str, batches: Any) -> None:
-    """Raises where one batch stands in the place of an iterable of batches."""
+    """Raises where one batch, or a data set of single samples, stands in the place of an iterable of batches."""
     is_pair = isinstance(batches, tuple) and batches and all(isinstance(item, Tensor) for item in batches)
     if is_pair or isinstance(batches, Tensor | Mapping):
         raise ValueError(f"{what} must be an iterable of batches, got one {type(batches).__name__}: pass [batch]")
+    if not isinstance(batches, Iterable):
+        raise TypeError(
+            f"{what} must be an iterable of batches, got {type(batches).__name__}: pass a list of batches, or of a "
+            "data set a DataLoader"
+        )
 
 
 def check_memory(memory: float | None) -> float | None:

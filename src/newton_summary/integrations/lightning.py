@@ -75,7 +75,7 @@ class MonitorCallback(Callback):
         self.loss_fn, self.every, self.repeats, self.images = loss_fn, every, repeats, images
         self.options, self.numbers = options, [optimizer] if isinstance(optimizer, int) else list(optimizer)
         self.monitor: Monitor | None = None
-        self._stream = None if data is None else BatchStream(data, seed)
+        self._stream = None if data is None else BatchStream(data, seed, what="data")
         self._news: News | None = None
         self._batch: Any = None
 

@@ -40,6 +40,7 @@ class BatchStream:
         seed: fixes the order; not negative.
         rank: the number of this process.
         count: the number of processes.
+        what: the name of the argument that the data is, for errors.
 
     Raises:
         TypeError: it is no iterable.
@@ -54,16 +55,14 @@ class BatchStream:
         {'seed': 0, 'epoch': 1, 'position': 1}
     """
 
-    def __init__(self, data: Iterable[Any], seed: int = 0, rank: int = 0, count: int = 1) -> None:
+    def __init__(
+        self, data: Iterable[Any], seed: int = 0, rank: int = 0, count: int = 1, what: str = "curvature_data"
+    ) -> None:
         if isinstance(data, Iterator):
-            raise ValueError(
-                f"curvature_data is a one-shot {type(data).__name__}: pass a DataLoader or a list of batches"
-            )
-        if not isinstance(data, Iterable):
-            raise TypeError(f"curvature_data must be an iterable of batches, got {type(data).__name__}")
-        check_batches("curvature_data", data)
+            raise ValueError(f"{what} is a one-shot {type(data).__name__}: pass a DataLoader or a list of batches")
+        check_batches(what, data)
         check_not_negative("seed", seed)
-        self.data = data
+        self.data, self._what = data, what
         self.seed = seed
         self.rank, self.count = rank, count
         self.epoch, self.position = 0, 0
@@ -71,7 +70,7 @@ class BatchStream:
         self._generators: list[Any] = []  # those that the data owns
         samples: Any = data.dataset if isinstance(data, DataLoader) else data
         if _is_sized(samples) and len(samples) == 0:
-            raise ValueError("curvature_data is empty")
+            raise ValueError(f"{what} is empty")
 
     def next(self, device: torch.device, rewind: Callable[[], None] | None = None) -> Any:
         """The next batch, on this device.
@@ -106,7 +105,7 @@ class BatchStream:
 
     def __deepcopy__(self, memo: dict[int, Any]) -> BatchStream:
         """A stream at the same position over the same data, which is shared."""
-        twin = BatchStream(self.data, self.seed, self.rank, self.count)
+        twin = BatchStream(self.data, self.seed, self.rank, self.count, self._what)
         twin.load_state_dict(self.state_dict())
         return twin
 
@@ -118,7 +117,7 @@ class BatchStream:
         if batch is _END:
             if self.position == 0:
                 again = " again: it can be read only once" if self.epoch else ""
-                raise ValueError(f"curvature_data is empty{again}: a pass over it gave no batch")
+                raise ValueError(f"{self._what} is empty{again}: a pass over it gave no batch")
             self.epoch, self.position, self._batches = self.epoch + 1, 0, None
             return self._advance()
         self.position += 1

@@ -222,9 +222,10 @@ class Monitor:
 
         Raises:
             ValueError: the data is empty or one-shot, or the number of repeats is not positive.
+            TypeError: it is no iterable.
         """
         check_count("repeats", repeats)
-        stream = BatchStream(batches, seed, self._processes.rank, self._processes.count)
+        stream = BatchStream(batches, seed, self._processes.rank, self._processes.count, "batches")
 
         def before_step(*_: Any) -> None:
             if not self._stepped and self._is_due() and self._has_gradients():
@@ -352,19 +353,20 @@ class Monitor:
         is changed, and of 45 × and more where something is (results/monitor.md).  Afterwards everything is as it was.
 
         Args:
-            batches: training batches: a ``DataLoader`` or a list.  They are read over and over where they are few.
+            batches: training batches: a ``DataLoader`` or a list.  They are read over and over where they are few, and
+                it warns where they are no more than steps: trials are then judged on what they were trained on.
             steps: the length of each trial, at least 8; advice holds for some times that.
             seed: fixes the order of the batches.
             before_step: what your loop does between ``backward()`` and ``optimizer.step()``, such as clipping
                 gradients.
 
         Raises:
-            ValueError: there are no batches; a tensor is split between groups; no learning rate is above 0; trials are
-                too short; several processes train together.
+            ValueError: there are no batches, or one; a tensor is split between groups; no learning rate is above 0;
+                trials are too short; several processes train together.
 
         Example:
             >>> model = nn.Linear(4, 1)
-            >>> batches = [(x, x.sum(1, keepdim=True)) for x in torch.randn(8, 16, 4)]
+            >>> batches = [(x, x.sum(1, keepdim=True)) for x in torch.randn(12, 16, 4)]
             >>> def loss_fn(model, batch):
             ...     return (model(batch[0]) - batch[1]).square().mean()
             >>> optimizer = torch.optim.SGD(model.parameters(), lr=1e-4)

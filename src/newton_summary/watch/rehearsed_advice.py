@@ -10,8 +10,9 @@ change of it lower both.  And that must be seen twice, the second time on other 
 from __future__ import annotations
 
 import math
+import warnings
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence, Sized
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -95,7 +96,8 @@ class RehearsedAdvice:
     def apply(self, optimizer: OneOrSeveral) -> None:
         """Multiplies the learning rates of an optimizer's parameter groups, and their ``initial_lr``.
 
-        A scheduler that is already running keeps base rates of its own: make it anew, with ``last_epoch``.
+        A scheduler that was made before may set the rates back: some keep base rates of their own.  It warns where
+        there was one, by the ``initial_lr`` that it leaves: make it anew afterwards, with ``last_epoch``.
 
         Args:
             optimizer: that which was rehearsed, or another one over the same parameters; or several.
@@ -105,6 +107,12 @@ class RehearsedAdvice:
         """
         param_groups = together(optimizer).param_groups
         factors = [self._factor_of(number, group) for number, group in enumerate(param_groups)]
+        if any("initial_lr" in group for group, factor in zip(param_groups, factors, strict=True) if factor != 1):
+            warnings.warn(
+                "a scheduler was made for this optimizer before, and may set the rates back to what it remembers, as "
+                "LambdaLR and OneCycleLR do, other than StepLR: make it anew after apply()",
+                stacklevel=2,
+            )
         for group, factor in zip(param_groups, factors, strict=True):
             for key in {"lr", "initial_lr"} & group.keys() if factor != 1 else ():
                 if isinstance(group[key], Tensor):
@@ -176,13 +184,14 @@ def rehearse(
 
     Raises:
         ValueError: a tensor is split between groups, no group has a learning rate above 0, there are no batches, or
-            trials are shorter than :data:`SHORTEST`.
+            one, or trials are shorter than :data:`SHORTEST`.
     """
     check_count("steps", steps)
     if steps < SHORTEST:
         raise ValueError(f"steps must be at least {SHORTEST}, got {steps}: from shorter trials nothing is sure")
     rates = _rates_of(optimizer, partition)
     batches = list(batches) if isinstance(batches, Iterator) else batches
+    _check_judges(batches, steps)
     stage = _Stage(loss, optimizer, partition, batches, rates, before_step)
     groups = _groups_of(partition, rates)
     found = follow(lambda levels: stage.run(levels, steps, seed), partition.names, [rate > 0 for _, rate in groups])
@@ -205,6 +214,25 @@ def rehearse(
     )
 
 
+def _check_judges(batches: Iterable[Any], steps: int) -> None:
+    """Says where trainings are judged on batches that they were trained on."""
+    try:
+        count = len(batches) if isinstance(batches, Sized) else math.inf
+    except TypeError:  # a loader has a length, its data not always
+        return
+    if count == 1:
+        raise ValueError(
+            "rehearse() got one batch: a training on it says nothing of others; pass several, such as parts of it"
+        )
+    if 1 < count <= steps:
+        warnings.warn(
+            f"{count} batches are few for trials of {steps} steps: they are judged on batches that they were trained "
+            f"on, so that a rate may look better than it is; pass more than {steps}, or {steps + HELD_OUT} for batches "
+            "that are all new",
+            stacklevel=4,
+        )
+
+
 # Training -------------------------------------------------------------------------------------------------------------
 
 
@@ -221,7 +249,7 @@ class _Stage:
 
     def run(self, levels: Levels, steps: int, seed: int) -> Outcome:
         """Trains with rates changed by these levels, and gives what it came to."""
-        stream, device = BatchStream(self.batches, seed), self.partition.device
+        stream, device = BatchStream(self.batches, seed, what="batches"), self.partition.device
         factors = self.partition.spread([float(FACTOR) ** level for level in levels])
         rates: dict[Tensor, float] = {
             p: self.rates[p] * float(factor)
