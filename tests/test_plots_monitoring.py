@@ -180,3 +180,12 @@ def test_losses_that_differ_much_are_on_a_logarithmic_scale(losses, scale):
     assert figure.axes[0].get_yscale() == scale
     assert len(figure.axes[1].get_yticklabels()) <= 60
     figure.draw_without_rendering()
+
+
+def test_the_numbers_below_decreases_do_not_run_into_each_other():
+    ax = plots.decreases([record(t, 0.001 + 0.0008 * t, 0.001 + 0.0007 * t) for t in range(20)])
+    ax.figure.draw_without_rendering()
+    boxes = [label.get_window_extent() for label in ax.get_xticklabels() if label.get_text()]
+    assert all(a.x1 + 3 < b.x0 for a, b in pairwise(sorted(boxes, key=lambda box: box.x0)))
+    ax.set_xscale("log")
+    plots.decreases([record(0, 0.1, 0.2)], ax)  # axes of one's own may have any scale

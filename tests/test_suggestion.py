@@ -15,7 +15,7 @@ from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
 import newton_summary as ns
-from newton_summary.watch.lr_finder import is_as_good, profile, search
+from newton_summary.watch.lr_finder import SuggestedRates, is_as_good, profile, search
 from newton_summary_experiments.data import digits
 from newton_summary_experiments.models import initialised, mlp
 
@@ -384,11 +384,31 @@ def test_layers_of_different_curvature_get_different_rates() -> None:
     assert suggested.rates["flat"] > 5 * suggested.rates["steep"]
 
 
+def test_short_trials_are_said_to_be_short() -> None:
+    def told(steps: int, trial_steps: int) -> str:
+        found = SuggestedRates({"a": 1.0}, {"a": 1.0}, [], {1.0: 1.0}, 1.0, steps, trial_steps, [])
+        html = found._repr_html_()
+        lines = repr(found).splitlines()[3:]
+        assert all(line.strip() in html for line in lines)
+        return "".join(lines)
+
+    assert told(400, 8) == "  trials of 8 steps are short: trial_steps=50 is surer"
+    assert told(400, 1) == "  trials of 1 step are short: trial_steps=50 is surer"
+    assert told(20, 8) == "  trials of 8 steps are short: trial_steps=20 is surer"
+    assert told(400, 50) == told(20, 20) == ""
+
+
+def test_an_argument_that_is_refused_is_called_by_its_name() -> None:
+    model = make_model()
+    with pytest.raises(ValueError, match=r"^batches is empty"):
+        ns.suggest_rates(loss_fn, model, [], torch.optim.Adam(model.parameters(), lr=1e-3), steps=4)
+
+
 def test_the_table_is_readable() -> None:
     model = make_model()
     optimizer = torch.optim.Adam(model.parameters(), lr=1e-5)
     lines = repr(ns.suggest_rates(loss_fn, model, make_batches(), optimizer, steps=6)).splitlines()
-    assert re.fullmatch(r"Suggested learning rates for 6 steps, from \d+ trials of 6", lines[0])
+    assert re.fullmatch(r"Suggested learning rates for 6 steps, from \d+ trials of 6 steps each", lines[0])
     assert lines[1].split() == ["group", "learning", "rate", "before", "factor"]
     assert [line.split()[0] for line in lines[2:]] == ["0.weight", "0.bias", "4.weight", "4.bias"]
     assert all(line.split()[2] == "1e-05" for line in lines[2:])

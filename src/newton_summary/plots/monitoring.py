@@ -56,6 +56,8 @@ def decreases(
     ax.set_title(title)
     quiet(ax)
     _stretch(ax, predicted + actual)
+    if ax.get_xscale() == "linear":
+        ax.locator_params("x", nbins=5)  # more of their numbers would run into each other
     return ax
 
 

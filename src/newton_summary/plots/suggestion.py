@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from newton_summary.watch.lr_finder import SuggestedRates
 
 _BLUE, _ORANGE, _GREEN = SERIES[:3]
+_CHOSEN = "chosen: the largest that cannot\nbe told from the best"
 _ROW = 0.22  # inches that a group takes
 _MOST_NAMED = 60
 
@@ -20,9 +21,9 @@ def suggestion(suggested: SuggestedRates) -> Figure:
     """What :func:`~newton_summary.suggest_rates` tried, and what it suggests for every group, over one axis of rates.
 
     Above, the loss that short trainings came to: a point stands at the geometric mean of the groups' rates in that
-    training, the ring around the one that was chosen, a cross at the upper edge where a training diverged.  The dashed
-    line is what is suggested, for a training that is longer.  Below, the suggested rate of every group, filled, and the
-    one it had, hollow.
+    training, the ring around the one that was chosen, the largest that cannot be told from the best, a cross at the
+    upper edge where a training diverged.  The dashed line is what is suggested, for a training that is longer.  Below,
+    the suggested rate of every group, filled, and the one it had, hollow.
 
     Example:
         >>> from newton_summary.watch.lr_finder import SuggestedRates
@@ -49,7 +50,7 @@ def _draw_trials(ax: Axes, suggested: SuggestedRates) -> None:
         edge = ax.get_xaxis_transform()
         ax.plot(diverged, [1.0] * len(diverged), "x", color=_ORANGE, transform=edge, clip_on=False, label="diverged")
     best = suggested.trials[suggested.chosen]
-    ax.plot(mean * suggested.chosen, best, "o", color=_BLUE, markersize=11, fillstyle="none", label="chosen trial")
+    ax.plot(mean * suggested.chosen, best, "o", color=_BLUE, markersize=11, fillstyle="none", label=_CHOSEN)
     ax.axvline(mean, color=_GREEN, linestyle="--", label=f"for {suggested.steps} steps: {mean:.2g} in the mean")
     losses = [loss for _, loss in finite]
     if min(losses) > 0 and max(losses) > 5 * min(losses):

@@ -30,6 +30,7 @@ _MOST_DOUBLINGS = 6  # of all rates, up or down, in the trials
 _EPOCHS, _STEPS = 10, 1000  # of a training whose length is not told: where the data has a length, and where not
 _TRIAL = 1 / 100  # of the training, which is the length of a trial: some six or seven of them are needed
 _SHORTEST, _LONGEST = 8, 120  # of trials, in steps
+_SURER = 50  # steps of a trial, below which suggestions of some trainings are far too long
 _NORMAL = 1.4826  # the standard deviation of a normal distribution in its median deviations
 _HORIZON = 1 / 4  # the power of the length of a training with which its best constant rate falls
 
@@ -62,15 +63,22 @@ class SuggestedRates:
     by_optimizer: list[list[dict[str, Any]]]
 
     def __repr__(self) -> str:
-        return "\n".join([self._title, *aligned([_HEADER, *self._rows()])])
+        return "\n".join([self._title, *aligned([_HEADER, *self._rows()]), *(f"  {note}" for note in self._notes())])
 
     def _repr_html_(self) -> str:
         """A table for notebooks."""
-        return table(self._title, _HEADER, [[Cell(text) for text in row] for row in self._rows()])
+        return table(self._title, _HEADER, [[Cell(text) for text in row] for row in self._rows()], self._notes())
 
     @property
     def _title(self) -> str:
-        return f"Suggested learning rates for {self.steps} steps, from {len(self.trials)} trials of {self.trial_steps}"
+        trials = f"{len(self.trials)} trials of {_counted(self.trial_steps)} each"
+        return f"Suggested learning rates for {_counted(self.steps)}, from {trials}"
+
+    def _notes(self) -> list[str]:
+        """What to do where trials were short."""
+        if self.trial_steps >= min(_SURER, self.steps):
+            return []
+        return [f"trials of {_counted(self.trial_steps)} are short: trial_steps={min(_SURER, self.steps)} is surer"]
 
     def _rows(self) -> list[tuple[str, str, str, str]]:
         return [
@@ -166,6 +174,10 @@ def suggest_rates(
     return SuggestedRates(rates, before, every, trials, multiple / factor, training, trial, groups)
 
 
+def _counted(steps: int) -> str:
+    return f"{steps} step{'s' * (steps != 1)}"
+
+
 def _length(batches: Iterable[Any]) -> int:
     """The length of a training on this data, as a guess."""
     try:
@@ -252,7 +264,7 @@ class _Trials:
 
     def measure(self, engine: Engine) -> Summary:
         """The summary along the next step at learning rates of 1, on batches other than the step's own."""
-        stream, device = BatchStream(self.batches, self.seed), self.partition.device
+        stream, device = BatchStream(self.batches, self.seed, what="batches"), self.partition.device
         with rehearsal(self.loss, self.optimizer, list(self.partition.parameters)) as trained:
             trained.backward(stream.next(device))
             along = next_step(trained.optimizer, self.partition.parameters)
@@ -266,7 +278,7 @@ class _Trials:
 
     def run(self, rates: list[float], steps: int) -> Tensor:
         """The losses of the second half of a short training; infinite where it diverged."""
-        stream, parameters = BatchStream(self.batches, self.seed), self.partition.parameters
+        stream, parameters = BatchStream(self.batches, self.seed, what="batches"), self.partition.parameters
         losses: list[float] = []
         with rehearsal(self.loss, self.optimizer, list(parameters)) as trained:
             torch.manual_seed(self.seed)
