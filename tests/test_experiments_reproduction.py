@@ -230,6 +230,11 @@ def test_every_figure_is_drawn_twice(done):
         assert path.read_bytes()[:4] in (b"\x89PNG", b"%PDF")
 
 
+def test_drawing_without_results_says_what_to_run(stand_in, tmp_path):
+    with pytest.raises(UsageError, match=r"there are no runs of .* to draw: run them, without --draw-only"):
+        paper.reproduce(make_study(tmp_path), tmp_path / "images", None, only_draw=True)
+
+
 def test_the_page_has_a_place_for_every_table(done, tmp_path):
     study, _ = done
     text = (ROOT / "docs/reproduction.md").read_text()

@@ -5,7 +5,9 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
+import os
 import re
+import threading
 from html.parser import HTMLParser
 
 import numpy as np
@@ -15,6 +17,7 @@ from report_runs import EVIL, made_up, trained
 from newton_summary import cli
 from newton_summary.errors import UsageError
 from newton_summary.report import charts, moments, reading, render, text, write
+from newton_summary.report.files import write_text
 from newton_summary.watch.advice import advise
 from newton_summary_experiments import files, snapshots
 
@@ -279,3 +282,32 @@ def test_ticks_are_round_and_inside(high):
 )
 def test_numbers(value, shown):
     assert text.number(value) == shown
+
+
+# Files ----------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("exists", [True, False])
+def test_a_link_stays_a_link(tmp_path, exists) -> None:
+    link, target = tmp_path / "link.html", tmp_path / "elsewhere" / "page.html"
+    if exists:
+        target.parent.mkdir()
+        target.write_text("old")
+    link.symlink_to(target)
+    write_text(link, "new")
+    assert link.is_symlink()
+    assert target.read_text() == "new"
+    assert [path.name for path in target.parent.iterdir()] == ["page.html"]
+    assert [path.name for path in tmp_path.iterdir() if path.name.startswith(".")] == []
+
+
+def test_a_pipe_is_written_into_and_stays(tmp_path) -> None:
+    pipe = tmp_path / "pipe"
+    os.mkfifo(pipe)
+    got: list[str] = []
+    reader = threading.Thread(target=lambda: got.append(pipe.read_text()), daemon=True)
+    reader.start()
+    write_text(pipe, "new")
+    reader.join(10.0)
+    assert got == ["new"]
+    assert pipe.is_fifo()

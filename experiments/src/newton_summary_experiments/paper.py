@@ -8,6 +8,7 @@ from pathlib import Path
 
 from tqdm import tqdm
 
+from newton_summary.errors import UsageError
 from newton_summary_experiments import claims, costs, figures, invariance, page, paper_figures, search
 from newton_summary_experiments.reproduction import DEFAULT, GRIDS, LABELS, NETWORKS, OPTIMIZERS, PAPER, Reproduction
 from newton_summary_experiments.tasks import get_task
@@ -106,6 +107,9 @@ def draw_all(study: Reproduction, folder: Path) -> list[Path]:
             figure = paper_figures.rates(histories, f"Learning rates, {LABELS[optimizer]}, seed 0")
             drawn += paper_figures.save(figure, folder, f"rates-{label}")
     every = {NETWORKS[n]: {o: study.all_rows(n, o) for o in OPTIMIZERS} for n in study.tasks}
+    without = [name for name, optimizers in every.items() if not any(optimizers.values())]
+    if without:
+        raise UsageError(f"there are no runs of {', '.join(without)} to draw: run them, without --draw-only")
     known = {NETWORKS[name]: claims.costs(study, name) for name in study.tasks}
     drawn += paper_figures.save(paper_figures.losses(every, known, LABELS), folder, "losses")
     if study.measured("summary-costs"):
@@ -132,7 +136,7 @@ def reproduce(
         What was written.
 
     Raises:
-        UsageError: a search is missing, or data, or the page.
+        UsageError: a search is missing, or data, or the page, or runs where nothing is run.
     """
     for optimizer in again:
         study.forget(optimizer)

@@ -12,6 +12,8 @@ from newton_summary.errors import UsageError
 def write_atomically(path: Path, write: Callable[[Path], None]) -> None:
     """Puts a file in its place when it is complete; until then the old one stays.
 
+    Links are followed.  What is no file, such as a pipe, is written as it is: there is nothing to put in its place.
+
     Args:
         path: the file.  Folders above it are made.
         write: writes the content to the path that it is given, in the same folder.
@@ -19,18 +21,22 @@ def write_atomically(path: Path, write: Callable[[Path], None]) -> None:
     Raises:
         UsageError: the file cannot be written.
     """
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    target = path.resolve() if path.is_symlink() else path
+    temporary = target.with_name(f".{target.name}.{os.getpid()}.tmp")
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
+        if target.exists() and not target.is_file() and not target.is_dir():
+            write(target)
+            return
+        target.parent.mkdir(parents=True, exist_ok=True)
         write(temporary)
         with temporary.open("rb") as file:
             os.fsync(file.fileno())
-        temporary.replace(path)
+        temporary.replace(target)
     except OSError as error:
         reason = error.strerror or str(error)
         raise UsageError(f"cannot write {path} ({reason}): make room, or choose another folder with --out") from error
     finally:
-        if path.parent.is_dir():
+        if target.parent.is_dir():
             temporary.unlink(missing_ok=True)
 
 
