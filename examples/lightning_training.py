@@ -69,7 +69,7 @@ def train(module, callback, name):
 module = Digits(lambda module: ns.NewtonSummary(module, loss_fn, curvature_data=loader, steps=EPOCHS * len(loader)))
 trainer = train(module, MonitorCallback(), "newton-summary")
 print(f"NewtonSummary: loss {trainer.callback_metrics['loss']:.4f}")
-print({name: float(f"{rate:.2g}") for name, rate in trainer.optimizers[0].rates.items()})
+print({name: float(f"{rate:.2g}") for name, rate in trainer.optimizers[0].measured_rates.items()})
 
 # %%
 # With Adam, whose learning rate is too small, and a monitor that says so.

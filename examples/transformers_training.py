@@ -66,7 +66,7 @@ optimizer = ns.NewtonSummary(
 trainer = make_trainer(model, optimizer)
 trainer.add_callback(MonitorCallback(log=trainer.log))
 print(f"NewtonSummary: loss {trainer.train().training_loss:.3f}")
-print({name: float(f"{rate:.2g}") for name, rate in optimizer.rates.items()})
+print({name: float(f"{rate:.2g}") for name, rate in optimizer.measured_rates.items()})
 
 # %%
 # With AdamW, whose learning rate is too small, and a monitor that says so.

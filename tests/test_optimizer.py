@@ -332,7 +332,16 @@ def test_a_bias_before_a_batch_norm_does_not_run_away(target) -> None:
     assert optimizer.measured_rates["0.bias"] < 100 * optimizer.measured_rates["0.weight"]
 
 
-@pytest.mark.filterwarnings("ignore:30 steps were taken")
+def test_a_learning_rate_in_the_place_of_the_scale_is_warned_of() -> None:
+    model = nn.Linear(2, 1)
+    with pytest.warns(UserWarning, match="lr=0.001 makes every step 1000 times shorter .* usually 1"):
+        optimizer = ns.NewtonSummary(model, loss_fn, lr=1e-3)
+    torch.optim.lr_scheduler.LinearLR(ns.NewtonSummary(model, loss_fn), start_factor=1e-3)  # a warm-up may begin there
+    optimizer.load_state_dict(ns.NewtonSummary(model, loss_fn, lr=0.1).state_dict())
+    ns.NewtonSummary(model, loss_fn, lr=0.0)
+
+
+@pytest.mark.filterwarnings("ignore:the 30 steps of steps= were taken")
 def test_lambda_goes_to_zero_over_the_last_quarter_when_the_steps_are_known() -> None:
     model, batches = make_model(), make_batches()
     options = {"steps": 30, "direction": "gradient", "every": 100, "partition": "canonical", "compare_every": 0}

@@ -28,6 +28,7 @@ from newton_summary.partition import Partition, one_for_each, resolve_partition
 from newton_summary.solve import Status
 from newton_summary.summary import Summary
 
+_SMALL = 0.05  # λ_1 below which it is taken for a learning rate
 _WAITING = 5  # steps from one measurement to the next, while none has given rates
 _COMPARED_EVERY = 20  # steps
 _MEASURED_EVERY = 100  # steps, where nothing else adapts the rates
@@ -150,6 +151,12 @@ class NewtonSummary(MeasuredOptimizer):
             check_count("compare_every", compare_every)
         if steps is not None:
             check_count("steps", steps)
+        if 0 < lr < _SMALL:
+            warnings.warn(
+                f"lr={lr:g} makes every step {1 / lr:.0f} times shorter than what is measured: it is a scale without "
+                "units, usually 1, and not a learning rate as Adam has it; leave it out",
+                stacklevel=2,
+            )
         members = members_of(together(direction)) if are_optimizers(direction) else ()
         compares = curvature_data is not None and compare_every != 0
         own = Partition.canonical if compares else Partition.trivial
@@ -217,7 +224,9 @@ class NewtonSummary(MeasuredOptimizer):
     def _descend(self) -> None:
         if self._taken == self.steps:
             warnings.warn(
-                f"{self.steps} steps were taken, which is what steps= says: λ_1 is 0, and nothing moves", stacklevel=5
+                f"the {self.steps} steps of steps= were taken, and the rates have come down to 0: the run is over, and "
+                "further steps move nothing; to train for longer, make the optimizer with a larger steps=",
+                stacklevel=5,
             )
         super()._descend()
 
