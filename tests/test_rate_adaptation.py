@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
+import random
 from itertools import pairwise
 
 import numpy as np
@@ -17,6 +18,7 @@ import newton_summary as ns
 from newton_summary.optim.cadence import ComparisonCadence
 from newton_summary.optim.directions import SOAP, NAdam
 from newton_summary.optim.first_length import best_length, first_scale
+from newton_summary.optim.loss_level import LossLevel
 from newton_summary.optim.rate_adaptation import Constants, RateAdaptation
 
 # The rule -------------------------------------------------------------------------------------------------------------
@@ -111,7 +113,7 @@ def test_a_divergence_is_above_the_first_loss_and_far_above_the_average() -> Non
     assert not adaptation.has_diverged(2e6, 1e6), "the batch is what is wrong, or the average, too"
     assert adaptation.state_dict() == before, "a question changes nothing"
     adaptation.roll_back()
-    assert adaptation.scales == [scale / 2 for scale in before["scales"]]
+    assert adaptation.scales == [scale / 4 for scale in before["scales"]]
     assert adaptation.cuts == 1
 
 
@@ -459,12 +461,13 @@ def test_a_comparison_sees_what_each_group_adds_to_the_loss_of_the_average(parti
 
     monkeypatch.setattr(RateAdaptation, "compare", lambda self, *values: seen.append(values))
     optimizer._adapt()
-    ((behind, step, gap, holds),) = seen
+    ((behind, step, gap, holds, midway),) = seen
     assert torch.equal(torch.get_rng_state(), random)
     assert (step, gap, holds) == (16, 4, False)
     slopes = [(loss_at(s, 1e-4) - loss_at(s, -1e-4)) / 2e-4 for s in range(len(optimizer.partition))]
     torch.set_rng_state(random)
     assert behind == pytest.approx(slopes, rel=1e-6, abs=1e-11)
+    assert midway == pytest.approx(loss_at(0, 0.0), rel=1e-9)
     for p, q in zip([*model.parameters(), *model.buffers()], [*twin.parameters(), *twin.buffers()], strict=True):
         assert torch.equal(p, q), "a comparison changed the model"
     for p, a in zip(parameters, expected, strict=True):
@@ -482,12 +485,14 @@ def test_the_parts_of_a_quadratic_loss_add_up_to_the_difference() -> None:
         optimizer.step()
     comparison = optimizer._comparison
     average = comparison.average.values(optimizer.state)
-    behind = comparison._behind(average, 0.0, lambda: None)
+    midway, behind = comparison._behind(average, 0.0, lambda: None)
     here = squares(model, batches[0]).item()
     with torch.no_grad():
         for p, a in zip(model.parameters(), average, strict=True):
             p.copy_(a)
-    assert sum(behind) == pytest.approx(squares(model, batches[0]).item() - here, rel=1e-9)
+    there = squares(model, batches[0]).item()
+    assert sum(behind) == pytest.approx(there - here, rel=1e-9)
+    assert min(here, there) / 2 < midway < max(here, there)
     assert len(behind) == 2
 
 
@@ -588,3 +593,66 @@ def test_a_loss_that_becomes_negative_is_followed() -> None:
             optimizer.step()
     optimizer.eval()
     assert likelihood(model, (x, y)).item() < -1.0
+
+
+# Where the loss has risen ---------------------------------------------------------------------------------------------
+
+
+def shares(steps: int):
+    """Those of comparisons in the level of the loss, as a run has them."""
+    adaptation, cadence = RateAdaptation(), ComparisonCadence(20)
+    cadence.take(0)
+    while cadence.due < steps:
+        step = cadence.due
+        yield adaptation.share(step, cadence.take(step))
+
+
+@pytest.mark.parametrize(("trend", "most"), [(0.0, 0.2), (-0.05, 0.02)])
+def test_noise_is_seldom_taken_for_a_rise(trend, most) -> None:
+    alarms = 0
+    for seed in range(300):
+        noise, level = random.Random(seed), LossLevel()
+        losses = (noise.expovariate(1.0) + trend * k for k in range(200))
+        alarms += any(level.has_risen(loss, share) for share, loss in zip(shares(2000), losses, strict=False))
+    assert alarms <= most * 300
+
+
+@pytest.mark.parametrize(("shift", "factor"), [(0.0, 1.0), (-7.0, 1.0), (0.0, 1e6)])
+def test_a_rise_is_seen_once_whatever_is_added_or_multiplied(shift, factor) -> None:
+    noise, level, seen = random.Random(0), LossLevel(), []
+    for k, share in enumerate(shares(2000)):
+        loss = noise.gauss(0.0, 0.1) + (1.0 if k < 50 else 3.0)
+        if level.has_risen(shift + factor * loss, share):
+            seen.append(k)
+    assert len(seen) == 1
+    assert 50 <= seen[0] < 65
+
+
+def test_rates_become_a_quarter_where_the_loss_has_risen_and_a_state_goes_on_with_it() -> None:
+    adaptation, other = RateAdaptation(2), RateAdaptation(2)
+    for step in range(20, 400, 20):
+        loss = 1.0 if step < 300 else 5.0
+        before = list(adaptation.scales)
+        adaptation.compare([1e-3, 1e-3], step, 20, loss=loss + 1e-3 * (step % 3))
+        if adaptation.rises:
+            assert all(now < 0.3 * then for now, then in zip(adaptation.scales, before, strict=True))
+            break
+        other.load_state_dict(copy.deepcopy(adaptation.state_dict()))
+    other.compare([1e-3, 1e-3], step, 20, loss=loss + 1e-3 * (step % 3))
+    assert other.state_dict() == adaptation.state_dict()
+    assert adaptation.rises == 1
+    older = {key: value for key, value in adaptation.state_dict().items() if key not in ("level", "rises")}
+    RateAdaptation(2).load_state_dict(older)  # as it was saved before there was a level
+
+
+def test_a_run_that_is_thrown_about_by_its_steps_comes_to_rest() -> None:
+    """The loss jumps between the walls of a narrow valley: its average is no better, so that nothing else tells."""
+    model, optimizer = make()
+    adaptation = optimizer._comparison.adaptation
+    train(model, optimizer, 100, 0)
+    adaptation.scales = [100 * scale for scale in adaptation.scales]
+    losses = [loss_fn(model, batch).item() for batch in make_loader()]
+    train(model, optimizer, 300, 100)
+    after = [loss_fn(model, batch).item() for batch in make_loader()]
+    assert adaptation.rises + adaptation.cuts >= 1
+    assert sum(after) < 2 * sum(losses)

@@ -70,14 +70,15 @@ class AverageComparison:
                 self.adaptation.begin(self._first_loss(rewind))
                 return False
             share = self.adaptation.share(step, gap)
-            behind = self._behind(average, share, rewind)
-        if behind is None:
+            found = self._behind(average, share, rewind)
+        if found is None:
             logger.info("the loss has diverged at step %d: back to averaged weights", step)
             self.adaptation.roll_back()
             self.average.restore(state)
             return True
         self.average.update(state, share)
-        self.adaptation.compare(behind, step, gap, holds)
+        midway, behind = found
+        self.adaptation.compare(behind, step, gap, holds, midway)
         return False
 
     def _first_loss(self, rewind: Callable[[], None]) -> float:
@@ -90,7 +91,9 @@ class AverageComparison:
             here = self._sides.choose(partition.parameters, loss, samples.processes)
             return samples.mean(here, batch_size(batch))
 
-    def _behind(self, average: Sequence[Tensor], share: float, rewind: Callable[[], None]) -> list[float] | None:
+    def _behind(
+        self, average: Sequence[Tensor], share: float, rewind: Callable[[], None]
+    ) -> tuple[float, list[float]] | None:
         """By how much the loss of the next batch is higher at the average, as the parts of the groups.
 
         Args:
@@ -99,7 +102,7 @@ class AverageComparison:
             rewind: restores the random states.
 
         Returns:
-            S numbers; nothing where the loss has diverged.
+            The loss half way there, and S numbers; nothing where the loss has diverged.
         """
         samples = self._samples
         batch = samples.next(_later)
@@ -117,7 +120,7 @@ class AverageComparison:
                 torch._foreach_copy_(weights, average)
                 if self.adaptation.has_diverged(midway, samples.mean(loss(), size)):
                     return None
-        return behind
+        return midway, behind
 
     def begin(self, u: Mapping[Tensor, Tensor], eta: Tensor) -> None:
         """Finds where the rates begin, on the next batch.

@@ -47,8 +47,8 @@ class NewtonSummary(MeasuredOptimizer):
        the run, tells what each tensor adds to the loss on the way: if the weights are better, its steps become longer,
        else shorter, unless their noise costs next to nothing.
     4. In a given share of the run's steps so far a rate changes by a given factor: quickly at first.
-    5. A gradient three times as long as usual is shortened; weights that diverge go back to their average, and the
-       momentum is forgotten.
+    5. A gradient three times as long as usual is shortened; where the loss has risen, all rates become a quarter;
+       weights that diverge go back to their average, too, and the momentum is forgotten.
 
     Training is the same when a constant is added to the loss, or when it is multiplied by one, ε aside.  It is used in
     the loop that you have: ``zero_grad()``, ``backward()``, ``step()``.

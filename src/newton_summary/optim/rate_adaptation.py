@@ -7,6 +7,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from newton_summary.optim.loss_level import LossLevel
+
 _LARGEST = 1e150  # difference of losses, whose square is a number
 
 
@@ -25,7 +27,7 @@ class Constants:
         recent: the share of a comparison in what differences are as a rule.
         outlier: how many times the usual difference between weights and average makes a divergence, where the loss is
             above that at the beginning, too.
-        cut: what rates are divided by after a divergence.
+        cut: what rates are divided by after a divergence, or where the loss has risen.
     """
 
     gain: float = 2.0
@@ -35,7 +37,7 @@ class Constants:
     most: float = 0.5
     recent: float = 0.3
     outlier: float = 10.0
-    cut: float = 2.0
+    cut: float = 4.0
 
 
 class RateAdaptation:
@@ -53,6 +55,10 @@ class RateAdaptation:
     for a group whose noise costs less than a hundredth of the largest part, they do so by as much less.  Layers that
     are saturated, or wait on a plateau, have gradients of noise that costs nothing, and have to move to come back.
 
+    Where steps are so long that the weights are thrown about between the walls of a valley, their average is no better
+    than they are, and the comparison tells nothing.  The loss does: where its level has risen, all steps become a
+    quarter as long.
+
     Args:
         groups: S, how many there are.
         constants: of the rule.
@@ -61,6 +67,7 @@ class RateAdaptation:
         scales: on the rate of each group, S numbers.
         advantage: of the average: by how much the loss is lower there, as a moving average over the last comparisons.
         cuts: how often the weights diverged.
+        rises: how often the loss rose.
 
     Source:
         docs/method.md, section 2.
@@ -77,7 +84,8 @@ class RateAdaptation:
         self.constants = Constants() if constants is None else constants
         self.scales = [1.0] * groups
         self.advantage = 0.0
-        self.cuts = 0
+        self.cuts = self.rises = 0
+        self._level = LossLevel()
         self._square = 0.0  # of the differences, averaged as they are
         self._count = 0
         self._first: float | None = None  # the loss at the first weights
@@ -87,7 +95,12 @@ class RateAdaptation:
         self._first = loss if math.isfinite(loss) else None
 
     def share(self, steps: int, gap: int) -> float:
-        """The share of the weights in their average, after so many steps, ``gap`` of them since the last time."""
+        """The share of the weights in their average, and of the loss in its level.
+
+        Args:
+            steps: the number of steps taken.
+            gap: those of them since the last comparison.
+        """
         window = self.constants.window
         return min(window * gap / (steps + window), self.constants.most)
 
@@ -107,10 +120,15 @@ class RateAdaptation:
 
     def roll_back(self) -> None:
         """Shorter steps, after a divergence."""
-        self.scales = [scale / self.constants.cut for scale in self.scales]
+        self._shorten()
         self.cuts += 1
 
-    def compare(self, behind: Sequence[float], steps: int, gap: int, holds: bool = False) -> None:
+    def _shorten(self) -> None:
+        self.scales = [scale / self.constants.cut for scale in self.scales]
+
+    def compare(
+        self, behind: Sequence[float], steps: int, gap: int, holds: bool = False, loss: float | None = None
+    ) -> None:
         """Takes a comparison.
 
         Args:
@@ -118,6 +136,7 @@ class RateAdaptation:
             steps: the number of steps taken.
             gap: those of them since the last comparison.
             holds: whether the scales stay as they are.
+            loss: half way to the average, if known.
         """
         total = sum(behind)
         if not abs(total) < _LARGEST:
@@ -132,11 +151,16 @@ class RateAdaptation:
         noticeable = self.constants.negligible * max(map(abs, behind)) or 1.0
         signs = [1.0 if part > 0 else max(part / noticeable, -1.0) for part in behind]
         self.scales = [scale * math.exp(change * sign) for scale, sign in zip(self.scales, signs, strict=True)]
+        if loss is not None and math.isfinite(loss) and self._level.has_risen(loss, self.share(steps, gap)):
+            self._shorten()
+            self.rises += 1
 
     def state_dict(self) -> dict[str, Any]:
         """Plain numbers."""
-        return {key: value for key, value in vars(self).items() if key != "constants"}
+        own = {key: value for key, value in vars(self).items() if key not in ("constants", "_level")}
+        return {**own, "level": self._level.state_dict()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """The inverse of :meth:`state_dict`."""
-        vars(self).update(state)
+        self._level.load_state_dict(state.get("level", LossLevel().state_dict()))
+        vars(self).update({key: value for key, value in state.items() if key != "level"})
