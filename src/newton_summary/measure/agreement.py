@@ -66,8 +66,9 @@ def check_hessian(expected: Expected, summary: Summary, tape: Tape, leaves: Sequ
     Raises:
         Refusal: they are not on the side of H̄: autograd may be right, or nobody.
     """
-    if expected.rows is None or not bool(expected.rows.isfinite().all()) or _has_zeros(tape, leaves, request):
-        _check_by_differences(summary, tape, leaves, request)
+    may_bend = _has_zeros(tape, leaves, request)
+    if expected.rows is None or not bool(expected.rows.isfinite().all()) or may_bend:
+        _check_by_differences(summary, tape, leaves, request, may_bend)
         return
     worst = expected.unlike(summary, tape)
     if worst is None:
@@ -82,11 +83,15 @@ def check_hessian(expected: Expected, summary: Summary, tape: Tape, leaves: Sequ
     raise Refusal(f"the recorded operations have another Hessian-vector product for group {name!r} than autograd")
 
 
-def _check_by_differences(summary: Summary, tape: Tape, leaves: Sequence[Leaf], request: Request) -> None:
+def _check_by_differences(
+    summary: Summary, tape: Tape, leaves: Sequence[Leaf], request: Request, may_bend: bool
+) -> None:
     if tape.graph.coarsest not in JUDGED or not bool(summary.gradient.isfinite().all()):
         return
-    found = RecordedLine(tape.graph, leaves, request).differences()
-    worst = found.worst(_along(summary)) if bool(found.rows.isfinite().all()) else int(_along(summary).abs().argmin())
+    found, rows = RecordedLine(tape.graph, leaves, request).differences(), _along(summary)
+    worst = found.worst(rows)
+    if may_bend and bool(rows.isfinite().all()) and not bool(found.rows.isfinite().all()):
+        worst = int(rows.abs().argmin())  # a little away from zero there is no gradient
     if worst is not None:
         raise NoDerivative(
             f"no way to second derivatives gives those of the gradient for group {summary.names[worst]!r}, as behind "
