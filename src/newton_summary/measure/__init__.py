@@ -251,12 +251,15 @@ def _check_finite(loss: Tensor) -> None:
 
 def _warn_of_infinite(summary: Summary) -> None:
     """Says where a loss that is finite has no derivatives, or a gradient and nothing beyond."""
-    rows = [summary.gradient[:, None], *([] if summary.hessian is None else [summary.hessian])]
-    for kind, row in zip(("derivatives", "second derivatives"), rows, strict=False):
-        broken = [name for name, entries in zip(summary.names, row, strict=True) if not entries.isfinite().all()]
+    kinds = (
+        ("derivatives", summary.gradient[:, None], ""),
+        ("second derivatives", summary.hessian, ", though the gradient is"),
+    )
+    for kind, rows, but in kinds:
+        finite = [] if rows is None else rows.isfinite().all(1).tolist()
+        broken = [name for name, is_finite in zip(summary.names, finite, strict=False) if not is_finite]
         if broken:
             others = " and others" if len(broken) > 3 else ""
-            but = ", though the gradient is" if kind.startswith("second") else ""
             warnings.warn(
                 f"{kind} are not finite for {', '.join(map(repr, broken[:3]))}{others}{but}: some operation has none "
                 "at this point, such as singular values that are equal or a root of zero",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Iterable, Sequence
 from typing import Any
@@ -11,7 +12,7 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from newton_summary.measure.autograd import once_differentiable
-from newton_summary.measure.differences import rates
+from newton_summary.measure.differences import Differences, rates
 from newton_summary.measure.doubtful import reads_one_triangle
 from newton_summary.measure.gradient import Gradient
 from newton_summary.measure.graph import Graph, Instruction
@@ -66,16 +67,19 @@ def check_hessian(expected: Expected, summary: Summary, tape: Tape, leaves: Sequ
     Raises:
         Refusal: they are not on the side of H̄: autograd may be right, or nobody.
     """
-    may_bend = _has_zeros(tape, leaves, request)
+    line = functools.cache(lambda: RecordedLine(tape.graph, leaves, request))
+    is_judged = tape.graph.coarsest in JUDGED
+    may_bend = is_judged and any(bool((line().here[slot] == 0).any()) for slot in _sizes(tape))
     if expected.rows is None or not bool(expected.rows.isfinite().all()) or may_bend:
-        _check_by_differences(summary, tape, leaves, request, may_bend)
+        if is_judged and bool(summary.gradient.isfinite().all()):
+            _check_by_differences(summary, line().differences(), may_bend)
         return
     worst = expected.unlike(summary, tape)
     if worst is None:
         return
     name = summary.names[worst]
-    if tape.graph.coarsest in JUDGED:
-        judge = RecordedLine(tape.graph, leaves, request).differences()
+    if is_judged:
+        judge = line().differences()
         if judge.worst(expected.rows) is not None:
             if judge.worst(_along(summary)) is None:
                 return
@@ -83,12 +87,8 @@ def check_hessian(expected: Expected, summary: Summary, tape: Tape, leaves: Sequ
     raise Refusal(f"the recorded operations have another Hessian-vector product for group {name!r} than autograd")
 
 
-def _check_by_differences(
-    summary: Summary, tape: Tape, leaves: Sequence[Leaf], request: Request, may_bend: bool
-) -> None:
-    if tape.graph.coarsest not in JUDGED or not bool(summary.gradient.isfinite().all()):
-        return
-    found, rows = RecordedLine(tape.graph, leaves, request).differences(), _along(summary)
+def _check_by_differences(summary: Summary, found: Differences, may_bend: bool) -> None:
+    rows = _along(summary)
     worst = found.worst(rows)
     if may_bend and bool(rows.isfinite().all()) and not bool(found.rows.isfinite().all()):
         worst = int(rows.abs().argmin())  # a little away from zero there is no gradient
@@ -99,19 +99,15 @@ def _check_by_differences(
         )
 
 
-def _has_zeros(tape: Tape, leaves: Sequence[Leaf], request: Request) -> bool:
-    """Whether an absolute value or a root that moves is exactly zero: what follows may bend there, unseen by autograd.
+def _sizes(tape: Tape) -> list[int]:
+    """The slots of what moves and is an absolute value or a root: where it is 0, what follows may bend, unseen.
 
     A root is taken apart from where it is zero, by a comparison (:func:`.algebra.root`).
     """
     made = {i.out for i, step in zip(tape.graph.instructions, tape.steps, strict=True) if step is not None}
     moving = made | {slot for slot, _, number in tape.graph.inputs if number is not None}
     compared = [i for i in tape.graph.instructions if i.op is aten.abs.default or _is_held_to_zero(i)]
-    sizes = [i.reads[0] for i in compared if i.reads[0] in moving]
-    if not sizes or tape.graph.coarsest not in JUDGED:
-        return False
-    here = RecordedLine(tape.graph, leaves, request).here
-    return any(bool((here[slot] == 0).any()) for slot in sizes)
+    return [i.reads[0] for i in compared if i.reads[0] in moving]
 
 
 def _is_held_to_zero(instruction: Instruction) -> bool:

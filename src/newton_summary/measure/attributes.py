@@ -160,13 +160,16 @@ _NOTHING = object()
 
 def _slots(value: Any) -> dict[str, Any]:
     """The attributes of an object that are not in a table."""
-    names = {name for kind in type(value).__mro__ for name in _named(vars(kind).get("__slots__", ()))}
-    found = {name: getattr(value, name, _NOTHING) for name in names - {"__dict__", "__weakref__"}}
+    kind: Any = type(value)
+    found = {name: getattr(value, name, _NOTHING) for name in _names_of_slots(kind)}
     return {name: attribute for name, attribute in found.items() if attribute is not _NOTHING}
 
 
-def _named(slots: Any) -> Iterable[str]:
-    return (slots,) if isinstance(slots, str) else slots
+@functools.lru_cache(maxsize=1024)
+def _names_of_slots(kind: type) -> frozenset[str]:
+    given = [vars(base).get("__slots__", ()) for base in kind.__mro__]
+    names = {name for slots in given for name in ((slots,) if isinstance(slots, str) else slots)}
+    return frozenset(names - {"__dict__", "__weakref__"})
 
 
 def _content(cell: Any) -> Any:
@@ -212,7 +215,9 @@ class Attributes:
             elif not isinstance(thing, _GENERATORS):
                 if hasattr(thing, "__dict__"):
                     self._tables.append((vars(thing), dict(vars(thing))))
-                self._slotted.append((thing, _slots(thing)))
+                slots = _slots(thing)
+                if slots:
+                    self._slotted.append((thing, slots))
 
     def restore(self) -> None:
         """Puts everything back that has changed."""

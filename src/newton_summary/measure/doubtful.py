@@ -39,8 +39,8 @@ def written_twice(recording: Recording) -> Record | None:
     """The first recorded operation that writes an entry twice, with values that move."""
     for record in recording.records:
         if record.op in _WRITES:
-            given = fill(record.args, recording.values), {k: fill(v, recording.values) for k, v in record.kwargs}
-            entries, source = _WRITES[record.op](*given[0], **given[1])
+            args, kwargs = fill(record.args, recording.values), dict(record.kwargs)
+            entries, source = _WRITES[record.op](*args, **{k: fill(v, recording.values) for k, v in kwargs.items()})
             if source.requires_grad and entries is not None and _has_equal(entries):
                 return record
     return None

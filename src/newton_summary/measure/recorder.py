@@ -125,9 +125,11 @@ class Recorder(Tracer):
         if func in BESIDE:
             return False
         for tensor in effects.written(args, kwargs):
-            if not torch.is_grad_enabled() and tensor.requires_grad and self._is_strange(tensor):
-                return True  # a network beside the model, trained within the loss: what it is now is a constant
-            if tensor.layout is not torch.strided or self.memory_of(tensor) is None:
+            if tensor.layout is not torch.strided:
+                continue
+            if self.memory_of(tensor) is None:
+                if tensor.requires_grad and tensor.is_leaf and not torch.is_grad_enabled():
+                    return True  # of a network beside the model, trained within the loss: a constant from now on
                 continue
             if not torch.is_grad_enabled():
                 return tensor.requires_grad or tensor.untyped_storage()._cdata in self._shared
@@ -136,11 +138,6 @@ class Recorder(Tracer):
                     self.refuse(f"{func} writes moving values through a detached tensor of shape {tuple(tensor.shape)}")
                 return True
         return False
-
-    def _is_strange(self, tensor: Tensor) -> bool:
-        """Whether a tensor is of a network whose parameters are not those that are differentiated by."""
-        is_other = tensor.is_leaf and tensor.layout is torch.strided and id(tensor) not in self._parameters
-        return is_other and self.memory_of(tensor) is None
 
     def _run_aside(self, func: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any], effects: Effects) -> Any:
         written = list(effects.written(args, kwargs))

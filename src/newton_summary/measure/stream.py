@@ -69,7 +69,7 @@ class BatchStream:
         self._batches: Iterator[Any] | None = None
         self._generators: list[Any] = []  # those that the data owns
         samples: Any = data.dataset if isinstance(data, DataLoader) else data
-        if _is_sized(samples) and len(samples) == 0:
+        if is_sized(samples) and len(samples) == 0:
             raise ValueError(f"{what} is empty")
 
     def next(self, device: torch.device, rewind: Callable[[], None] | None = None) -> Any:
@@ -252,7 +252,7 @@ def _iterates_its_own_way(loader: DataLoader[Any]) -> bool:
     )
 
 
-def _is_sized(data: Any) -> TypeGuard[Sized]:
+def is_sized(data: Any) -> TypeGuard[Sized]:
     """Whether ``len(data)`` works: a loader over an iterable-style dataset has the method, but often no length."""
     try:
         len(data)

@@ -42,7 +42,7 @@ def _advice(log: MonitorLog) -> str:
     )
 
 
-def _number(record: Record) -> int:
+def _step(record: Record) -> int:
     """Of the step that was measured: the first one is 1, everywhere on the page."""
     return record.step + 1
 
@@ -55,7 +55,7 @@ def headline(record: Record) -> str:
 def _source(record: Record) -> str:
     count = f"from {record.batches} batch{'es' if record.batches != 1 else ''}, " if record.batches else ""
     part = f"the last one measured on {record.measured_on}, " if 0 < record.samples < record.available else ""
-    return f"The advice before step {_number(record):,}, {count}{part}where the loss was {number(record.loss)}."
+    return f"The advice before step {_step(record):,}, {count}{part}where the loss was {number(record.loss)}."
 
 
 def _key(record: Record) -> str:
@@ -103,17 +103,10 @@ def _figures(record: Record) -> str:
 
 
 def _training(records: Sequence[Record]) -> str:
-    steps = [_number(record) for record in records]
-    losses = Line("loss", list(zip(steps, (r.loss for r in records), strict=True)), "var(--line0)")
-    model = Line(
-        "predicted by the quadratic model",
-        list(zip(steps, (r.predicted_decrease for r in records), strict=True)),
-        "var(--line3)",
-        True,
-    )
-    actual = Line(
-        "what the step did", list(zip(steps, (r.actual_decrease for r in records), strict=True)), "var(--line0)"
-    )
+    losses = Line("loss", [(_step(r), r.loss) for r in records], "var(--line0)")
+    predicted = [(_step(r), r.predicted_decrease) for r in records]
+    model = Line("predicted by the quadratic model", predicted, "var(--line3)", True)
+    actual = Line("what the step did", [(_step(r), r.actual_decrease) for r in records], "var(--line0)")
     lines = _lines(records)
     loud = [line for line in lines if line.colour != _GREY]
     charts = (
@@ -138,8 +131,7 @@ def _lines(records: Sequence[Record]) -> list[Line]:
     colours = {name: f"var(--line{(i + 1) % 6})" for i, name in enumerate(loud)}
     order = sorted(range(len(last.names)), key=lambda i: last.names[i] in colours)  # the coloured ones on top
     return [
-        Line(last.names[i], [(_number(r), r.alone[i]) for r in records], colours.get(last.names[i], _GREY))
-        for i in order
+        Line(last.names[i], [(_step(r), r.alone[i]) for r in records], colours.get(last.names[i], _GREY)) for i in order
     ]
 
 
@@ -148,7 +140,7 @@ def _told(records: Sequence[Record]) -> str:
     spans = [list(span) for _, span in groupby(records, key=headline)]
     rows = [
         (
-            f"{_number(span[0]):,}" + (f" – {_number(span[-1]):,}" if len(span) > 1 else ""),
+            f"{_step(span[0]):,}" + (f" – {_step(span[-1]):,}" if len(span) > 1 else ""),
             f'<span class="said">{_said(headline(span[0]))}</span>',
         )
         for span in spans[-_MOST_TOLD:]
@@ -178,7 +170,7 @@ def _moments(log: MonitorLog) -> str:
 
 def _moment(entry: Entry) -> str:
     record = entry.record
-    label = f"{_number(record):,}"
+    label = f"{_step(record):,}"
     drawn = heatmap(entry.correlations) if entry.correlations else "<p>The interactions were not written.</p>"
     return (
         f'<section class="moment" data-label="{label}" aria-label="step {label}"><h4>Step {label}</h4>'
@@ -194,7 +186,7 @@ def _file(log: MonitorLog) -> str:
     first, last = log.entries[0].record, log.entries[-1].record
     facts = {
         "File": code(log.name),
-        "Measurements": f"{len(log.entries):,}, before steps {_number(first):,} to {_number(last):,}",
+        "Measurements": f"{len(log.entries):,}, before steps {_step(first):,} to {_step(last):,}",
         "Groups": f"{len(last.names)}",
         "Loss": f"{number(first.loss)} at first, {number(last.loss)} in the end",
     }

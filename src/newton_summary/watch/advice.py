@@ -20,7 +20,7 @@ from newton_summary._html import Cell, aligned, table
 from newton_summary.solve import Status
 from newton_summary.summary import Summary
 from newton_summary.watch.intervals import Array, best, intervals, quantile, slopes_of
-from newton_summary.watch.words import UNMOVED, UNSURE, between, in_one, leaves, overall, tells, times, words_of
+from newton_summary.watch.words import UNMOVED, UNSURE, between, in_one, overall, tells, times, words_of
 
 STRONG = 0.5
 """A correlation of this size between two groups is put into words."""
@@ -236,7 +236,6 @@ def advise(
     )
     stands_out = any(tells(group.words) for group in groups)
     too_far, too_little = ([mean.names[i] for i in np.flatnonzero(moved & beyond)] for beyond in (high < 1, low > 1))
-    of_all = overall(middle, _middle(low[falls]), _middle(high[falls]), stands_out, too_far, too_little)
     return Advice(
         groups=groups,
         pairs=_strong_pairs(parts, mean, level),
@@ -246,7 +245,9 @@ def advise(
         batches=len(parts),
         level=level,
         middle=middle,
-        overall="" if stalled and leaves(of_all) else of_all,
+        overall=overall(
+            middle, _middle(low[falls]), _middle(high[falls]), stands_out, too_far, too_little, bool(stalled)
+        ),
         stalled=stalled,
     )
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Iterator, Sized
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,7 +14,7 @@ from newton_summary._checks import check_count
 from newton_summary._html import Cell, aligned, table
 from newton_summary.measure import Engine, Loss, LossFunction, resolve_engine
 from newton_summary.measure.next_step import check_needs_no_closure, next_step, rates_held
-from newton_summary.measure.stream import BatchStream
+from newton_summary.measure.stream import BatchStream, is_sized
 from newton_summary.measure.together import OneOrSeveral, members_of, together
 from newton_summary.optim import MeasuredOptimizer
 from newton_summary.partition import Partition, one_for_each, resolve_partition, unwrap
@@ -180,10 +180,7 @@ def _counted(steps: int) -> str:
 
 def _length(batches: Iterable[Any]) -> int:
     """The length of a training on this data, as a guess."""
-    try:
-        return _EPOCHS * max(len(batches), 1) if isinstance(batches, Sized) else _STEPS
-    except TypeError:  # a loader has a length, its data not always
-        return _STEPS
+    return _EPOCHS * max(len(batches), 1) if is_sized(batches) else _STEPS
 
 
 def profile(summary: Summary) -> Tensor:

@@ -31,7 +31,7 @@ from newton_summary.summary import Summary
 from newton_summary.watch.advice import Advice, advise
 from newton_summary.watch.cadence import Affordable, Cadence, Fixed
 from newton_summary.watch.measured import Counts, Measured, Randomness, record_of
-from newton_summary.watch.output import Output, Writer, frame_of
+from newton_summary.watch.output import Output, Writer, check_path, frame_of
 from newton_summary.watch.progress import Progress
 from newton_summary.watch.record import Record
 from newton_summary.watch.rehearsed_advice import RehearsedAdvice, rehearse
@@ -159,7 +159,7 @@ class Monitor:
             Affordable(share, samples, self.partition.device) if every is None else Fixed(every, samples)
         )
         self.writer, self.path = writer, None if path is None else Path(path)
-        self._output = Output(self.path, writer)
+        self._output = Output()
         self.engine = resolve_engine(engine, memory)
         self.advice: Advice | None = None
         self.summary: Summary | None = None
@@ -171,7 +171,7 @@ class Monitor:
         self._frozen = Frozen(self._loss.model, "measured by this Monitor")
         self._processes = Processes(model, process_group)
         if self._processes.rank == 0:
-            self._output.check()
+            check_path(self.path)
         self._counts_samples = every is None or samples is not None
         self._samples = RandomSamples(self._loss, self._processes.rank)
         self._window: deque[tuple[Summary, Tensor]] = deque(maxlen=window)
@@ -439,8 +439,9 @@ class Monitor:
     def _in_todays_units(self, rates: Tensor) -> list[Summary]:
         """The window's summaries along steps as long as they would be at the present learning rates."""
         factors = [torch.nan_to_num(rates / then, nan=1.0, posinf=1.0, neginf=1.0) for _, then in self._window]
-        for factor in factors:  # what they were before they were frozen is no matter any more
-            factor[self._frozen_groups()] = 0.0
+        frozen = self._frozen_groups()
+        for factor in factors:
+            factor[frozen] = 0.0  # what they were before they were frozen is no matter any more
         return [
             part if bool((factor == 1).all()) else part.scale(factor)
             for (part, _), factor in zip(self._window, factors, strict=True)
@@ -539,4 +540,4 @@ class Monitor:
     def _write(self, record: Record) -> None:
         if self._processes.rank == 0:
             assert self.summary is not None
-            self._output.write(record, self.summary)
+            self._output.write(record, self.summary, self.path, self.writer)

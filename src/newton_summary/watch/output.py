@@ -29,38 +29,35 @@ class Writer(Protocol):
         ...
 
 
-class Output:
-    """A file, and a writer, that records go to.  None of what fails there is an error: a training goes on without.
+def check_path(path: Path | None) -> None:
+    """Makes the folders above a file that records are to go to.
 
-    Args:
-        path: of the file, to which a line is appended for each record.
-        writer: takes scalars, and words where it has ``add_text``.
+    Raises:
+        ValueError: nothing can be written there.
     """
+    if path is None:
+        return
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ValueError(f"path={str(path)!r}: its folder cannot be made ({_cause(error)})") from error
+    if path.is_dir():
+        raise ValueError(f"path={str(path)!r} is a folder: name a file in it, such as run.jsonl")
+    if not os.access(path if path.exists() else path.parent, os.W_OK):
+        raise ValueError(f"path={str(path)!r} cannot be written: name a file in a folder of yours")
 
-    def __init__(self, path: Path | None, writer: Writer | None) -> None:
-        self.path, self.writer = path, writer
+
+class Output:
+    """Gives records away.  None of what fails there is an error: a training goes on without."""
+
+    def __init__(self) -> None:
         self._told: set[str] = set()
 
-    def check(self) -> None:
-        """Makes the folders above the file.
+    def write(self, record: Record, summary: Summary, path: Path | None, writer: Writer | None) -> None:
+        """Appends a record to a file, with the correlations of its measurement, and gives it to a writer.
 
-        Raises:
-            ValueError: nothing can be written there.
+        The writer takes scalars, and words where it has ``add_text``.
         """
-        if self.path is None:
-            return
-        try:
-            self.path.parent.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise ValueError(f"path={str(self.path)!r}: its folder cannot be made ({_cause(error)})") from error
-        if self.path.is_dir():
-            raise ValueError(f"path={str(self.path)!r} is a folder: name a file in it, such as run.jsonl")
-        if not os.access(self.path if self.path.exists() else self.path.parent, os.W_OK):
-            raise ValueError(f"path={str(self.path)!r} cannot be written: name a file in a folder of yours")
-
-    def write(self, record: Record, summary: Summary) -> None:
-        """Appends a record to the file, with the correlations of its measurement, and gives it to the writer."""
-        path, writer = self.path, self.writer
         if path is not None:
             line = {**record.to_dict(), "correlations": _lower_triangle(correlations(summary))}
             text = json.dumps(line, ensure_ascii=False) + "\n"

@@ -12,7 +12,7 @@ from __future__ import annotations
 import math
 import warnings
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Sequence, Sized
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -23,7 +23,7 @@ from newton_summary._checks import check_count
 from newton_summary._html import Cell, aligned, table
 from newton_summary.measure import Loss
 from newton_summary.measure.next_step import rates_held
-from newton_summary.measure.stream import BatchStream
+from newton_summary.measure.stream import BatchStream, is_sized
 from newton_summary.measure.together import OneOrSeveral, together
 from newton_summary.partition import Partition
 from newton_summary.watch.rate_search import FACTOR, Levels, Outcome, Trial, confirmed, follow
@@ -216,10 +216,9 @@ def rehearse(
 
 def _check_judges(batches: Iterable[Any], steps: int) -> None:
     """Says where trainings are judged on batches that they were trained on."""
-    try:
-        count = len(batches) if isinstance(batches, Sized) else math.inf
-    except TypeError:  # a loader has a length, its data not always
+    if not is_sized(batches):
         return
+    count = len(batches)
     if count == 1:
         raise ValueError(
             "rehearse() got one batch: a training on it says nothing of others; pass several, such as parts of it"

@@ -78,7 +78,13 @@ def words_of(name: str, factor: float, low: float, high: float, middle: float, *
 
 
 def overall(
-    middle: float, low: float, high: float, stands_out: bool, too_far: Names = (), too_little: Names = ()
+    middle: float,
+    low: float,
+    high: float,
+    stands_out: bool,
+    too_far: Names = (),
+    too_little: Names = (),
+    stalled: bool = False,
 ) -> str:
     """What to do about all rates.
 
@@ -89,6 +95,7 @@ def overall(
         stands_out: whether there is something to say of single groups; then what is said of the middle is not of all.
         too_far: the groups whose intervals lie below 1, so that the next step alone would better be shorter.
         too_little: those whose intervals lie above 1.
+        stalled: whether the loss does not fall, so that it is not said that nothing is wrong.
     """
     single = math.isnan(low)
     whose = "the rates in the middle of the groups" if stands_out else "all rates"
@@ -97,7 +104,7 @@ def overall(
         return f"{whose} are too small, {amount}{', from one batch' * single})"
     if middle < 1 / NOTABLE and (single or high < 1):
         return f"{whose}{_TOO_LARGE}{_short(1 / middle)}×{_range(_inverse(high), _inverse(low))}"
-    return "" if stands_out else _leave(too_far, too_little, single and not math.isnan(middle))
+    return "" if stands_out or stalled else _leave(too_far, too_little, single and not math.isnan(middle))
 
 
 def _leave(too_far: Names, too_little: Names, single: bool) -> str:
@@ -110,11 +117,6 @@ def _leave(too_far: Names, too_little: Names, single: bool) -> str:
         if names
     ]
     return f"{_NONE_OFF}, though for one step alone {' and '.join(parts)}" if parts else LEAVE
-
-
-def leaves(words: str) -> bool:
-    """Whether words about all rates say that nothing is wrong."""
-    return words.startswith("leave the rates")
 
 
 def were_too_large(words: str, step: int) -> str:

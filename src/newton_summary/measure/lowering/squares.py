@@ -70,12 +70,6 @@ def _of_distances_within(x: Tensor, p: float = 2) -> Any:
     return within(x).square().sum(-1) if p == 2 else NotImplemented
 
 
-def _of_deviation(
-    x: Tensor, dim: list[int] | None = None, *, correction: float | None = None, keepdim: bool = False
-) -> Tensor:
-    return torch.var(x, dim, correction=1 if correction is None else correction, keepdim=keepdim)
-
-
 _SQUARES: dict[Any, Lowering] = {
     aten.abs.default: _of_entries,
     aten.linalg_vector_norm.default: _of_norm,
@@ -83,5 +77,5 @@ _SQUARES: dict[Any, Lowering] = {
     aten._cdist_forward.default: _of_distances,
     aten._euclidean_dist.default: _of_many_distances,
     aten._pdist_forward.default: _of_distances_within,
-    aten.std.correction: _of_deviation,
+    aten.std.correction: aten.var.correction,
 }
