@@ -32,6 +32,7 @@ from newton_summary_experiments import (
     tasks,
 )
 from newton_summary_experiments.costs import StepCost
+from newton_summary_experiments.data import Data
 from newton_summary_experiments.models import mlp
 from newton_summary_experiments.optimizers import OPTIMIZERS as OPTIMIZERS_BY_NAME
 from newton_summary_experiments.reproduction import DEFAULT, OPTIMIZERS, PAPER, SEARCHED, Reproduction
@@ -159,6 +160,28 @@ def test_the_papers_own_size_has_fewer_seeds_of_what_takes_longest(tmp_path):
     assert full.search_epochs("mlp-mnist", "adam") == 60  # a tie after a third
     assert [len(full.seeds("lenet-cifar10", optimizer)) for optimizer in OPTIMIZERS] == [5, 5, 2, 5, 5]
     assert len(full.seeds("vgg-cifar10", "adam")) == 1
+
+
+def test_networks_of_full_width_are_trained_for_some_epochs_after_searches_of_a_hundred_steps(tmp_path):
+    hours = Reproduction("hours", tmp_path, tmp_path)
+    for name in ("vgg-cifar10", "bigmlp-cifar10"):
+        few, paper_ = hours.task(name), Reproduction("full", tmp_path, tmp_path).task(name)
+        assert few.epochs < paper_.epochs
+        assert (few.network, few.images) == (paper_.network, paper_.images)
+        for optimizer in SEARCHED:
+            assert hours.search_epochs(name, optimizer) == 1
+            grid = hours.search_grid(name, optimizer)
+            assert hours.search_grids(len(grid)) == {1: 2, 2: 1}[len(grid)]
+    samples = torch.zeros(10_500, 1), torch.zeros(10_500, dtype=torch.long)
+    hours._read["vgg-cifar10"] = Data(samples, samples, "none", "none")
+    assert len(hours.search_samples("vgg-cifar10").train[1]) == 100 * few.batch_size
+    assert len(hours.samples("vgg-cifar10").train[1]) == 10_500
+
+
+def test_epochs_are_told_from_steps_where_a_run_ended_before_the_first_one():
+    runs = [[Row(s // 4, s, 1.0, 1.0, 0.5, 0.0, 1.0) for s in steps] for steps in ((0, 2, 4, 6, 8), (0, 2))]
+    assert paper_figures._epochs(runs[0], runs) == [0, 0.5, 1, 1.5, 2]
+    assert paper_figures._epochs(runs[1], runs) == [0, 0.5]
 
 
 def test_a_missing_search_is_named(stand_in, tmp_path):

@@ -91,6 +91,19 @@ def test_the_figures_are_those_of_the_model(digits):
     assert run.rows[-1].validation_accuracy == pytest.approx(right, abs=1e-12)
 
 
+def test_losses_may_be_recorded_within_an_epoch_and_over_some_images(digits, tmp_path):
+    task = dataclasses.replace(SMALL, records=3, evaluated=150)
+    run = train(task, config_of(task, "newton-summary-paper", epochs=2), digits, tmp_path)
+    assert [(row.epoch, row.step) for row in run.rows] == [(0, 0), (0, 6), (0, 12), (1, 16), (1, 22), (1, 28), (2, 32)]
+    assert files.load_checkpoint(tmp_path)["place"][:2] == (2, 0)
+    whole = train(SMALL, config_of(SMALL, "newton-summary-paper", epochs=2), digits)
+    for name, tensor in whole.model.state_dict().items():  # recording changes nothing of the training
+        torch.testing.assert_close(run.model.state_dict()[name], tensor, rtol=1e-4, atol=1e-5)
+    images, classes = (part[:150] for part in digits.train)
+    expected = functional.cross_entropy(run.model(images), classes).item()
+    assert run.rows[-1].train_loss == pytest.approx(expected, rel=1e-5)
+
+
 def test_sgd_is_the_loop_that_anyone_would_write(digits):
     run = train(SMALL, config_of(SMALL, "sgd", epochs=1, lr=0.05, seed=2), digits)
     from newton_summary_experiments.data import shuffled
@@ -133,6 +146,9 @@ def test_the_rate_of_the_papers_method_falls_on_a_plateau(digits):
         rates.append(trainer.rows[-1].lr)
     assert rates[:-1] == [0.3] * (4 * CHECK_EVERY)
     assert rates[-1] == 0.15
+    trainer.position = 1
+    trainer.record()  # within an epoch nothing is checked
+    assert trainer.rows[-1].lr == 0.15
 
 
 def test_measuring_has_its_own_order(digits):
@@ -339,7 +355,7 @@ def test_fresh_folders_are_numbered(tmp_path):
 def test_unknown_names_list_the_known_ones():
     with pytest.raises(UsageError, match="'mnist': choose one of digits, mlp-mnist, lenet-cifar10, vgg-cifar10"):
         get_task("mnist")
-    with pytest.raises(UsageError, match="'tiny': choose one of quick, full"):
+    with pytest.raises(UsageError, match="'tiny': choose one of quick, hours, full"):
         get_task("digits", "tiny")
     with pytest.raises(UsageError, match="'lion': choose one of adam, sgd, kfac, newton-summary"):
         config_of(SMALL, "lion")

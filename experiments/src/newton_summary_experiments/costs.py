@@ -21,7 +21,7 @@ from newton_summary_experiments.models import initialised, mlp
 from newton_summary_experiments.tasks import Task
 from newton_summary_experiments.training import Trainer
 
-_ROUNDS = 8
+ROUNDS = 8
 _STEPS = 10
 _REPEATS = 5
 
@@ -46,7 +46,7 @@ class StepCost:
         return self.plain * row.step + self.measuring * row.counts.get("measured", 0)
 
 
-def step_costs(task: Task, data: Data, configs: Mapping[str, Config], rounds: int = _ROUNDS) -> dict[str, StepCost]:
+def step_costs(task: Task, data: Data, configs: Mapping[str, Config], rounds: int = ROUNDS) -> dict[str, StepCost]:
     """The cost of a step of every optimizer, medians of interleaved rounds of ten steps.
 
     Args:

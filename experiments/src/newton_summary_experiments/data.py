@@ -91,6 +91,12 @@ class Data:
         return {"digest": self.digest, "train": len(self.train[1]), "validation": len(self.validation[1])}
 
 
+def first(data: Batch, count: int | None) -> Batch:
+    """The first samples; all of them where no number is given."""
+    images, classes = data
+    return images[:count], classes[:count]
+
+
 class InMemory(Dataset[Batch]):
     """A map-style data set over tensors that fetches a whole batch at once.  Use it with ``collate_fn=as_it_is``."""
 

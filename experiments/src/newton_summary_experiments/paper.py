@@ -3,20 +3,22 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 
 from tqdm import tqdm
 
 from newton_summary.errors import UsageError
 from newton_summary_experiments import claims, costs, figures, invariance, page, paper_figures, search
-from newton_summary_experiments.reproduction import DEFAULT, GRIDS, LABELS, NETWORKS, OPTIMIZERS, PAPER, Reproduction
+from newton_summary_experiments.data import first
+from newton_summary_experiments.reproduction import DEFAULT, LABELS, NETWORKS, OPTIMIZERS, PAPER, Reproduction
 from newton_summary_experiments.tasks import get_task
 
 INVARIANT = "mlp-mnist"
 """The task on which the invariance is shown."""
 
 _INVARIANT_STEPS = 200
+_FEW_ROUNDS = 3  # of steps that take a second
 _TIMED = "lenet-cifar10"
 
 
@@ -24,14 +26,18 @@ def search_all(study: Reproduction, optimizers: Sequence[str], workers: int = 1)
     """Searches the hyperparameters of some optimizers on every task of the study, and keeps what is found."""
     for name in study.tasks:
         for optimizer in optimizers:
-            grid = GRIDS.get(name, {}).get(optimizer)
-            epochs = study.search_epochs(name, optimizer)
-            folder = study.scratch / "search"
-            study.keep_search(
-                search.search(
-                    study.task(name), study.samples(name), optimizer, folder, grid, epochs=epochs, workers=workers
-                )
+            grid = study.search_grid(name, optimizer)
+            found = search.search(
+                study.task(name),
+                study.search_samples(name),
+                optimizer,
+                study.scratch / "search",
+                grid,
+                epochs=study.search_epochs(name, optimizer),
+                most_grids=study.search_grids(len(grid)),
+                workers=workers,
             )
+            study.keep_search(found)
 
 
 def run_all(study: Reproduction, optimizers: Sequence[str] = OPTIMIZERS) -> None:
@@ -45,15 +51,16 @@ def run_all(study: Reproduction, optimizers: Sequence[str] = OPTIMIZERS) -> None
 
 
 def measure_interactions(study: Reproduction, name: str) -> None:
-    """H̄ over the training set, along its gradient, at initialisation and at the best validation epoch of a run."""
+    """H̄ over the recorded training images, along their gradient, at initialisation and at the best validation epoch."""
     run = study.train(name, PAPER, 0)
     task, data = study.task(name), study.samples(name)
+    data = replace(data, train=first(data.train, task.evaluated))
     known = [row for row in run.rows if row.validation_loss is not None]
-    epoch = min(known, key=lambda row: row.validation_loss or 0.0).epoch
+    best_row = min(known, key=lambda row: row.validation_loss or 0.0)
     initial = figures.measure_interactions(task, task.make_model(0), data)
     run.model.load_state_dict(run.best)
     best = figures.measure_interactions(task, run.model, data)
-    content = {"epoch": epoch, "initial": initial.to_dict(), "best": best.to_dict()}
+    content = {"epoch": best_row.epoch, "step": best_row.step, "initial": initial.to_dict(), "best": best.to_dict()}
     study.keep_measured(f"interactions-{name}", content)
 
 
@@ -78,7 +85,8 @@ def measure_all(study: Reproduction) -> None:
 
 def _step_costs(study: Reproduction, name: str) -> dict[str, dict[str, float]]:
     configs = {optimizer: study.config(name, optimizer, 0) for optimizer in OPTIMIZERS}
-    found = costs.step_costs(study.task(name), study.samples(name), configs)
+    rounds = _FEW_ROUNDS if study.budget == "hours" else costs.ROUNDS
+    found = costs.step_costs(study.task(name), study.samples(name), configs, rounds)
     return {optimizer: asdict(cost) for optimizer, cost in found.items()}
 
 

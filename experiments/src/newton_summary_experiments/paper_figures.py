@@ -129,6 +129,12 @@ def _drawn(rate: float) -> float:
     return rate if rate > _AS_GOOD_AS_ZERO else math.nan
 
 
+def _epochs(rows: Sequence[Row], among: Sequence[Sequence[Row]]) -> list[float]:
+    """Epochs trained at each row, parts of one included; how long one is, is known from runs with a whole one."""
+    length = min((row.step / row.epoch for run in among for row in run if row.epoch), default=1.0)
+    return [row.step / length for row in rows]
+
+
 def rates(histories: Mapping[str, Sequence[Row]], title: str) -> Figure:
     """Every group's rate over training: a row for each network, weights on the left, biases on the right, on one scale.
 
@@ -141,6 +147,7 @@ def rates(histories: Mapping[str, Sequence[Row]], title: str) -> Figure:
     panels = figure.subplots(len(histories), 2, squeeze=False, sharex="row", sharey="row")
     for (name, rows), pair in zip(histories.items(), panels, strict=True):
         known = [row for row in rows if row.rates]
+        epochs = _epochs(known, [rows])
         groups = list(known[0].rates)
         layers = list(dict.fromkeys(layers_of(groups)))
         positive = [rate for row in known for rate in row.rates.values() if rate > _AS_GOOD_AS_ZERO]
@@ -153,10 +160,9 @@ def rates(histories: Mapping[str, Sequence[Row]], title: str) -> Figure:
             for group in (g for g in groups if is_bias(g) == biases):
                 share = layers.index(layer(group)) / max(len(layers) - 1, 1)
                 values = [_drawn(row.rates[group]) for row in known]
-                zeros = [row.epoch for row in known if row.rates[group] <= _AS_GOOD_AS_ZERO]
+                zeros = [x for x, row in zip(epochs, known, strict=True) if row.rates[group] <= _AS_GOOD_AS_ZERO]
                 label = layer(group) if len(layers) <= 10 or share in (0.0, 1.0) else None
                 colour = colormaps["viridis"](0.9 * share)
-                epochs = [row.epoch for row in known]
                 ax.plot(epochs, values, color=colour, linewidth=1.2, marker=".", markersize=3, label=label)
                 ax.plot(zeros, [floor] * len(zeros), "|", color=colour, markersize=5)
             ax.axhline(floor, color="0.6", linewidth=0.6, linestyle=":")
@@ -179,8 +185,8 @@ def _single_rates(histories: Mapping[str, Sequence[Row]], title: str) -> Figure:
     figure = Figure(figsize=(5.6, 3.2), layout="constrained")
     ax = figure.subplots()
     for (name, rows), colour in zip(histories.items(), SERIES, strict=False):
-        known = [(row.epoch, _drawn(rate)) for row in rows for rate in row.rates.values()]
-        x, y = [epoch for epoch, _ in known], [rate for _, rate in known]
+        known = [row for row in rows if row.rates]
+        x, y = _epochs(known, [rows]), [_drawn(rate) for row in known for rate in row.rates.values()]
         ax.plot(x, y, color=colour, linewidth=1.3, marker=".", markersize=4, label=name)
     ax.set_yscale("log")
     ax.set_xlabel("epoch", fontsize=8)
@@ -210,11 +216,13 @@ def losses(
     figure = Figure(figsize=(7.2, 2.3 * len(tasks) + 0.4), layout="constrained")
     panels = figure.subplots(len(tasks), 2, squeeze=False, sharey="row")
     for (name, optimizers), pair in zip(tasks.items(), panels, strict=True):
-        top = 1.6 * max(rows[0].train_loss or 1.0 for runs in optimizers.values() for rows in runs)
+        every = [rows for runs in optimizers.values() for rows in runs]
+        top = 1.6 * max(rows[0].train_loss or 1.0 for rows in every)
         for number, optimizer in enumerate(labels):
             runs, cost = optimizers.get(optimizer, []), costs[name].get(optimizer)
             if runs and cost is not None:
-                _draw_losses(pair, runs, cost, _LINES[number], labels[optimizer], top)
+                epochs = [_epochs(rows, every) for rows in runs]
+                _draw_losses(pair, runs, epochs, cost, _LINES[number], labels[optimizer], top)
         pair[0].set_ylabel(f"{name}\ntraining loss", fontsize=8)
         for ax in pair:
             ax.set_yscale("log")
@@ -233,6 +241,7 @@ def losses(
 def _draw_losses(
     pair: Sequence[Axes],
     runs: Sequence[Sequence[Row]],
+    epochs: Sequence[Sequence[float]],
     cost: StepCost,
     line: tuple[str, str, float],
     label: str,
@@ -244,16 +253,17 @@ def _draw_losses(
     values = [[row.train_loss or math.nan for row in column] for column in zip(*whole, strict=True)]
     middle = [median(column) for column in values]
     low, high = [min(column) for column in values], [max(column) for column in values]
-    epochs = [float(row.epoch) for row in whole[0]]
     seconds = [median(cost.seconds(row) for row in column) for column in zip(*whole, strict=True)]
-    for ax, x in zip(pair, (epochs, seconds), strict=True):
+    for ax, x in zip(pair, (max(epochs, key=len), seconds), strict=True):
         ax.plot(x, middle, style, color=colour, linewidth=width, label=label)
         ax.fill_between(x, low, high, color=colour, alpha=0.15, linewidth=0)
-    for rows in runs:
+    for rows, places in zip(runs, epochs, strict=True):
         if rows[-1].diverged:
-            known = [(row, row.train_loss) for row in rows if row.train_loss is not None]
-            row, loss = known[-1]
-            for ax, at in zip(pair, (row.epoch, cost.seconds(row)), strict=True):
+            known = [
+                (x, row, row.train_loss) for x, row in zip(places, rows, strict=True) if row.train_loss is not None
+            ]
+            epoch, row, loss = known[-1]
+            for ax, at in zip(pair, (epoch, cost.seconds(row)), strict=True):
                 ax.plot([at], [min(loss, top)], "x", color=colour, markersize=7, clip_on=False)
 
 

@@ -19,8 +19,8 @@ from typing import Any
 
 from newton_summary.errors import UsageError
 from newton_summary.report.records import Config, Row
-from newton_summary_experiments import files
-from newton_summary_experiments.data import Data
+from newton_summary_experiments import files, search
+from newton_summary_experiments.data import Data, first
 from newton_summary_experiments.search import Grid, Point, Search
 from newton_summary_experiments.tasks import Task, get_task
 from newton_summary_experiments.training import Run, config_of, train
@@ -47,7 +47,7 @@ NETWORKS = {
 TASKS = tuple(NETWORKS)
 
 SEEDS = {"mlp-mnist": 5, "lenet-cifar10": 5}
-FEWER_SEEDS = {"quick": 2, "full": 1}
+FEWER_SEEDS = {"quick": 2, "hours": 1, "full": 1}
 """How many runs there are for each task and optimizer; for all others than those of :data:`SEEDS`."""
 
 MOST_SEEDS = {("full", "kfac"): 2}
@@ -55,9 +55,13 @@ MOST_SEEDS = {("full", "kfac"): 2}
 
 SEARCH_SHARES: dict[str, dict[str | tuple[str, str], int]] = {
     "quick": {"mlp-mnist": 2, "lenet-cifar10": 2},
+    "hours": {},
     "full": {"kfac": 10, PAPER: 10, ("mlp-mnist", "adam"): 1},  # whose best two are a tie after a third
 }
 """Which part of a run a trial of a search is, for networks, optimizers or both; a third for those not named."""
+
+SEARCH_IMAGES = {"hours": 10_000}
+"""How many images a trial of a search trains on, for a single epoch, where a whole one would take too long."""
 
 GRIDS: dict[str, dict[str, Grid]] = {
     "mlp-mnist": {"sgd": {"lr": (-3, -1)}, "kfac": {"lr": (-5, -3), "damping": (-4, -2)}},
@@ -80,6 +84,25 @@ GRIDS: dict[str, dict[str, Grid]] = {
 }
 """Where searches start, where that is not the grid of :data:`newton_summary_experiments.search.GRIDS`."""
 
+_WIDE_GRIDS: dict[str, dict[str, Grid]] = {
+    "vgg-cifar10": {
+        "adam": {"lr": (-8, -6)},
+        "sgd": {"lr": (-6, -4)},
+        "kfac": {"lr": (-7, -6), "damping": (-3, -2)},
+        PAPER: {"lr": (-1, 0), "regularization": (3, 4)},
+    },
+    "bigmlp-cifar10": {
+        "adam": {"lr": (-10, -8)},
+        "sgd": {"lr": (-8, -6)},
+        "kfac": {"lr": (-7, -6), "damping": (-2, -1)},
+        PAPER: {"lr": (-1, 0), "regularization": (3, 4)},
+    },
+}
+"""The same for networks of full width in hours: around what was best for the narrow ones, rates no larger."""
+
+_MOST_WIDE_GRIDS = {1: 2, 2: 1}
+"""How many grids are gone through there, by the number of hyperparameters."""
+
 _TABLE = ("task", "optimizer", "epochs", "seeds", "at_edge", "lr", "option", "value", "loss")
 
 
@@ -88,7 +111,7 @@ class Reproduction:
     """All experiments at one budget, and what is known of them.
 
     Args:
-        budget: ``"quick"`` or ``"full"``.
+        budget: one of :data:`~newton_summary_experiments.tasks.BUDGETS`.
         results: the folder of what is kept; it has a folder for each budget.
         runs: the folder of checkpoints and of the journals of searches.
         data: the folder of the data files.  Default: the usual places.
@@ -143,9 +166,25 @@ class Reproduction:
 
     def search_epochs(self, name: str, optimizer: str) -> int:
         """The length of a trial, in epochs."""
+        if self.budget in SEARCH_IMAGES:
+            return 1
         shares = SEARCH_SHARES[self.budget]
         share = shares.get((name, optimizer), shares.get(name, shares.get(optimizer, 3)))
         return max(self.task(name).epochs // share, 1)
+
+    def search_grid(self, name: str, optimizer: str) -> Grid:
+        """Where a search starts."""
+        known = _WIDE_GRIDS if self.budget == "hours" else GRIDS
+        return known.get(name, {}).get(optimizer, search.GRIDS[optimizer])
+
+    def search_grids(self, count: int) -> int:
+        """How many grids a search of so many hyperparameters goes through at most."""
+        return (_MOST_WIDE_GRIDS if self.budget == "hours" else search.MOST_GRIDS)[count]
+
+    def search_samples(self, name: str) -> Data:
+        """What a trial trains on."""
+        data = self.samples(name)
+        return replace(data, train=first(data.train, SEARCH_IMAGES.get(self.budget)))
 
     @cached_property
     def searches(self) -> dict[tuple[str, str], Search]:
@@ -164,10 +203,10 @@ class Reproduction:
                 known |= {"epochs": int(row["epochs"]), "seeds": int(row["seeds"]), "at_edge": row["at_edge"] == "yes"}
         return {(task, optimizer): Search(task, optimizer, **known) for (task, optimizer), known in found.items()}
 
-    def keep_search(self, search: Search) -> None:
+    def keep_search(self, found: Search) -> None:
         """Adds a search to those that are kept, in place of an earlier one of the same task and optimizer."""
         self.__dict__.pop("searches", None)  # another process may have kept others meanwhile
-        self.searches[search.task, search.optimizer] = search
+        self.searches[found.task, found.optimizer] = found
         file = io.StringIO()
         writer = csv.writer(file, lineterminator="\n")
         writer.writerow(_TABLE)
@@ -188,7 +227,9 @@ class Reproduction:
         ]
         for (task, optimizer), one in sorted(self.searches.items(), key=_in_order):
             title = f"## {NETWORKS.get(task, task)}, {LABELS.get(optimizer, optimizer)}"
-            runs = f"{one.epochs} epochs, {one.seeds} seed{'s' if one.seeds > 1 else ''}"
+            images = SEARCH_IMAGES.get(self.budget)
+            length = f"{one.epochs} epochs" if images is None else f"An epoch of {images:,} images"
+            runs = f"{length}, {one.seeds} seed{'s' if one.seeds > 1 else ''}"
             edge = "; the best lies at the edge of what was tried" if one.at_edge else ""
             lines += ["", title, "", f"{runs}{edge}.", "", one.table()]
         return "\n".join(lines) + "\n"

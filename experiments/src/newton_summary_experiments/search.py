@@ -105,6 +105,7 @@ def search(
     seeds: int = 1,
     epochs: int | None = None,
     *,
+    most_grids: int | None = None,
     workers: int = 1,
 ) -> Search:
     """Trains at every point of a grid, and of larger ones until the best lies inside.
@@ -117,6 +118,7 @@ def search(
         grid: the first grid.  Default: that of :data:`GRIDS`.
         seeds: how many runs there are at each point.
         epochs: how long to train.  Default: as long as the task does.
+        most_grids: how many grids there are at most.  Default: that of :data:`MOST_GRIDS`.
         workers: processes.  With more than one the task is looked up by its name, and its data in the usual places.
 
     Raises:
@@ -129,7 +131,7 @@ def search(
     make_folder(folder)
     length = task.epochs if epochs is None else epochs
     known: dict[Point, float] = {}
-    for number in range(MOST_GRIDS[len(grid)]):
+    for number in range(MOST_GRIDS[len(grid)] if most_grids is None else most_grids):
         name = f"{task.name} {task.budget} {optimizer} epochs {length} seeds {seeds} grid {number}"
         stage = _Stage(task, data, optimizer, folder, name, grid, seeds, length, known)
         known |= stage.go_through(workers)

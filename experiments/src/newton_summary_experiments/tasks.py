@@ -43,9 +43,11 @@ class Task:
         partition: makes the groups.
         threads: that torch computes with, unless told otherwise; ``None`` leaves that to torch.
         images: how many of the training images are used; ``None`` stands for all.
-        budget: what the sizes are meant for: ``"full"``, those of the paper, or ``"quick"``, two cores.
+        budget: what the sizes are meant for (:data:`BUDGETS`).
         network: the network in words.
         ntk: whether weights stand in the NTK parameterisation (:func:`~newton_summary_experiments.models.ntk`).
+        evaluated: over how many images of each part losses are recorded, the first ones; ``None`` stands for all.
+        records: how often they are recorded in an epoch.
     """
 
     name: str
@@ -63,6 +65,8 @@ class Task:
     budget: str = "full"
     network: str = ""
     ntk: bool = False
+    evaluated: int | None = None
+    records: int = 1
 
     def make_model(self, seed: int) -> nn.Module:
         """The model with the initial weights that a seed stands for."""
@@ -143,7 +147,10 @@ TASKS = {
     )
 }
 
-BUDGETS = ("quick", "full")
+BUDGETS = ("quick", "hours", "full")
+"""The paper's sizes (``"full"``), its networks in as many epochs as two cores do in three hours (``"hours"``; the same
+but for VGG-11' and BigMLP), and less of everything, for minutes (``"quick"``)."""
+
 _FEW: dict[str, Any] = {"images": 5000, "epochs": 12}
 _QUICK: dict[str, dict[str, Any]] = {
     "mlp-mnist": _FEW,
@@ -166,6 +173,12 @@ _QUICK: dict[str, dict[str, Any]] = {
 }
 """What differs at the quick budget: 600 steps on 5,000 images, and networks that a core can train in a minute."""
 
+_HOURS: dict[str, dict[str, Any]] = {
+    "vgg-cifar10": {"epochs": 2, "evaluated": 2000, "records": 3},
+    "bigmlp-cifar10": {"epochs": 4, "evaluated": 2000, "records": 3},
+}
+_SMALLER: dict[str, dict[str, dict[str, Any]]] = {"quick": _QUICK, "hours": _HOURS}
+
 
 def get_task(name: str, budget: str = "full", ntk: bool = False) -> Task:
     """A task by its name, at a budget; tasks that fit two cores as they are do not differ.
@@ -177,5 +190,5 @@ def get_task(name: str, budget: str = "full", ntk: bool = False) -> Task:
         raise UsageError(f"unknown task {name!r}: choose one of {', '.join(TASKS)}")
     if budget not in BUDGETS:
         raise UsageError(f"unknown budget {budget!r}: choose one of {', '.join(BUDGETS)}")
-    smaller = _QUICK.get(name, {}) if budget == "quick" else {}
+    smaller = _SMALLER.get(budget, {}).get(name, {})
     return replace(TASKS[name], budget=budget, ntk=ntk, **smaller)

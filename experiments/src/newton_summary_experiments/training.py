@@ -23,7 +23,7 @@ from newton_summary.errors import UsageError
 from newton_summary.optim import MeasuredOptimizer
 from newton_summary.report.records import Config, Row, Snapshot
 from newton_summary_experiments import files, snapshots
-from newton_summary_experiments.data import Batch, Data, shuffled
+from newton_summary_experiments.data import Batch, Data, first, shuffled
 from newton_summary_experiments.optimizers import (
     CHECK_EVERY,
     MakesGradients,
@@ -127,7 +127,7 @@ def train(
                 raise Interrupted
             trainer.step()
             bar.update()
-            if trainer.position == 0 or trainer.diverged:
+            if trainer.is_recorded or trainer.diverged:
                 trainer.save(folder)
                 bar.set_postfix_str(f"training loss {_shown(trainer.rows[-1].train_loss)}", refresh=False)
     if pressed.is_set():
@@ -182,8 +182,13 @@ class Trainer:
         """Whether there is nothing left to do."""
         return self.diverged or self.epoch >= self.config.epochs
 
+    @property
+    def is_recorded(self) -> bool:
+        """Whether this is a place where losses are recorded: the end of an epoch, or of a part of one."""
+        return self.position % -(-self.steps_per_epoch // self.task.records) == 0
+
     def step(self) -> None:
-        """One step of the optimizer; at the end of an epoch also the evaluation."""
+        """One step of the optimizer; where losses are recorded also the evaluation."""
         chosen = snapshots.is_chosen(self.config.epochs, self.steps_per_epoch, self.taken)
         watcher = None if chosen is None else self._watcher
         if watcher is not None:
@@ -192,7 +197,7 @@ class Trainer:
         if watcher is not None and chosen is not None and finite:
             found = watcher.look(self.model, epoch=chosen, step=self.taken - 1)
             self.snapshots += [found] if found else []
-        if not finite or self.position == 0:
+        if not finite or self.is_recorded:
             self.record(exploded=not finite)
 
     def take_step(self) -> bool:
@@ -226,11 +231,12 @@ class Trainer:
         newton = self.optimizer if isinstance(self.optimizer, MeasuredOptimizer) else None
         if newton is not None:
             newton.eval()
-        train_loss = mean_loss(self.task, self.model, self.data.train)
-        validation_loss, accuracy = evaluate(self.task, self.model, self.data.validation)
+        train, validation = (first(part, self.task.evaluated) for part in (self.data.train, self.data.validation))
+        train_loss = mean_loss(self.task, self.model, train)
+        validation_loss, accuracy = evaluate(self.task, self.model, validation)
         start = self.rows[0].train_loss if self.rows else train_loss
         exploded |= not math.isfinite(train_loss) or (start is not None and train_loss > _DIVERGED * start)
-        if self.plateau is not None and self.epoch and self.epoch % CHECK_EVERY == 0:
+        if self.plateau is not None and self.epoch and self.position == 0 and self.epoch % CHECK_EVERY == 0:
             self.plateau.step(train_loss)
         self.rows.append(
             Row(
