@@ -115,6 +115,28 @@ def test_it_resumes_from_lightnings_checkpoint(tmp_path):
 
 
 @pytest.mark.parametrize("own_data", [False, True])
+def test_a_resumed_training_is_watched_as_if_it_had_not_stopped(own_data, tmp_path):
+    from newton_summary.integrations.lightning import MonitorCallback
+
+    def watched(seed=0):
+        data = make_loader() if own_data else None
+        return make_module(adam, seed), MonitorCallback(loss_fn, data=data, every=7, window=4)
+
+    def adam(module):
+        return torch.optim.Adam(module.parameters(), lr=1e-2)
+
+    (whole, expected), (first, early), (second, callback) = watched(), watched(), watched(5)
+    make_trainer(tmp_path, [expected], max_epochs=2).fit(whole, make_loader())
+    trainer = make_trainer(tmp_path, [early])
+    trainer.fit(first, make_loader())
+    trainer.save_checkpoint(tmp_path / "half.ckpt")
+    make_trainer(tmp_path, [callback], max_epochs=2).fit(second, make_loader(), ckpt_path=tmp_path / "half.ckpt")
+    assert same(whole, second)
+    assert len(callback.monitor.records) > len(early.monitor.records)
+    assert [r.to_dict() for r in callback.monitor.records] == [r.to_dict() for r in expected.monitor.records]
+
+
+@pytest.mark.parametrize("own_data", [False, True])
 def test_a_measurement_that_fails_ends_no_training(own_data, tmp_path):
     from newton_summary.integrations.lightning import MonitorCallback
 

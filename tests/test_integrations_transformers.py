@@ -135,6 +135,25 @@ def test_a_monitor_changes_nothing_and_says_what_it_says_in_a_plain_loop(tmp_pat
     assert told[-1]["newton_summary/advice"] == callback.monitor.advice.to_dict()["words"]
 
 
+def test_a_resumed_training_is_watched_as_if_it_had_not_stopped(tmp_path):
+    from newton_summary.integrations.transformers import MonitorCallback
+
+    def watched(folder, seed=0, **options):
+        model = make_model(seed)
+        trainer = make_trainer(tmp_path / folder, model, torch.optim.AdamW(model.parameters(), lr=1e-3), **options)
+        callback = MonitorCallback(every=3, window=4, partition=partition(model))
+        trainer.add_callback(callback)
+        return model, trainer, callback
+
+    whole, trainer, expected = watched("half", save_strategy="steps", save_steps=7)
+    trainer.train()
+    second, trainer, callback = watched("half", 3)
+    trainer.train(str(tmp_path / "half" / "checkpoint-7"))
+    assert same(whole, second)
+    assert [record.step for record in callback.monitor.records] == [0, 3, 6, 9]
+    assert [r.to_dict() for r in callback.monitor.records] == [r.to_dict() for r in expected.monitor.records]
+
+
 def test_a_measurement_that_fails_ends_no_training(tmp_path):
     from newton_summary.integrations.transformers import MonitorCallback
 

@@ -40,7 +40,7 @@ class MonitorCallback(Callback):
     It puts a :class:`~newton_summary.Monitor` beside the module's optimizer and measures where it is time to, before
     the step, on gradients before they are clipped.  Where a measurement fails it warns, and training goes on.  Where
     the optimizer is a :class:`~newton_summary.NewtonSummary`, which measures by itself, it logs that optimizer's rates
-    instead.
+    instead.  A training that is resumed from a checkpoint is watched as if it had not stopped.
 
     Args:
         loss_fn: ``loss_fn(module, batch)`` gives a scalar.  It must not log: it is called while measuring.  Not needed
@@ -78,6 +78,7 @@ class MonitorCallback(Callback):
         self._stream = None if data is None else BatchStream(data, seed, what="data")
         self._news: News | None = None
         self._batch: Any = None
+        self._state: dict[str, Any] | None = None  # of a training that is resumed, until it starts
 
     def on_train_start(self, trainer: Any, pl_module: Any) -> None:
         """Puts the monitor beside the optimizer."""
@@ -91,6 +92,9 @@ class MonitorCallback(Callback):
             source = self.monitor = Monitor(
                 pl_module, self.loss_fn, optimizer=optimizers, every=self.every, **self.options
             )
+            if self._state is not None:
+                self.monitor.load_state_dict(self._state)
+                self._state = None
         self._news = News(source)
 
     def on_train_batch_start(self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int) -> None:
@@ -119,6 +123,19 @@ class MonitorCallback(Callback):
         """Takes the monitor away; its advice and records stay."""
         if self.monitor is not None:
             self.monitor.close()
+
+    def state_dict(self) -> dict[str, Any]:
+        """What goes into the trainer's checkpoints."""
+        return {
+            "monitor": self._state if self.monitor is None else self.monitor.state_dict(),
+            "stream": None if self._stream is None else self._stream.state_dict(),
+        }
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Goes on from a checkpoint, once training starts."""
+        self._state = state_dict["monitor"]
+        if self._stream is not None and state_dict["stream"] is not None:
+            self._stream.load_state_dict(state_dict["stream"])
 
     def _log(self, logger: Any, measured: Measured, step: int) -> None:
         takes_words = any(base.__name__ in _TAKE_WORDS for base in type(logger).__mro__)

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import torch
 from torch import Tensor
 
 from newton_summary.integrations.news import News, Source
@@ -27,13 +29,20 @@ def own_loss(model: Any, batch: Any) -> Tensor:
     return loss
 
 
+def _place(args: Any, state: Any) -> Path:
+    """Where this process's monitor is kept in the checkpoint of a step."""
+    folder = Path(args.output_dir) / f"checkpoint-{state.global_step}"
+    return folder / f"newton_summary_monitor_{args.process_index}.pt"
+
+
 class MonitorCallback(TrainerCallback):
     """Logs how every group's learning rate should change.
 
     It puts a :class:`~newton_summary.Monitor` beside the trainer's optimizer and measures where it is time to, before
     the step, on gradients as the optimizer will use them.  Where a measurement fails it warns, and training goes on.
     Where the optimizer is a :class:`~newton_summary.NewtonSummary`, which measures by itself, it logs that optimizer's
-    rates instead.
+    rates instead.  A training that is resumed from a checkpoint of the trainer's output folder is watched as if it had
+    not stopped.
 
     Args:
         loss_fn: ``loss_fn(model, batch)`` gives a scalar.  Default: :func:`own_loss`.
@@ -80,6 +89,9 @@ class MonitorCallback(TrainerCallback):
             monitor = Monitor(model, self.loss_fn, optimizer=optimizer, every=self.every, **self.options)
             data = train_dataloader if self.data is None else self.data
             source = self.monitor = monitor.attach(data, repeats=self.repeats, seed=self.seed)
+            saved = _place(args, state)
+            if saved.is_file():
+                monitor.load_state_dict(torch.load(saved, weights_only=True))
         self._news = News(source)
 
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
@@ -91,6 +103,13 @@ class MonitorCallback(TrainerCallback):
             self.log(measured.with_words)
         else:
             state.log_history.append({**measured.with_words, "epoch": state.epoch, "step": state.global_step})
+
+    def on_save(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        """Adds the monitor's state to the checkpoint."""
+        if self.monitor is not None:
+            place = _place(args, state)
+            place.parent.mkdir(parents=True, exist_ok=True)
+            torch.save(self.monitor.state_dict(), place)
 
     def on_train_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         """Takes the monitor away; its advice and records stay."""

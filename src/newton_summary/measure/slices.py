@@ -208,3 +208,11 @@ class RandomSamples:
         if not check.is_possible:
             raise ValueError(f"{asked}: the loss is random, so that samples cannot be told to stand for the batch")
         return some, count
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """Which samples come next."""
+        return {"generator": self._generator.get_state()}
+
+    def load_state_dict(self, state: dict[str, Tensor]) -> None:
+        """The inverse of :meth:`state_dict`."""
+        self._generator.set_state(state["generator"].cpu())

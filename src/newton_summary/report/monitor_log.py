@@ -11,7 +11,7 @@ import torch
 
 from newton_summary.errors import UsageError
 from newton_summary.summary import Summary
-from newton_summary.watch.record import Record
+from newton_summary.watch.record import RESUMED, Record
 
 
 @dataclass(frozen=True)
@@ -21,10 +21,12 @@ class Entry:
     Args:
         record: of the measurement.
         correlations: between the steps of the groups, as a summary whose H̄ they are; ``None`` where the line has none.
+        resumed_at: for the first one of a training that was resumed, the step that it went on from.
     """
 
     record: Record
     correlations: Summary | None
+    resumed_at: int | None = None
 
 
 @dataclass(frozen=True)
@@ -100,7 +102,7 @@ def _entry(path: Path, number: int, line: str) -> Entry:
         if not isinstance(values, dict):
             raise TypeError(f"a record was expected, not a {type(values).__name__}")
         record = Record.from_dict(values)
-        return Entry(record, _correlations(record, values.get("correlations")))
+        return Entry(record, _correlations(record, values.get("correlations")), values.get(RESUMED))
     except KeyError as error:
         raise UsageError(
             f"{path}, line {number} is not a record of a Monitor, it has no {error.args[0]}: name the file of "
@@ -124,11 +126,16 @@ def _correlations(record: Record, rows: Any) -> Summary | None:
 
 
 def _runs(entries: list[Entry]) -> list[list[Entry]]:
-    """The entries of each run: monitors that write to one file append to it, and each counts steps from 0."""
+    """The entries of each run: monitors that write to one file append to it, and each counts steps from 0.
+
+    One that was resumed goes on with the run before it; what that had measured beyond the checkpoint is left out.
+    """
     runs: list[list[Entry]] = []
     for entry in entries:
         record, last = entry.record, runs[-1][-1].record if runs else None
-        if last is None or record.step <= last.step or record.names != last.names:
+        if last is not None and entry.resumed_at is not None and record.names == last.names:
+            runs[-1] = [earlier for earlier in runs[-1] if earlier.record.step < entry.resumed_at]
+        elif last is None or record.step <= last.step or record.names != last.names:
             runs.append([])
         runs[-1].append(entry)
     return runs

@@ -8,7 +8,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from statistics import mean, median
-from typing import Protocol, TypeAlias
+from typing import Any, Protocol, TypeAlias
 
 import torch
 
@@ -22,6 +22,10 @@ SHORTEST = 100
 
 FEW = 8
 """Samples that are measured at least, of batches that have them."""
+
+
+_KEPT = ("samples", "_adapts", "_is_due", "_measured", "_look", "_cost", "_size", "_saved", "_prices", "_has_recorded")
+"""What of a cadence outlives its process: all but the share, the clock, and what it read."""
 
 
 class Cadence(Protocol):
@@ -54,6 +58,14 @@ class Cadence(Protocol):
 
     def end_of_step(self, taken: int, agree: Agreement) -> None:
         """A step was taken."""
+        ...
+
+    def state_dict(self) -> dict[str, Any]:
+        """What a resumed training goes on from: plain values."""
+        ...
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """The inverse of :meth:`state_dict`."""
         ...
 
     def __str__(self) -> str:
@@ -92,6 +104,13 @@ class Fixed:
         return False
 
     def end_of_step(self, taken: int, agree: Agreement) -> None:
+        """See :class:`Cadence`."""
+
+    def state_dict(self) -> dict[str, Any]:
+        """Nothing: it is as it was told."""
+        return {}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
         """See :class:`Cadence`."""
 
     def __str__(self) -> str:
@@ -239,6 +258,18 @@ class Affordable:
             return largest
         fixed = max(price - slope * m, 0.0)
         return _doubled(min(max(fixed, budget - fixed) / slope, float(largest)))
+
+    def state_dict(self) -> dict[str, Any]:
+        """What measurements have cost, and what is saved up; the time of a step is measured anew."""
+        return {key: list(v.items()) if key == "_prices" else v for key, v in vars(self).items() if key in _KEPT}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """The inverse of :meth:`state_dict`; a number of samples that was asked for stays, and all of another kind."""
+        told = () if self._adapts else ("samples", "_adapts")
+        known = {key: dict(v) if key == "_prices" else v for key, v in state.items() if key not in told}
+        vars(self).update(known)
+        self._durations.clear()
+        self._last = math.nan
 
     def __str__(self) -> str:
         return f"in {self.share:.0%} of the time"

@@ -6,7 +6,7 @@ import logging
 import math
 import warnings
 from collections import Counter, deque
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -57,6 +57,9 @@ class Monitor:
     A monitor ends no training: where :meth:`step`, or a measurement within ``optimizer.step()``, fails, it warns and
     tries again when it is next time to; after three failures in a row it measures no more.  :meth:`measure` raises.
     Where a record cannot be written, it warns once, and ``records`` has it.
+
+    :meth:`state_dict` goes into the training's checkpoint, so that a resumed training is watched as if it had not
+    stopped: steps are counted on, and advice is made of what was measured before, too.
 
     By default it measures as often, and on as many samples of a batch, as a ``share`` of the training's time pays for
     (:class:`~newton_summary.watch.cadence.Affordable`).  With ``every`` nothing depends on time, and advice repeats.
@@ -176,6 +179,9 @@ class Monitor:
         self._samples = RandomSamples(self._loss, self._processes.rank)
         self._window: deque[tuple[Summary, Tensor]] = deque(maxlen=window)
         self._progress = Progress(window)
+        self._stream: BatchStream | None = None
+        self._stream_state: dict[str, int] | None = None  # where a resumed one goes on, until it is attached
+        self._resumed_at: int | None = None  # until that is written
         self._taken = 0
         self._stepped: set[int] = set()  # which of several optimizers have stepped in this round
         self._awaiting: Measured | None = None
@@ -226,6 +232,10 @@ class Monitor:
         """
         check_count("repeats", repeats)
         stream = BatchStream(batches, seed, self._processes.rank, self._processes.count, "batches")
+        if self._stream_state is not None:
+            stream.load_state_dict(self._stream_state)
+            self._stream_state = None
+        self._stream = stream
 
         def before_step(*_: Any) -> None:
             if not self._stepped and self._is_due() and self._has_gradients():
@@ -420,16 +430,20 @@ class Monitor:
         rates = self._learning_rates()
         self._window.extend((part, rates) for part in parts)
         self._progress.add(mean.loss.item(), self._taken)
-        self.advice = advise(
+        self.advice = self._advice_at(rates)
+        self._progress.hear(self.advice.overall, self._taken)
+        self.records.append(record_of(self._taken, mean, rates, self.advice, self._in_all(measured.counts)))
+        self._awaiting = measured
+        return self.advice
+
+    def _advice_at(self, rates: Tensor) -> Advice:
+        """Advice from all that the window holds."""
+        return advise(
             self._in_todays_units(rates),
             regularization=self.regularization,
             level=self.level,
             stalled=self._progress.words(),
         )
-        self._progress.hear(self.advice.overall, self._taken)
-        self.records.append(record_of(self._taken, mean, rates, self.advice, self._in_all(measured.counts)))
-        self._awaiting = measured
-        return self.advice
 
     def _in_all(self, counts: Counts) -> Counts:
         """The numbers of samples in all processes."""
@@ -512,6 +526,58 @@ class Monitor:
         self.records[-1] = replace(self.records[-1], actual_decrease=self.records[-1].loss - after)
         self._write(self.records[-1])
 
+    # Resuming ---------------------------------------------------------------------------------------------------------
+
+    def state_dict(self) -> dict[str, Any]:
+        """All that a resumed training's monitor goes on from, fit for a checkpoint: plain values and a few tensors.
+
+        Take it between two steps, as that of the optimizer.
+        """
+        return {
+            "groups": list(self.partition.names),
+            "taken": self._taken,
+            "counts": dict(self.counts),
+            "cadence": self.cadence.state_dict(),
+            "samples": self._samples.state_dict(),
+            "stream": self._stream_state if self._stream is None else self._stream.state_dict(),
+            "progress": self._progress.state_dict(),
+            "window": [(part.to_dict(), rates) for part, rates in self._window],
+            "summary": None if self.summary is None else self.summary.to_dict(),
+            "records": [record.to_dict() for record in self.records],
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Goes on where :meth:`state_dict` was taken.  Call it after the optimizer's own, whose rates advice refers to.
+
+        Measurements that failed before count as forgotten: one that was silent after three of them tries again.
+
+        Raises:
+            ValueError: the state is of a monitor of other groups.
+        """
+        if state["groups"] != list(self.partition.names):
+            ours, theirs = ", ".join(self.partition.names[:3]), ", ".join(state["groups"][:3])
+            raise ValueError(
+                f"the state is of a monitor of {len(state['groups'])} groups ({theirs}, …), this one has "
+                f"{len(self.partition)} ({ours}, …): make it with the same model, partition and optimizers"
+            )
+        self._taken = self._resumed_at = state["taken"]
+        self._stepped.clear()
+        self._awaiting, self._errors = None, 0
+        self.counts = Counter({name: count for name, count in state["counts"].items() if name != "disabled"})
+        self.cadence.load_state_dict(state["cadence"])
+        self._samples.load_state_dict(state["samples"])
+        self._progress.load_state_dict(state["progress"])
+        if self._stream is None:
+            self._stream_state = state["stream"]
+        elif state["stream"] is not None:
+            self._stream.load_state_dict(state["stream"])
+        self._window.clear()
+        self._window.extend((Summary.from_dict(part), rates) for part, rates in state["window"])
+        self.records.clear()
+        self.records.extend(map(Record.from_dict, state["records"]))
+        self.summary = None if state["summary"] is None else Summary.from_dict(state["summary"])
+        self.advice = self._advice_at(self._learning_rates()) if self._window else None
+
     # Telling ----------------------------------------------------------------------------------------------------------
 
     def __repr__(self) -> str:
@@ -540,4 +606,5 @@ class Monitor:
     def _write(self, record: Record) -> None:
         if self._processes.rank == 0:
             assert self.summary is not None
-            self._output.write(record, self.summary, self.path, self.writer)
+            self._output.write(record, self.summary, self.path, self.writer, self._resumed_at)
+        self._resumed_at = None

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from newton_summary.summary import Summary
 from newton_summary.watch.advice import correlations
-from newton_summary.watch.record import TAG, Record, markdown
+from newton_summary.watch.record import RESUMED, TAG, Record, markdown
 
 
 class Writer(Protocol):
@@ -53,13 +53,17 @@ class Output:
     def __init__(self) -> None:
         self._told: set[str] = set()
 
-    def write(self, record: Record, summary: Summary, path: Path | None, writer: Writer | None) -> None:
+    def write(
+        self, record: Record, summary: Summary, path: Path | None, writer: Writer | None, resumed_at: int | None = None
+    ) -> None:
         """Appends a record to a file, with the correlations of its measurement, and gives it to a writer.
 
-        The writer takes scalars, and words where it has ``add_text``.
+        The writer takes scalars, and words where it has ``add_text``.  The first record of a training that was resumed
+        says after which step: those of later steps, before it in the file, were of what was lost.
         """
         if path is not None:
             line = {**record.to_dict(), "correlations": _lower_triangle(correlations(summary))}
+            line |= {} if resumed_at is None else {RESUMED: resumed_at}
             text = json.dumps(line, ensure_ascii=False) + "\n"
             self._attempt(lambda: _append(path, text), str(path))
         if writer is not None:

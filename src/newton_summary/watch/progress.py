@@ -6,6 +6,7 @@ import math
 from collections import deque
 from collections.abc import Sequence
 from statistics import median
+from typing import Any
 
 from newton_summary.watch.words import were_too_large
 
@@ -46,6 +47,15 @@ class Progress:
         """Takes in what was then said of all rates, after so many steps."""
         if not self._too_large and self._count <= self._window:
             self._too_large = were_too_large(overall, step + 1)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Plain values."""
+        return {**vars(self), "_later": list(self._later)}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """The inverse of :meth:`state_dict`; how much is remembered stays as it is here."""
+        own = {"_window": self._window, "_later": deque(state["_later"], self._later.maxlen)}
+        vars(self).update({**state, **own})
 
     def words(self) -> str:
         """That the loss is no lower than at first, in a sentence; empty where it is, or where that is too early to say.

@@ -10,13 +10,17 @@ from typing import Any
 TAG = "newton_summary/advice"
 """The tag of the advice in words, wherever numbers and words are logged together."""
 
+RESUMED = "resumed_at"
+"""Beside the first record of a resumed training in a file: the number of steps that it went on from."""
+
 
 @dataclass(frozen=True)
 class Record:
     """One measurement, as plain numbers; one entry for each group in every tuple but ``sentences``.
 
     Args:
-        step: the number of the optimizer's steps before it, since the monitor was made.
+        step: the number of the optimizer's steps before it, since the monitor was made; those of before a training
+            was resumed included, where the monitor was, too.
         loss: on the measured batches, before the step.
         predicted_decrease: of that loss by the optimizer's step, in the quadratic model of these very batches.
         actual_decrease: of that loss, on these batches and with the same random numbers; NaN until the step was taken.
