@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 
 import numpy as np
 import pytest
@@ -241,7 +242,7 @@ def test_all_rates_are_spoken_of_where_noise_cannot_be_the_reason() -> None:
     assert overall(1.0, 1.2, 0.9, noise=0.5) == f"{leave}, whatever suits one step alone" == LEAVE
     # greedy by up to 19 along an averaged direction
     assert overall(15.0, 12.0, 18.0) == f"{leave}, though for one step alone 3 groups move too little"
-    assert overall(190.0, 100.0, 300.0) == "all rates are too small, at least 10× (190× for one step)"
+    assert overall(190.0, 190.0, 300.0) == "all rates are too small, at least 10× (190× for one step)"
     assert overall(190.0, 100.0, 300.0, noise=50.0) == LEAVE, "nothing is sure"
     assert overall(0.1, 0.1, 0.1).startswith("all rates are too large for the next step, 10× (")
     assert overall(1.0, 1.1, 30.0) == "", "one that stands out is enough to say"
@@ -265,10 +266,35 @@ def test_what_is_said_of_the_middle_is_not_said_of_all_where_groups_differ() -> 
         names = [f"g{s}" for s in range(count)]
         return advise([Summary(1.0, g, hessian, [0.0] * count, names) for g in slopes]).headline
 
-    assert headline(190.0, 190.0, 190.0, 38.0).startswith(
+    assert headline(190.0, 190.0, 190.0, 1900.0).startswith(
         "the rates in the middle of the groups are too small, at least 10× (190× for one step); 1 group stands out"
     )
+    assert headline(190.0, 190.0, 190.0, 38.0).startswith(  # all together may move half as much
+        "the rates in the middle of the groups are too small, at least 5× (95× for one step); 1 group stands out"
+    )
+    assert headline(40000.0, 40000.0, 40000.0, 0.6).startswith("`g3`: moves 67000× ("), "a larger rate for all is ruin"
     assert headline(0.1, 0.1, 0.1, 3.0).startswith("the rates in the middle of the groups are too large for the next")
+
+
+@given(st.floats(0.3, 30.0), st.floats(-0.45, 0.95), st.integers(2, 6), st.floats(1e-3, 0.3))
+def test_all_rates_are_too_large_where_the_whole_step_surely_raises_the_loss(size, correlation, count, noise) -> None:
+    hessian = torch.full((count, count), correlation / size, dtype=torch.float64).fill_diagonal_(1 / size)
+    hessian = hessian if bool((torch.linalg.eigvalsh(hessian) > 0).all()) else torch.eye(count).double() / size
+    parts = [Summary(1.0, [1.0 + e] * count, hessian, None, list("abcdef")[:count]) for e in (-noise, 0.0, noise)]
+    told = advise(parts).overall
+    changes = [float(hessian.sum() / 2 - part.gradient.sum()) for part in parts]  # of the loss, by the step as it is
+    error = np.std(changes, ddof=1) / math.sqrt(3) * stats.t.ppf(0.95, 2)
+    raises, lowers = np.mean(changes) > 1.001 * error, np.mean(changes) < -1.001 * error
+    if raises:
+        assert "all rates are too large for the next step" in told
+    if lowers and size > 1:  # no group alone moves too far
+        assert "too large" not in told
+
+
+def test_of_a_step_that_does_not_descend_a_bound_is_told() -> None:
+    hessian = torch.full((2, 2), 10.0).double().fill_diagonal_(11.0)
+    parts = [Summary(1.0, [e, e], hessian, None, ["a", "b"]) for e in (-0.9, 0.1, 0.6)]
+    assert re.fullmatch(r"all rates are too large for the next step, at least [\d.]+×", advise(parts).overall)
 
 
 def test_where_the_loss_has_not_fallen_nothing_says_that_the_rates_are_right() -> None:

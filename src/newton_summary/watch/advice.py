@@ -20,7 +20,7 @@ from newton_summary._html import Cell, aligned, table
 from newton_summary.solve import Status
 from newton_summary.summary import Summary
 from newton_summary.watch.intervals import Array, best, intervals, quantile, slopes_of
-from newton_summary.watch.words import UNMOVED, UNSURE, between, in_one, overall, tells, times, words_of
+from newton_summary.watch.words import UNMOVED, UNSURE, Factor, between, in_one, overall, tells, times, words_of
 
 STRONG = 0.5
 """A correlation of this size between two groups is put into words."""
@@ -191,8 +191,8 @@ def advise(
     direction and of each other.
 
     Factors are those of one step.  Words are about what holds for tens of them: they compare a group with the middle
-    of all, and speak of all rates where even a direction that is nothing but noise leaves something to gain
-    (:mod:`newton_summary.watch.words`).
+    of all, and speak of all rates where even a direction that is nothing but noise leaves something to gain, or where
+    the step as a whole surely raises the loss (:mod:`newton_summary.watch.words`).
 
     Args:
         summaries: of batches, with H̄, over the same groups; each counts by its weight.
@@ -218,9 +218,7 @@ def advise(
     hessian = mean.tensor(2)
     if not all(part.is_finite() for part in parts):
         raise ValueError("a summary has entries that are not finite: leave it out")
-    slopes = slopes_of(parts, mean, regularization)
-    alone = best(mean, regularization)
-    low, high = intervals(slopes, np.array([part.weight for part in parts]), alone, level)
+    alone, low, high = _factors(parts, mean, regularization, level)
     step = solve.cubic(mean, regularization if mean.third is not None else 0.0, nonnegative=True)
     moved = ((mean.gradient != 0) | (hessian.diagonal() != 0)).numpy()
     falls = moved & (alone > 0)
@@ -246,10 +244,34 @@ def advise(
         level=level,
         middle=middle,
         overall=overall(
-            middle, _middle(low[falls]), _middle(high[falls]), stands_out, too_far, too_little, bool(stalled)
+            Factor(middle, _middle(low[falls]), _middle(high[falls])),
+            _common(parts, mean, level),
+            stands_out,
+            too_far,
+            too_little,
+            bool(stalled),
         ),
         stalled=stalled,
     )
+
+
+def _factors(parts: Sequence[Summary], mean: Summary, regularization: float, level: float) -> tuple[Array, ...]:
+    """For every group the factor that is best when the others stand still, and both ends of its interval."""
+    slopes = slopes_of(parts, mean, regularization)
+    found = best(mean, regularization)
+    return found, *intervals(slopes, np.array([part.weight for part in parts]), found, level)
+
+
+def _common(parts: Sequence[Summary], mean: Summary, level: float) -> Factor:
+    """The factor on all rates alike, in the quadratic model: third derivatives between groups are not known."""
+    together = [_as_one(part) for part in parts]
+    return Factor(*(float(end[0]) for end in _factors(together, _as_one(mean), 0.0, level)))
+
+
+def _as_one(summary: Summary) -> Summary:
+    """The summary of the whole step, as one group."""
+    slope, curvature = summary.gradient.sum()[None], summary.tensor(2).sum()[None, None]
+    return Summary(summary.loss, slope, curvature, None, ("all",), weight=summary.weight)
 
 
 def alone(summary: Summary, regularization: float = 1.0) -> Tensor:

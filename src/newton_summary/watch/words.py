@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import TypeAlias
+from typing import NamedTuple, TypeAlias
 
 Names: TypeAlias = Sequence[str]
 
@@ -31,6 +31,9 @@ LEAVE = f"{_NONE_OFF}, whatever suits one step alone"
 
 LEAVE_SO_FAR = "leave the rates as they are: from one batch none is surely off"
 """What is said where nothing is wrong, and there are no intervals."""
+
+_RAISES = 0.5
+"""A step raises a quadratic loss where the best factor on it is below a half."""
 
 _TOO_LARGE = " are too large for the next step, "
 _FROM_ONE = " (from one batch)"
@@ -77,10 +80,17 @@ def words_of(name: str, factor: float, low: float, high: float, middle: float, *
     return ""
 
 
+class Factor(NamedTuple):
+    """A factor on learning rates, and the ends of its interval, which are NaN where a single batch was measured."""
+
+    best: float
+    low: float
+    high: float
+
+
 def overall(
-    middle: float,
-    low: float,
-    high: float,
+    middle: Factor,
+    common: Factor,
     stands_out: bool,
     too_far: Names = (),
     too_little: Names = (),
@@ -88,23 +98,37 @@ def overall(
 ) -> str:
     """What to do about all rates.
 
+    That they are too small is said where it holds of the group in the middle and of all together: one group that limits
+    the step may be far from the middle.  That they are too large is also said where only all together are, because
+    groups interact, and the next step surely raises the loss: that is so where the best factor on it is below a half.
+
     Args:
-        middle: the median factor.
-        low: the median of the lower ends of the intervals; NaN where a single batch was measured.
-        high: that of the upper ends.
+        middle: the median factor, of groups alone, and the medians of the ends of their intervals.
+        common: the factor on all rates alike.
         stands_out: whether there is something to say of single groups; then what is said of the middle is not of all.
         too_far: the groups whose intervals lie below 1, so that the next step alone would better be shorter.
         too_little: those whose intervals lie above 1.
         stalled: whether the loss does not fall, so that it is not said that nothing is wrong.
     """
-    single = math.isnan(low)
+    single = math.isnan(middle.low)
     whose = "the rates in the middle of the groups" if stands_out else "all rates"
-    if middle > NOTABLE * SHARED_NOISE and (single or low > SHARED_NOISE):
-        amount = f"at least {_short(middle / SHARED_NOISE)}× ({_short(middle)}× for one step"
+    best, low, high = _nearer(middle.best, common.best), min(middle.low, common.low), max(middle.high, common.high)
+    if best > NOTABLE * SHARED_NOISE and (single or low > SHARED_NOISE):
+        amount = f"at least {_short(best / SHARED_NOISE)}× ({_short(best)}× for one step"
         return f"{whose} are too small, {amount}{', from one batch' * single})"
-    if middle < 1 / NOTABLE and (single or high < 1):
-        return f"{whose}{_TOO_LARGE}{_short(1 / middle)}×{_range(_inverse(high), _inverse(low))}"
-    return "" if stands_out or stalled else _leave(too_far, too_little, single and not math.isnan(middle))
+    if best < 1 / NOTABLE and (single or high < 1):
+        return f"{whose}{_TOO_LARGE}{_short(1 / best)}×{_range(_inverse(high), _inverse(low))}"
+    if not stands_out and 0 < common.high < _RAISES:
+        known = (
+            f"{_short(1 / common.best)}×{_range(_inverse(common.high), _inverse(common.low))}" if common.best else ""
+        )
+        return f"{whose}{_TOO_LARGE}{known or f'at least {_short(1 / common.high)}×'}"
+    return "" if stands_out or stalled else _leave(too_far, too_little, single and not math.isnan(middle.best))
+
+
+def _nearer(factor: float, other: float) -> float:
+    """The factor, or the other one where that is nearer to 1; 1 where they lie on both sides of it."""
+    return max(factor, min(other, 1.0)) if factor < 1 else min(factor, max(other, 1.0))
 
 
 def _leave(too_far: Names, too_little: Names, single: bool) -> str:
