@@ -383,6 +383,45 @@ def test_hooks_are_not_even_copied():
     assert len(next_step(optimizer, list(case.model.parameters()))) == 4
 
 
+def test_an_optimizer_whose_steps_are_differentiated_has_the_same_next_step():
+    """Its state may have a graph, as where a learning rate is learnt through it."""
+    case = make("mlp")
+    held = list(case.model.parameters())
+    for differentiable in (True, False):
+        optimizer = torch.optim.Adam(held, lr=0.1, differentiable=differentiable)
+        case.loss.backward(retain_graph=True)
+        for moment in ("exp_avg", "exp_avg_sq"):
+            for p in held:
+                value = p.square() if differentiable else p.detach().square()
+                optimizer.state[p] |= {"step": torch.tensor(1.0), moment: value}
+        told = next_step(optimizer, held)
+        if differentiable:
+            expected = told
+            assert optimizer.defaults["differentiable"]
+            assert optimizer.param_groups[0]["differentiable"]
+        for p in held:
+            p.grad = None
+    for step, other in zip(told, expected, strict=True):
+        assert not other.requires_grad
+        torch.testing.assert_close(step, other, rtol=0, atol=0)
+
+
+def test_an_optimizer_of_parameters_of_a_class_of_ones_own_has_a_next_step():
+    """Torch does not copy tensors of such a class deeply, of which the state of Adam is made."""
+
+    class Marked(torch.Tensor):
+        pass
+
+    weight = nn.Parameter(torch.randn(3, 2).as_subclass(Marked))
+    optimizer = torch.optim.Adam([weight], lr=0.1)
+    for _ in range(2):
+        weight.grad = torch.ones_like(weight)
+        optimizer.step()
+    (step,), before = next_step(optimizer, [weight]), weight.detach().clone()
+    optimizer.step()
+    assert_rounded((before - step).as_subclass(torch.Tensor), weight.detach().as_subclass(torch.Tensor), 10)
+
+
 def test_parameters_that_the_optimizer_does_not_hold_get_zeros():
     case = make("mlp")
     case.loss.backward()

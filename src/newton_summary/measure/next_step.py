@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import inspect
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -110,16 +110,30 @@ def _shadow(optimizer: torch.optim.Optimizer, memo: dict[int, Any]) -> torch.opt
         for inner in value if isinstance(value, list | tuple) else (value,):
             if isinstance(inner, torch.optim.Optimizer) and id(inner) not in memo:
                 _shadow(inner, memo)
+    memo.update({id(t): t.detach().clone() for t in _uncopyable(vars(optimizer).get("state"))})
     for key, value in vars(optimizer).items():
         if key.endswith("_hooks"):
             vars(shadow)[key] = type(value)()
         elif key != "step":  # schedulers patch it
             vars(shadow)[key] = copy.deepcopy(value, memo)
+    for table in (vars(shadow).get("defaults", {}), *shadow.param_groups):
+        if table.get("differentiable"):  # the same step, but nothing of it is differentiated
+            table["differentiable"] = False
     return shadow
+
+
+def _uncopyable(state: Any) -> Iterator[Tensor]:
+    """The tensors of an optimizer's state that torch does not copy deeply: those of subclasses, or with a graph."""
+    if isinstance(state, Tensor):
+        if not state.is_leaf or type(state) not in (Tensor, nn.Parameter):
+            yield state
+    elif isinstance(state, Mapping | list | tuple):
+        for value in state.values() if isinstance(state, Mapping) else state:
+            yield from _uncopyable(value)
 
 
 def _twin_of(parameter: nn.Parameter) -> nn.Parameter:
     twin = nn.Parameter(parameter.detach().clone(), requires_grad=parameter.requires_grad)
     twin.__dict__.update(parameter.__dict__)
-    twin.grad = None if parameter.grad is None else parameter.grad.clone()
+    twin.grad = None if parameter.grad is None else parameter.grad.detach().clone()
     return twin
