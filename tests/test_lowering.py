@@ -148,9 +148,19 @@ FUNCTIONS = {
     "segments": lambda x: torch.segment_reduce(x.sin(), "mean", lengths=torch.tensor([2, 1, 3])).exp(),
     "segments, one empty": lambda x: torch.segment_reduce(x.sin(), "sum", offsets=torch.tensor([0, 2, 2, 6])).exp(),
     "largest of segments": lambda x: torch.segment_reduce(x.sin(), "max", lengths=torch.tensor([4, 2])).exp(),
+    "products of segments": lambda x: torch.segment_reduce(x.sin(), "prod", lengths=torch.tensor([4, 2])).exp(),
+    "products, scattered": scattered("prod", True),
+    "products alone, scattered": scattered("prod", False),
+    "means, by slices": lambda x: x.sin().index_reduce(0, INDEX[4], x[:3].cos(), "mean"),
+    "products, by slices": lambda x: x.sin().index_reduce(-1, INDEX[4], x[:, :3], "prod", include_self=False),
+    "largest, by slices": lambda x: x.sin().index_reduce(1, INDEX[4], x[:, :3], "amax"),
+    "an entry by its number": lambda x: x.take(torch.tensor(-2)).sin() * x.take(INDEX),
+    "Bessel functions": lambda x: (torch.special.i0(2 * x) + torch.special.i1(3 * x) + torch.special.i0e(x + 9)
+                                   * torch.special.i1e(x - 9)),
     "steps": lambda x: x.floor() * x + x.round() * x.sign(),
     "margins": lambda x: F.multi_margin_loss(x, INDEX[:, 0], p=2, margin=0.7, weight=EYE[0] + 0.3, reduction="none"),
     "margins, one sample": lambda x: F.multi_margin_loss(x[0], torch.tensor(2)),
+    "margins, one class": lambda x: F.multi_margin_loss(x[0, 0], torch.tensor(0)) + x.sin(),
     "margins of several labels": lambda x: F.multilabel_margin_loss(x, torch.tensor([[0, 2, -1, 1, 1, 1]] * 6),
                                                                     reduction="none"),
     "margins of one sample": lambda x: F.multilabel_margin_loss(x[0], torch.tensor([4, 0, 1, -1, 2, 2])),
@@ -158,6 +168,7 @@ FUNCTIONS = {
     "larger and smaller, of numbers": lambda x: torch.fmax(x, x.cos()) * torch.fmin(x.sin(), x.mT),
     "leaks": lambda x: F.rrelu(x) * x,
     "random leaks": lambda x: F.rrelu(x, training=True) * x,
+    "inverse of a factor": lambda x: torch.cholesky_inverse((x + 4 * EYE).triu(), upper=True).sin(),
     "Householder": lambda x: torch.linalg.householder_product(x[:, :3], x[0, :3]),
 }  # fmt: skip
 
@@ -172,6 +183,7 @@ class Entries(nn.Module):
         return self.a * (1 + 0.3 * self.b.sin())
 
 
+@pytest.mark.filterwarnings("ignore:index_reduce")
 @pytest.mark.parametrize("name", FUNCTIONS)
 def test_derivatives_are_those_of_the_operation(name):
     model, function = Entries(), FUNCTIONS[name]
@@ -287,6 +299,8 @@ AT_ZERO = {
     "log of the normal distribution": torch.special.log_ndtr,
     "angle": lambda x: torch.atan2(x, x + 2),
     "sinc, small": lambda x: torch.sinc(x / 30),
+    "Bessel functions": lambda x: torch.special.i0(x) + torch.special.i1(x),
+    "Bessel functions, close to zero": lambda x: torch.special.i0(x * 1e-7) + torch.special.i1(x * 1e-7) * 1e20,
 }
 
 

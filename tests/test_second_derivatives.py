@@ -346,7 +346,7 @@ NO_GRADIENT = {
     "eigenvalues": (lambda m: torch.linalg.eigvalsh(m.a) * m.b, "_linalg_eigh"),
     "eigenvectors": (lambda m: torch.linalg.eigh(m.a)[1].square() * m.b, "_linalg_eigh"),
     "solved by a factor": (lambda m: torch.cholesky_solve(m.b, m.a), "cholesky_solve"),
-    "inverse of a factor": (lambda m: torch.cholesky_inverse(m.a) * m.b, "cholesky_inverse"),
+    "inverse of a factor": (lambda m: torch.cholesky_inverse(m.a) * m.b, "'a', of shape"),
     "pseudo-inverse": (lambda m: torch.linalg.pinv(m.a, hermitian=True) * m.b, "linalg_pinv"),
     "strides": (lambda m: m.b.sin().as_strided_scatter(m.a[:2, :2].exp(), (2, 2), (1, 2)), "not that of the loss"),
     "rows added": (lambda m: rows_added(m, [0, 0]), "index_put"),

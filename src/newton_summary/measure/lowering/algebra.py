@@ -111,6 +111,15 @@ def _cholesky(a: Tensor, *, upper: bool = False, check_errors: bool = False) -> 
     return result.mT if upper else result, info
 
 
+@lowers(aten.cholesky_inverse.default)
+def _cholesky_inverse(a: Tensor, upper: bool = False) -> Tensor:
+    """The inverse of L Lᵀ, or of Uᵀ U: X ← X + X₀ (I − L Lᵀ X)."""
+    inverse = as_it_is(aten.cholesky_inverse.default, CONSTANT(a), upper)
+    factor = a.triu().mT if upper else a.tril()
+    identity = _identity(a)
+    return _refined(inverse, lambda x: inverse @ (identity - factor @ (factor.mT @ x)))
+
+
 @lowers(aten.linalg_householder_product.default)
 def _householder_product(a: Tensor, tau: Tensor) -> Tensor:
     """The first columns of Π (I − τ_i v_i v_iᵀ), where v_i is what column i has below its diagonal, and a one above."""

@@ -56,7 +56,7 @@ def _multi_margin_loss(
     x: Tensor, target: Tensor, p: float = 1, margin: float = 1, weight: Tensor | None = None, reduction: int = 1
 ) -> Tensor:
     """For each sample the mean over the classes but its own of max(0, margin − x_target + x)^p."""
-    rows, labels = (x, target) if x.dim() > 1 else (x.unsqueeze(0), target.reshape(1))
+    rows, labels = (x, target) if x.dim() > 1 else (x.reshape(1, -1), target.reshape(1))
     own = labels.unsqueeze(1)
     short = margin - rows.gather(1, own) + rows
     counts = (short > 0) & (torch.arange(rows.shape[1], device=x.device) != own)

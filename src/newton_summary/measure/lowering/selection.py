@@ -89,12 +89,14 @@ def _pack_padded_sequence(x: Tensor, lengths: Tensor, batch_first: bool) -> Any:
 def _scatter_reduce(
     x: Tensor, dim: int, index: Tensor, source: Tensor, reduce: str, *, include_self: bool = True
 ) -> Any:
-    """What is scattered to one place is added, averaged, or the largest or smallest of it taken."""
-    if reduce == "prod" or x.dim() == 0:
+    """What is scattered to one place is added, averaged, multiplied, or the largest or smallest of it taken."""
+    if x.dim() == 0:
         return NotImplemented
     ones = torch.ones_like(index, dtype=x.dtype)
     source = source[tuple(slice(n) for n in index.shape)]
     counts = torch.zeros_like(x, dtype=x.dtype).scatter_add(dim, index, ones)
+    if reduce == "prod":
+        return _scattered_products(x, dim, index, source, counts > 0, include_self)
     start = x if include_self else torch.where(counts > 0, 0.0, x)
     if reduce == "sum":
         return start.scatter_add(dim, index, source)
@@ -109,6 +111,41 @@ def _scatter_reduce(
     return (x * stays).scatter_add(dim, index, source * wins) / shares
 
 
+def _scattered_products(
+    x: Tensor, dim: int, index: Tensor, source: Tensor, is_met: Tensor, include_self: bool
+) -> Tensor:
+    """The products of all entries with one index: in their order, each takes in 1, 2, 4, … of those that follow."""
+    index, order = index.sort(stable=True, dim=dim)
+    source = source.gather(dim, order)
+    length, reach = index.shape[dim], 1
+    while reach < length:
+        ahead, rest = length - reach, source.narrow(dim, length - reach, reach)
+        is_same = index.narrow(dim, reach, ahead) == index.narrow(dim, 0, ahead)
+        further = torch.where(is_same, source.narrow(dim, reach, ahead), 1.0)
+        source = torch.cat([source.narrow(dim, 0, ahead) * further, rest], dim)
+        reach *= 2
+    is_first = torch.ones_like(index, dtype=torch.bool)
+    if length > 1:
+        is_first.narrow(dim, 1, length - 1).copy_(index.narrow(dim, 1, length - 1) != index.narrow(dim, 0, length - 1))
+    products = torch.zeros_like(x).scatter_add(dim, index, torch.where(is_first, source, 0.0))
+    return torch.where(is_met, products * x if include_self else products, x)
+
+
+@lowers(aten.index_reduce.default)
+def _index_reduce(x: Tensor, dim: int, index: Tensor, source: Tensor, reduce: str, *, include_self: bool = True) -> Any:
+    """The same, whole slices at a time."""
+    if x.dim() == 0:
+        return NotImplemented
+    place = index.view(-1, *[1] * (x.dim() - 1 - dim % x.dim())).expand_as(source)
+    return x.scatter_reduce(dim, place, source, reduce, include_self=include_self)
+
+
+@lowers(aten.take.default)
+def _take(x: Tensor, index: Tensor) -> Tensor:
+    """Entries by their numbers among all, from the end where those are negative."""
+    return x.reshape(-1).index_select(0, index.flatten() % x.numel()).reshape(index.shape)
+
+
 @lowers(aten.segment_reduce.default)
 def _segment_reduce(
     data: Tensor,
@@ -121,10 +158,10 @@ def _segment_reduce(
     unsafe: bool = False,
     initial: float | None = None,
 ) -> Any:
-    """Sums, means and extremes of the rows that follow one another, some of which may be none."""
+    """Sums, means, products and extremes of the rows that follow one another, some of which may be none."""
     if offsets is not None:
         lengths = offsets.diff()
-    if lengths is None or lengths.dim() != 1 or axis or initial is not None or reduce == "prod":
+    if lengths is None or lengths.dim() != 1 or axis or initial is not None:
         return NotImplemented
     empty = as_it_is(aten.segment_reduce.default, CONSTANT(data[:0]), reduce, lengths=torch.zeros_like(lengths))
     number = torch.arange(len(lengths), device=data.device).repeat_interleave(lengths)

@@ -12,6 +12,7 @@ from torch import Tensor
 from typing_extensions import override
 
 from newton_summary.measure.half import wide
+from newton_summary.measure.rules import bessel
 from newton_summary.measure.rules.base import Rule, Sums, add_cubes
 from newton_summary.measure.rules.call import Call, Place
 from newton_summary.measure.rules.derive import apart, jvp
@@ -391,6 +392,10 @@ _MORE: dict[Any, Derivatives] = {
     aten.lgamma.default: functools.partial(_gammas, 0),
     aten.digamma.default: functools.partial(_gammas, 1),
     aten.hardswish.default: _hardswish,
+    aten.i0.default: bessel.I0,
+    aten.special_i0e.default: bessel.I0E,
+    aten.special_i1.default: bessel.I1,
+    aten.special_i1e.default: bessel.I1E,
 }
 TABLE |= {op: Elementwise(derivatives) for op, derivatives in _MORE.items()}
 TABLE[aten.abs.default] = Elementwise(lambda call, order: (call.args[0].sign(),), piecewise_linear=True)
