@@ -597,3 +597,59 @@ def test_differences_are_taken_once_for_a_program() -> None:
             counts.append(len(calls))
         assert counts[1:] == [1, 1]
         assert counts[0] <= 2 + 2 * 7
+
+
+# Draws, and losses that are infinite ----------------------------------------------------------------------------------
+
+
+DRAWS = {
+    "coins": lambda h: torch.bernoulli(h.sigmoid()),
+    "coins, straight through": lambda h: torch.bernoulli(h.sigmoid()) - h.sigmoid().detach() + h.sigmoid(),
+    "noise around": lambda h: torch.normal(h, 0.1),
+    "noise of a width": lambda h: torch.normal(h, h.exp()),
+    "counts": lambda h: torch.poisson(h.exp()),
+}
+
+
+@pytest.mark.parametrize("name", DRAWS)
+def test_draws_without_slopes_are_constants(name) -> None:
+    model, batch = network(), normal(6, 4)
+    loss_fn = lambda m, x: (DRAWS[name](m(x)) * m(x).cos()).square().mean()  # noqa: E731
+    u = list(model.parameters())
+    got, expected = (
+        ns.summarize(loss_fn, model, [batch], direction=u, engine=e()) for e in (ForwardEngine, NestedEngine)
+    )
+    torch.testing.assert_close(got.gradient, expected.gradient)
+    torch.testing.assert_close(got.hessian, expected.hessian)
+    torch.testing.assert_close(got.third, expected.third)
+
+
+@pytest.mark.filterwarnings("ignore:measured by nested")
+@pytest.mark.parametrize("kind", [torch.distributions.Gamma, torch.distributions.Beta])
+def test_draws_with_slopes_are_refused_with_what_to_draw_instead(kind) -> None:
+    model = network()
+    loss_fn = lambda m, x: kind(m(x).exp(), m(x).exp()).rsample().mean()  # noqa: E731
+    with pytest.raises(Refusal, match=r"(_standard_gamma|_sample_dirichlet)\S* draws a tensor.*or detach the draw"):
+        ns.summarize(loss_fn, model, [normal(6, 4)], direction=list(model.parameters()), engine=AutoEngine())
+    loss_fn = lambda m, x: (kind(m(x).exp(), m(x).exp()).sample() * m(x)).mean()  # noqa: E731
+    summary = ns.summarize(loss_fn, model, [normal(6, 4)], direction=list(model.parameters()), engine=ForwardEngine())
+    assert summary.is_finite()
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+def test_an_infinite_loss_is_called_so_and_says_nothing_of_the_next(engine) -> None:
+    """Labels that do not fit, for which torch's gradient is not that of the operations."""
+    model, engine = network(), engine()
+    u = list(model.parameters())
+
+    def loss_fn(m, labels):
+        scores = m(normal(12, 4)).view(6, 2, 4).log_softmax(-1)
+        return nn.functional.ctc_loss(scores, labels, torch.tensor([6, 6]), torch.tensor([4, 4]))
+
+    fits, does_not = torch.tensor([[1, 2, 1, 2]] * 2), torch.tensor([[1, 1, 1, 1]] * 2)
+    with pytest.raises(ValueError, match="the loss is inf"):
+        ns.summarize(loss_fn, model, [does_not], direction=u, engine=engine)
+    if isinstance(engine, NestedEngine):  # which does not know the operation
+        return
+    summary = ns.summarize(loss_fn, model, [fits], direction=u, engine=engine)
+    torch.testing.assert_close(summary.hessian, by_differences(loss_fn, model, fits, u), rtol=1e-6, atol=1e-8)

@@ -94,19 +94,25 @@ class ForwardEngine:
             entry = self._entry(known, recording)
             recording.values.clear()
             in_doubt = entry.is_in_doubt or twice is not None
-            with written_once(twice):
-                known_refusal = entry.refusal or entry.refused.get(_kind(request))
-                if known_refusal is not None:
-                    raise known_refusal
-                assert entry.graph is not None
-                expected = None
-                if (recording.operations(), request.order) not in known.checked:
-                    rewind()
-                    expected = Expected(loss, batch, request, own=gradient is not None)
-                    if gradient is not None:
-                        expected.rows = replayed_rows(entry.graph, recording.leaves, request)
-                asked = _Asked(request, float(batch_size(batch)), gradient, expected, in_doubt)
-                return self._swept(known, entry, recording, asked)
+            weight = float(batch_size(batch))
+            try:
+                with written_once(twice):
+                    known_refusal = entry.refusal or entry.refused.get(_kind(request))
+                    if known_refusal is not None:
+                        raise known_refusal
+                    assert entry.graph is not None
+                    expected = None
+                    if (recording.operations(), request.order) not in known.checked:
+                        rewind()
+                        expected = Expected(loss, batch, request, own=gradient is not None)
+                        if gradient is not None:
+                            expected.rows = replayed_rows(entry.graph, recording.leaves, request)
+                    asked = _Asked(request, weight, gradient, expected, in_doubt)
+                    return self._swept(known, entry, recording, asked)
+            except Refusal:
+                if bool(recording.loss.isfinite()):
+                    raise
+                return request.undefined(recording.loss, weight)
 
     def within(self, memory: float | None) -> ForwardEngine:
         """The same engine, with the same graphs, and another budget."""
@@ -165,7 +171,7 @@ class ForwardEngine:
         except NoDerivative:
             raise  # of these data
         except Refusal as refusal:
-            if gradient is None or expected is not None:
+            if (gradient is None or expected is not None) and bool(recording.loss.isfinite()):
                 entry.refused[_kind(request)] = refusal  # else it may be the data that decide
             raise
         if expected is not None and expected.is_finite:

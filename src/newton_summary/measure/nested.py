@@ -98,7 +98,12 @@ class NestedEngine:
                 nesting = _Nesting(partition, direction, order, third == "diagonal")
                 known = self._checked.setdefault(loss.model, set())
                 made = _Made(value, order, known, self.doubted)
-                tensors = nesting.run(value, made.is_checked, made.is_doubted)
+                try:
+                    tensors = nesting.run(value, made.is_checked, made.is_doubted)
+                except Refusal:
+                    if bool(value.isfinite()):
+                        raise
+                    return [value.detach(), *(torch.full_like(t, torch.nan) for t in nesting.tensors[1:])]
             if made.is_checked:
                 made.check(nesting, lambda degree: differences_of(loss, batch, partition, direction, rewind, degree))
                 known.add(made.key)

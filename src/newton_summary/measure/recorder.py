@@ -69,18 +69,30 @@ class Recorder(Tracer):
                 continue
             self._walked.add(node)
             if id(getattr(node, "variable", None)) in self._parameters:
-                name = tensor.grad_fn.name() if tensor.grad_fn is not None else "?"
-                kind, by, cure = (
-                    ("nested tensor", "", "use a dense one, padded, with a mask")
-                    if tensor.is_nested
-                    else ("tensor", f" by {name}", "compute it within the loss, by operations of torch")
-                )
-                self.refuse(
-                    f"a {kind} of shape {tuple(tensor.shape)} comes from a parameter{by}, which cannot be recorded: "
-                    + cure
-                )
+                self.refuse(self._why_unknown(tensor))
                 return
             nodes += [following for following, _ in node.next_functions]
+
+    def _why_unknown(self, tensor: Tensor) -> str:
+        """Why a value that comes from a parameter has not been recorded, and what to do about it."""
+        shape = tuple(tensor.shape)
+        if tensor.is_nested:
+            return (
+                f"a nested tensor of shape {shape} comes from a parameter, which cannot be recorded: use a dense one, "
+                "padded, with a mask"
+            )
+        draw, _ = self._sloped.get(tensor.untyped_storage()._cdata, (None, None))
+        if draw is not None:
+            return (
+                f"{draw} draws a tensor of shape {shape} from values that move, and torch has no second derivatives of "
+                "such a draw: take a distribution that is drawn from noise of its own (LogNormal for Gamma, a softmax "
+                "of Normal for Dirichlet, Kumaraswamy for Beta), or detach the draw (sample() for rsample())"
+            )
+        name = tensor.grad_fn.name() if tensor.grad_fn is not None else "?"
+        return (
+            f"a tensor of shape {shape} comes from a parameter by {name}, which cannot be recorded: compute it within "
+            "the loss, by operations of torch"
+        )
 
     @override
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:

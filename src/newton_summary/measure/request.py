@@ -11,6 +11,7 @@ from torch import Tensor
 from newton_summary.measure.gradient import GradientAlong
 from newton_summary.measure.rules import Groups, Jet
 from newton_summary.partition import Partition
+from newton_summary.summary import Summary
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,6 +60,22 @@ class Request:
             else torch.stack([torch.where(label.to(u.device) == g, u, 0.0) for g in here])
         )
         return Jet((), here, rows.detach())
+
+    def undefined(self, loss: Tensor, weight: float) -> Summary:
+        """What there is of a loss that is not finite: it has no derivatives."""
+        size, device = len(self.partition), self.partition.device
+
+        def nothing(order: int) -> Tensor:
+            return torch.full((size,) * order, torch.nan, dtype=torch.float64, device=device)
+
+        return Summary(
+            loss=loss,
+            gradient=nothing(1),
+            hessian=nothing(2) if self.order > 1 else None,
+            third=nothing(3 if self.full else 1) if self.order > 2 else None,
+            names=self.partition.names,
+            weight=weight,
+        )
 
     def part_bytes(self) -> int:
         """The bytes of a group's tangents of parameters that are split between groups, on average, rounded up."""

@@ -38,6 +38,7 @@ class Tracer(Journal):
         self._named: dict[int, list[tuple[Tensor, int]]] = {}
         self._objects: dict[int, int] = {}
         self._constants: dict[int, Leaf] = {}
+        self._sloped: dict[int, tuple[Any, Any]] = {}
 
     # Names ------------------------------------------------------------------------------------------------------------
 
@@ -263,7 +264,10 @@ class Tracer(Journal):
             slope = sum(args[2:4]) / 2 if len(args) > 3 else (1 / 8 + 1 / 3) / 2
             factor = args[1].clone() if is_random else slope + (1 - slope) * (args[0] > 0).to(out.dtype)
             self.name(out, self.put(aten.mul.Tensor, (templates[0], ref(self.constant(factor))), (), out))
-        # what else draws from moving values has no derivative by them, or is refused where it turns up again
+        elif func in SLOPED:
+            self._sloped[out.untyped_storage()._cdata] = func, out  # is refused where it turns up again
+        elif torch.is_grad_enabled() and isinstance(out, Tensor) and self.counts(out):
+            self.name(out, self.constant(out.detach().clone()))  # autograd has zeros for its derivatives
 
 
 BESIDE = {
@@ -276,6 +280,9 @@ BESIDE = {
     aten._fused_moving_avg_obs_fq_helper.default,
 }
 """Operations that overwrite arguments beside what they compute."""
+
+SLOPED = {aten._standard_gamma.default, aten._sample_dirichlet.default}
+"""Draws that have a slope by what they are drawn from, and no second derivative: torch finds it by a series."""
 
 
 def functional_of(op: Any) -> Callable[..., Any] | None:
