@@ -149,6 +149,13 @@ def test_samples_are_drawn_at_random_and_stay_in_order_and_together() -> None:
     assert samples.of(batch, 20)[0] is batch
 
 
+def test_samples_are_drawn_on_the_host_whatever_the_default_device() -> None:
+    model, x = nn.Linear(1, 1), torch.randn(6, 1)
+    with torch.device("meta"):
+        some, count = RandomSamples(Loss(lambda model, x: model(x).mean(), model)).of(x, 4)
+    assert (some.device.type, count) == ("cpu", 4)
+
+
 def shuffled(model, batch):
     return model(batch[0]).mean() * (1 + torch.rand(()))
 

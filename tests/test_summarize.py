@@ -3,6 +3,7 @@
 import collections
 import copy
 import random
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -455,7 +456,16 @@ def test_losses_that_are_no_scalar():
     case.loss_fn = lambda m, b: m(b[0]).mean().item()
     refused("the loss must be a scalar tensor, got float", case)
     case.loss_fn = lambda m, b: None
-    refused("got NoneType", case)
+    refused("got NoneType: return the tensor itself", case)
+    for several in (lambda loss: (loss, 1), lambda loss: {"loss": loss}, lambda loss: SimpleNamespace(loss=loss)):
+        case.loss_fn = lambda m, b, several=several: several(m(b[0]).mean())
+        refused("the loss must be a scalar tensor, got .*: return the loss out of it", case)
+
+
+def test_parameters_that_hold_nothing():
+    case = make("mlp")
+    case.model.to("meta")
+    refused("parameter '0.weight' is on meta, where it holds nothing", case, direction=None)
 
 
 def test_a_loss_of_one_entry_will_do():

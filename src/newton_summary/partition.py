@@ -326,10 +326,10 @@ class Partition:
         return first.device
 
     def check_is_of(self, model: nn.Module) -> None:
-        """Raises unless these are parameters of this model, all on one device.
+        """Raises unless these are parameters of this model, all on one device, and hold something.
 
         Raises:
-            ValueError: a parameter is not the model's, or on another device than the first one.
+            ValueError: a parameter is not the model's, or on another device than the first one, or on ``meta``.
         """
         own = dict(unwrap(model).named_parameters(remove_duplicate=False))
         for name, parameter in zip(self.parameter_names, self.parameters, strict=True):
@@ -337,7 +337,11 @@ class Partition:
                 raise ValueError(
                     f"parameter {name!r} of the partition is not in this model: make the partition from it"
                 )
-        _ = self.device
+        if self.device.type == "meta":
+            raise ValueError(
+                f"parameter {self.parameter_names[0]!r} is on meta, where it holds nothing: model.to_empty(device=…), "
+                "and initialise it, or load its weights"
+            )
 
     @property
     def precision(self) -> float:

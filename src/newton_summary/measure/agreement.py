@@ -208,7 +208,7 @@ def _rounding(tape: Tape, leaves: Sequence[Leaf], partition: Partition) -> list[
 
 def _in_last_place(tensor: Tensor, generator: torch.Generator) -> Tensor:
     """A tensor with every entry one unit in the last place larger or smaller, at random."""
-    up = torch.rand(tensor.shape, generator=generator) < 0.5
+    up = torch.rand(tensor.shape, generator=generator, device="cpu") < 0.5
     eps = torch.finfo(tensor.dtype).eps
     return torch.where(up.to(tensor.device), tensor * (1 + eps), tensor * (1 - eps))
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import random
 import sys
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, TypeAlias
 
 import numpy as np
@@ -212,9 +212,15 @@ def scalar(value: Any) -> Tensor:
     Raises:
         ValueError: it is not one number.
     """
-    if not isinstance(value, Tensor) or value.numel() != 1:
-        got = f"a tensor of shape {tuple(value.shape)}" if isinstance(value, Tensor) else type(value).__name__
-        raise ValueError(f"the loss must be a scalar tensor, got {got}: reduce it, for example by .mean()")
+    if not isinstance(value, Tensor):
+        holds = isinstance(value, Sequence | Mapping) or hasattr(value, "loss")
+        cure = "return the loss out of it, and nothing else" if holds else "return the tensor itself, with its graph"
+        raise ValueError(f"the loss must be a scalar tensor, got {type(value).__name__}: {cure}")
+    if value.numel() != 1:
+        raise ValueError(
+            f"the loss must be a scalar tensor, got a tensor of shape {tuple(value.shape)}: reduce it, for example by "
+            ".mean()"
+        )
     if value.is_complex():
         raise ValueError("the loss must be a real number, got a complex one: take its real part, or its absolute value")
     return value.reshape(()) if value.dim() else value

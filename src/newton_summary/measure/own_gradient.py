@@ -123,7 +123,7 @@ def _culprit(line: RecordedLine) -> str | None:
         if not reads or instruction.out not in moving or instruction.op in KINKED:
             continue
         outs = [_real_parts(values[instruction.out]) for values in (line.here, there, back)]
-        weights = [torch.randn(o.shape, generator=generator, dtype=torch.float64).to(o) for o in outs[0]]
+        weights = [torch.randn(o.shape, generator=generator, dtype=torch.float64, device="cpu").to(o) for o in outs[0]]
         given = sum(_dot(w, x - y) for w, x, y in zip(weights, *outs[1:], strict=True))
         pulled = zip(reads, _pulled(instruction, line.here, reads, weights), strict=True)
         parts = [_dot(g, there[s] - back[s]) for s, g in pulled if g is not None]

@@ -202,7 +202,7 @@ class RandomSamples:
             return batch, size
         asked = f"samples={count}"
         self._check = check = self._check or MeanCheck(self._loss, asked)
-        order = torch.randperm(size, generator=self._generator)
+        order = torch.randperm(size, generator=self._generator, device="cpu")
         some, others = (chosen(fresh(batch), part.sort().values, size) for part in (order[:count], order[count:]))
         check(batch, [some, others], [count, size - count], batch)
         if not check.is_possible:
