@@ -130,8 +130,23 @@ def a_method() -> tuple[nn.Module, Callable[..., Tensor], Callable[[], Any]]:
     return trainer.model, trainer.__call__, trainer.told
 
 
+def hung_on_tensors() -> tuple[nn.Module, Callable[..., Tensor], Callable[[], Any]]:
+    """Attributes of parameters and buffers, as binary networks keep the weights that they round."""
+    model = nn.Sequential(network(), nn.BatchNorm1d(1).double())
+    weight, mean = model[0][0].weight, model[1].running_mean
+    weight.calls = []
+
+    def loss_fn(model, batch) -> Tensor:
+        weight.calls.append(1)
+        weight.original = weight.detach().clone()
+        mean.calls = getattr(mean, "calls", 0) + 1
+        return error(model, batch) * (1 + 0.1 * len(weight.calls) + 0.1 * mean.calls)
+
+    return model, loss_fn, lambda: (list(weight.calls), sorted(vars(weight)), getattr(mean, "calls", 0))
+
+
 @pytest.mark.parametrize("engine", ["forward", "nested"])
-@pytest.mark.parametrize("build", [kept, globals_, cells, an_object, a_method])
+@pytest.mark.parametrize("build", [kept, globals_, cells, an_object, a_method, hung_on_tensors])
 def test_what_a_loss_keeps_is_as_it_was(build, engine) -> None:
     """A measurement evaluates it more than once, each time from the same state: its value is that of one call."""
     model, loss_fn, told = build()
@@ -224,15 +239,28 @@ def test_what_a_loss_keeps_in_slots_and_in_attributes_of_functions_comes_back() 
 
     def loss_fn(m: nn.Module, x: Tensor) -> Tensor:
         kept.calls += 1
+        kept.last = m(x).sum().item()
         loss_fn.calls = getattr(loss_fn, "calls", 0) + 1
         return m(x).square().mean()
 
     ns.summarize(loss_fn, model, [torch.ones(3, 2)])
     assert kept.calls == 0
+    assert not hasattr(kept, "last")
     assert not hasattr(loss_fn, "calls")
     loss_fn(model, torch.ones(3, 2))
     ns.summarize(loss_fn, model, [torch.ones(3, 2)])
     assert (kept.calls, loss_fn.calls) == (1, 1)
+
+
+def makes_a_global(model, batch) -> Tensor:
+    global MADE
+    MADE = model(batch[0])
+    return (MADE - batch[1]).square().mean()
+
+
+def test_a_variable_that_the_loss_makes_is_gone_again() -> None:
+    ns.summarize(makes_a_global, network(), [(X, Y)])
+    assert "MADE" not in globals()
 
 
 @pytest.mark.parametrize("steps", [0, 1])

@@ -76,8 +76,16 @@ def owners(model: nn.Module, loss_fn: Any) -> tuple[list[nn.Module], list[Any]]:
                     others.append(value)
                 elif type(value) not in _ATOMS and name not in _INTERNAL:
                     _collect(value, _DEPTH - 1, seen, found, True)
+            for tensor in _tensors_of(module):
+                for value in vars(tensor).values():
+                    _collect(value, _DEPTH - 1, seen, found, True)
         waiting.clear()
     return list(modules.values()), others
+
+
+def _tensors_of(module: nn.Module) -> list[Tensor]:
+    """The parameters and buffers of a module itself: code hangs attributes on them, too."""
+    return [t for t in (*module._parameters.values(), *module._buffers.values()) if isinstance(t, Tensor)]
 
 
 @dataclass(frozen=True, slots=True)
@@ -132,7 +140,7 @@ def _captured(function: types.FunctionType, found: list[Any]) -> list[Any]:
     cells = function.__closure__ or ()
     found += cells
     table = function.__globals__
-    found += [_Global(table, name) for name in _rebound(function.__code__) if name in table]
+    found += [_Global(table, name) for name in _rebound(function.__code__)]
     named = [table[name] for name in function.__code__.co_names if name in table]
     values = [_content(cell) for cell in cells]
     return [*values, *(function.__defaults__ or ()), *(function.__kwdefaults__ or {}).values(), *named]
@@ -199,6 +207,7 @@ class Attributes:
             own = vars(module)
             tables = (own, *(own.get(name) for name in _INTERNAL))
             self._tables += [(t, dict(t)) for t in tables if isinstance(t, dict)]  # those of scripts are not
+            self._tables += [(vars(t), dict(vars(t))) for t in _tensors_of(module)]
             for p in module._parameters.values():
                 if p is not None and id(p) not in self._parameters:
                     self._parameters[id(p)] = (p, p.requires_grad, p.grad, p.data if _has_plain_memory(p) else None)
@@ -211,13 +220,13 @@ class Attributes:
             elif isinstance(thing, types.CellType):
                 self._cells.append((thing, _content(thing)))
             elif isinstance(thing, _Global):
-                self._globals.append((thing, thing.table.get(thing.name)))
+                self._globals.append((thing, thing.table.get(thing.name, _NOTHING)))
             elif not isinstance(thing, _GENERATORS):
                 if hasattr(thing, "__dict__"):
                     self._tables.append((vars(thing), dict(vars(thing))))
-                slots = _slots(thing)
-                if slots:
-                    self._slotted.append((thing, slots))
+                names = _names_of_slots(type(thing))
+                if names:
+                    self._slotted.append((thing, {name: getattr(thing, name, _NOTHING) for name in names}))
 
     def restore(self) -> None:
         """Puts everything back that has changed."""
@@ -225,7 +234,11 @@ class Attributes:
             _put_back(table, before)
         for thing, slots in self._slotted:
             for name, attribute in slots.items():
-                if getattr(thing, name, _NOTHING) is not attribute:
+                if getattr(thing, name, _NOTHING) is attribute:
+                    continue
+                if attribute is _NOTHING:
+                    object.__delattr__(thing, name)
+                else:
                     object.__setattr__(thing, name, attribute)
         for value in self._empty:
             if value:
@@ -236,7 +249,10 @@ class Attributes:
             if _content(cell) is not content and content is not _NOTHING:
                 cell.cell_contents = content
         for variable, content in self._globals:
-            variable.table[variable.name] = content
+            if content is _NOTHING:
+                variable.table.pop(variable.name, None)
+            else:
+                variable.table[variable.name] = content
         for p, requires_grad, gradient, data in self._parameters.values():
             if p.requires_grad != requires_grad:
                 p.requires_grad_(requires_grad)
