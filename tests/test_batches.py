@@ -229,6 +229,18 @@ def test_slices_of_a_random_loss_are_taken_as_they_are() -> None:
     ns.summarize(lambda m, x: m(x).square().mean(), model, [torch.randn(8, 4, dtype=torch.float64)], slices=2)
 
 
+def test_attributes_of_tensors_in_a_batch_are_as_they_were() -> None:
+    x = torch.ones(3, 2)
+    x.lengths = [2, 2, 1]
+
+    def loss_fn(model, batch):
+        batch["x"].lengths, batch["x"].seen = [1], True
+        return model(batch["x"]).mean()
+
+    ns.summarize(loss_fn, nn.Linear(2, 1), [{"x": x}])
+    assert vars(x) == {"lengths": [2, 2, 1]}
+
+
 def test_a_loss_may_take_its_batch_apart() -> None:
     def loss_fn(model, batch):
         y = batch.pop("y")

@@ -51,6 +51,14 @@ def transcribed(lengths, labels, label_lengths):
     return act
 
 
+def sampled_volume(padding, align, mode="bilinear"):
+    def act(x):
+        grid = 1.7 * torch.tanh(x[:4].reshape(1, 2, 2, 2, 3) + 0.3)
+        return F.grid_sample(x.view(1, 1, 4, 3, 3), grid, mode=mode, padding_mode=padding, align_corners=align)
+
+    return act
+
+
 def sampled(padding, align):
     def act(x):
         grid = 0.9 * torch.tanh(x[:3].reshape(1, 3, 3, 2) + 0.3)
@@ -118,6 +126,11 @@ FUNCTIONS = {
     "CTC, labels in a row": transcribed([9, 9], torch.tensor([1, 2, 3, 3]), [1, 3]),
     "CTC, one sample": lambda x: F.ctc_loss(x.view(9, 4).log_softmax(-1), torch.tensor([1, 2]), torch.tensor(9),
                                           torch.tensor(2)),
+    "volumes": sampled_volume("zeros", False),
+    "volumes, border": sampled_volume("border", True),
+    "volumes, reflection": sampled_volume("reflection", False),
+    "volumes, reflection about entries": sampled_volume("reflection", True),
+    "volumes, closest": sampled_volume("zeros", True, mode="nearest"),
     "grid_sample": sampled("zeros", False),
     "grid_sample, border": sampled("border", True),
     "grid_sample, reflection": sampled("reflection", False),
@@ -380,6 +393,14 @@ def test_zeros_are_measured_like_anything_else(name) -> None:
             model.x[1] = 0.0
 
 
+def at_entries(place, padding):
+    """What a volume has about whole places, from which a value that is 0 or −1 moves."""
+    volume = torch.linspace(-1, 1, 27, dtype=torch.float64).sin().view(1, 1, 3, 3, 3)
+    place = place.round().detach() + place - place.detach()
+    grid = torch.stack([place, 0 * place, place.cos() - 1], -1).view(1, 1, 1, 4, 3)
+    return F.grid_sample(volume, grid, padding_mode=padding, align_corners=True)
+
+
 AT_KINKS = {
     "elu": F.elu,
     "selu": F.selu,
@@ -390,6 +411,8 @@ AT_KINKS = {
     "margins": lambda x: F.multi_margin_loss((x + 1 - torch.arange(4) % 2)[None], torch.tensor([1])),
     "fmax": lambda x: torch.fmax(x, 2 * x) + torch.fmin(x, 3 * x),
     "a deviation of equals": lambda x: (x * 0).std() + x.square().sum(),
+    "a volume at its entries": lambda x: at_entries(x, "zeros"),
+    "a volume at its edge": lambda x: at_entries(x - 1, "border"),
 }
 
 

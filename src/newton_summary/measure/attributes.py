@@ -224,14 +224,15 @@ class Attributes:
             elif not isinstance(thing, _GENERATORS):
                 if hasattr(thing, "__dict__"):
                     self._tables.append((vars(thing), dict(vars(thing))))
-                names = _names_of_slots(type(thing))
+                kind: Any = type(thing)
+                names = _names_of_slots(kind)
                 if names:
                     self._slotted.append((thing, {name: getattr(thing, name, _NOTHING) for name in names}))
 
     def restore(self) -> None:
         """Puts everything back that has changed."""
         for table, before in self._tables:
-            _put_back(table, before)
+            put_back(table, before)
         for thing, slots in self._slotted:
             for name, attribute in slots.items():
                 if getattr(thing, name, _NOTHING) is attribute:
@@ -266,7 +267,8 @@ def _has_plain_memory(p: Tensor) -> bool:
     return type(p) is nn.Parameter and p.layout is torch.strided and p.device.type != "meta"
 
 
-def _put_back(table: dict[Any, Any], before: dict[Any, Any]) -> None:
+def put_back(table: dict[Any, Any], before: dict[Any, Any]) -> None:
+    """Gives a dictionary the entries that it had, where it has others."""
     if table.keys() == before.keys() and all(map(operator.is_, table.values(), before.values())):
         return
     table.clear()
@@ -275,7 +277,7 @@ def _put_back(table: dict[Any, Any], before: dict[Any, Any]) -> None:
 
 def _refill(value: Any, before: Any) -> None:
     if isinstance(value, dict):
-        _put_back(value, before)
+        put_back(value, before)
     elif len(value) != len(before) or (
         not all(map(operator.is_, value, before)) if not isinstance(value, set) else value != before
     ):

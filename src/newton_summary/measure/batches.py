@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from newton_summary.measure.attributes import generator_rewind
+from newton_summary.measure.attributes import generator_rewind, put_back
 
 SizeOf: TypeAlias = int | Callable[[Any], int] | None
 """The number of samples in every batch, or what gives it; nothing where the tensors tell."""
@@ -58,11 +58,13 @@ def tensors_of(batch: Any) -> list[tuple[str, Tensor]]:
 def kept(batch: Any) -> Callable[[], None]:
     """A function that gives what is in a batch back what a loss changes there, besides what tensors hold.
 
-    That is whether tensors take gradients, the gradients that they have, what arrays of numpy hold, and where
-    generators of random numbers are.
+    That is whether tensors take gradients, the gradients and attributes that they have, what arrays of numpy hold, and
+    where generators of random numbers are.
     """
     leaves = [value for _, value in _leaves(batch, "", set())]
-    before = [(t, t.requires_grad, t.grad) for t in leaves if isinstance(t, Tensor) and t.is_leaf]
+    tensors = [t for t in leaves if isinstance(t, Tensor)]
+    before = [(t, t.requires_grad, t.grad) for t in tensors if t.is_leaf]
+    attributes = [(vars(t), dict(vars(t))) for t in tensors]
     arrays = [(a, a.copy()) for a in leaves if isinstance(a, np.ndarray) and a.flags.writeable]
     rewind = generator_rewind(leaves)
 
@@ -70,6 +72,8 @@ def kept(batch: Any) -> Callable[[], None]:
         for array, content in arrays:
             np.copyto(array, content)
         rewind()
+        for table, entries in attributes:
+            put_back(table, entries)
         for tensor, requires_grad, gradient in before:
             if tensor.requires_grad != requires_grad:
                 tensor.requires_grad_(requires_grad)

@@ -10,6 +10,7 @@ from newton_summary.measure.lowering import (
     losses,
     normalisation,
     quantisation,
+    sampling,
     selection,
 )
 from newton_summary.measure.lowering.squares import square_of
@@ -26,6 +27,7 @@ __all__ = [
     "lowering_of",
     "normalisation",
     "quantisation",
+    "sampling",
     "selection",
     "square_of",
 ]
