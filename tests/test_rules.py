@@ -163,6 +163,10 @@ SAMPLES = [
     (aten.linalg_vector_norm.default, (x(3, 4), 2, [1]), [0]),
     (aten.prod.dim_int, (x(3, 4), 1), [0]),
     (aten.linalg_inv_ex.default, (x(3, 3) + 3 * torch.eye(3, dtype=torch.float64),), [0]),
+    *(
+        (op, (2 * kinked(3, 4),), [0])
+        for op in (aten.i0.default, aten.special_i0e.default, aten.special_i1.default, aten.special_i1e.default)
+    ),
 ]
 
 
