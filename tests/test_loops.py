@@ -109,6 +109,23 @@ def test_the_loss_after_a_step_is_computed_in_full_precision_too() -> None:
     assert set(seen) == {torch.float32}
 
 
+@pytest.mark.parametrize("explicit", [False, True])
+@pytest.mark.parametrize("direction", ["soap", "momentum"])
+def test_a_step_within_autocast_is_that_outside(direction, explicit) -> None:
+    data, models = batches(torch.float32), (make_model().float(), make_model().float())
+    curvature = None if explicit else data
+    first, second = (ns.NewtonSummary(m, loss_fn, curvature_data=curvature, direction=direction) for m in models)
+    for t in range(25):
+        for model, optimizer, around in zip(models, (first, second), (contextlib.nullcontext, mixed), strict=True):
+            optimizer.zero_grad()
+            loss_fn(model, data[t % 5]).backward()
+            with around():
+                if explicit and t % 3 == 0:
+                    optimizer.measure(data[(t + 1) % 5])
+                optimizer.step()
+    assert_same(*models, tolerance=0.0)
+
+
 def test_training_under_autocast_goes_down() -> None:
     data, model = batches(torch.float32), make_model().float()
     before = loss_fn(model, data[0]).item()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import math
 from collections import Counter
@@ -168,8 +169,13 @@ class MeasuredOptimizer(torch.optim.Optimizer):
         look = self._frozen.warn if self._taken % _LOOK_FOR_NEW else self._frozen.warn_of_new
         look()
         self._forget_stale_gradients()
-        if all(p.grad is None for p in self.partition.parameters):
-            return value
+        if any(p.grad is not None for p in self.partition.parameters):
+            with self._in_full_precision():
+                self._take_step()
+        return value
+
+    def _take_step(self) -> None:
+        """A step by the gradients that are there."""
         self._prepare_gradients()
         self._adapt()
         if self._samples.stream is not None and self._is_time_to_measure():
@@ -181,7 +187,13 @@ class MeasuredOptimizer(torch.optim.Optimizer):
         self._descend()
         self._forget_gradients()
         self._taken += 1
-        return value
+
+    def _in_full_precision(self) -> contextlib.AbstractContextManager[Any]:
+        """A block for products of matrices as precise as they are, where the training is stepped under autocast."""
+        kind = self.partition.parameters[0].device.type
+        if not torch.is_autocast_enabled(kind):
+            return contextlib.nullcontext()
+        return torch.autocast(kind, enabled=False)
 
     @torch.no_grad()
     def measure(self, batch: Any) -> Summary:
@@ -206,7 +218,8 @@ class MeasuredOptimizer(torch.optim.Optimizer):
         self._forget_stale_gradients()
         gradients = directions.Gradient().update(self.param_groups, self.state)
         total = torch.stack([unsharded(g.abs().sum(dtype=torch.float64)) for g in gradients.values()]).sum()
-        summary = self._measure(batch, self._current_direction() if math.isfinite(float(total)) else gradients)
+        with self._in_full_precision():
+            summary = self._measure(batch, self._current_direction() if math.isfinite(float(total)) else gradients)
         self._held = HeldGradients(self.partition.parameters)
         return summary
 
