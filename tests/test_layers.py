@@ -11,14 +11,15 @@ import pytest
 import newton_summary
 import newton_summary_experiments
 
-CORE = {"_checks", "_effects", "_frozen", "_html", "errors", "partition", "summary"}
+CORE = {"_checks", "_effects", "_frozen", "_html", "_warned", "errors", "partition", "summary"}
 MAY_IMPORT: dict[str, set[str]] = {
     "_assignment": set(),
     "_checks": set(),
     "_effects": set(),
     "architecture": set(),
-    "_frozen": set(),
+    "_frozen": {"_warned"},
     "_html": set(),
+    "_warned": set(),
     "errors": set(),
     "partition": {"_assignment", "_checks", "architecture"},
     "summary": {"_checks", "_html"},

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import warnings
-
 from torch import nn
+
+from newton_summary._warned import warn
 
 
 class Frozen:
@@ -15,6 +15,7 @@ class Frozen:
         who: who leaves them out, and what it does to the others.
 
     Example:
+        >>> import warnings
         >>> model = nn.Linear(2, 1).requires_grad_(False)
         >>> frozen = Frozen(model, "trained by this optimizer")
         >>> _ = model.bias.requires_grad_(True)
@@ -52,8 +53,7 @@ class Frozen:
                 self._parameters[name] = p
 
     def _say(self, name: str, parameter: nn.Parameter, why: str) -> None:
-        warnings.warn(
+        warn(
             f"parameter {name!r}, of shape {tuple(parameter.shape)}, is not {self.who}: {why}; make a new one to take "
-            "it in",
-            stacklevel=6,
+            "it in"
         )

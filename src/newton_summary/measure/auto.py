@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import warnings
 import weakref
 from collections.abc import Sequence
 from typing import Any
 
 from torch import Tensor, nn
 
+from newton_summary._warned import warn
 from newton_summary.measure.forward import ForwardEngine
 from newton_summary.measure.graph import first_line
 from newton_summary.measure.loss import Loss
@@ -64,7 +64,7 @@ class AutoEngine:
         known = self._warned.setdefault(loss.model, set())
         if reason not in known:
             known.add(reason)
-            warnings.warn(f"measured by nested differentiation, which is slower: {reason}", stacklevel=3)
+            warn(f"measured by nested differentiation, which is slower: {reason}")
         try:
             return self.nested.measure(loss, batch, partition, direction, order, third)
         except (RuntimeError, Refusal) as error:

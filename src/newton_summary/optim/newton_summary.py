@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Iterable, Sequence
 from functools import partial
 from typing import Any
@@ -11,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from newton_summary._checks import check_count
+from newton_summary._warned import warn
 from newton_summary.measure import Engine, LossFunction
 from newton_summary.measure.together import OneOrSeveral, are_optimizers, members_of, together
 from newton_summary.optim.backtracking import backtrack
@@ -145,17 +145,16 @@ class NewtonSummary(MeasuredOptimizer):
         look_every: int | None = None,
     ) -> None:
         if look_every is not None:
-            warnings.warn("look_every is now compare_every", DeprecationWarning, stacklevel=2)
+            warn("look_every is now compare_every", DeprecationWarning)
             compare_every = look_every
         if compare_every:
             check_count("compare_every", compare_every)
         if steps is not None:
             check_count("steps", steps)
         if 0 < lr < _SMALL:
-            warnings.warn(
+            warn(
                 f"lr={lr:g} makes every step {1 / lr:.0f} times shorter than what is measured: it is a scale without "
-                "units, usually 1, and not a learning rate as Adam has it; leave it out",
-                stacklevel=2,
+                "units, usually 1, and not a learning rate as Adam has it; leave it out"
             )
         members = members_of(together(direction)) if are_optimizers(direction) else ()
         compares = curvature_data is not None and compare_every != 0
@@ -199,7 +198,7 @@ class NewtonSummary(MeasuredOptimizer):
     @property
     def look_every(self) -> int:
         """The old name of :attr:`compare_every`."""
-        warnings.warn("look_every is now compare_every", DeprecationWarning, stacklevel=2)
+        warn("look_every is now compare_every", DeprecationWarning)
         return self.compare_every
 
     @property
@@ -223,10 +222,9 @@ class NewtonSummary(MeasuredOptimizer):
 
     def _descend(self) -> None:
         if self._taken == self.steps:
-            warnings.warn(
+            warn(
                 f"the {self.steps} steps of steps= were taken, and the rates have come down to 0: the run is over, and "
-                "further steps move nothing; to train for longer, make the optimizer with a larger steps=",
-                stacklevel=5,
+                "further steps move nothing; to train for longer, make the optimizer with a larger steps="
             )
         super()._descend()
 
