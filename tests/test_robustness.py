@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+
 import pytest
 import torch
 from torch import nn
@@ -60,3 +62,54 @@ def test_warnings_are_of_the_users_line(schedules) -> None:
         train(model, optimizer, 1, 20, scheduler)
     found = [warning.filename for caught in (made, while_frozen, over) for warning in caught]
     assert found == [__file__] * 5
+
+
+# Checkpoints ----------------------------------------------------------------------------------------------------------
+
+
+def make_deeper() -> nn.Sequential:
+    return nn.Sequential(*make_model()[:2], nn.Linear(8, 8), nn.Linear(8, 3))
+
+
+@pytest.mark.parametrize("partition", ["canonical", "trivial"])
+@pytest.mark.parametrize(
+    ("make_other", "message"),
+    [
+        (lambda: make_model(16), r"parameter '0\.weight' has shape \(8, 5\) here, and \(16, 5\) there; make the model as"),
+        (make_deeper, "the state is of 6 parameters, this optimizer trains 4: make the model as the one that was saved"),
+    ],
+)
+def test_the_state_of_another_model_is_refused_and_changes_nothing(make_other, message, partition) -> None:
+    optimizers = []
+    for model in (make_model(), make_other()):
+        optimizers.append(ns.NewtonSummary(model, loss_fn, curvature_data=make_batches(), partition=partition))
+        train(model, optimizers[-1], 5)
+    before = copy.deepcopy(optimizers[0].state_dict())
+    with pytest.raises(ValueError, match=message):
+        optimizers[0].load_state_dict(optimizers[1].state_dict())
+    assert str(optimizers[0].state_dict()) == str(before)
+
+
+def test_states_that_are_none_are_refused() -> None:
+    model = make_model()
+    optimizer = ns.NewtonSummary(model, loss_fn, curvature_data=make_batches())
+    for state in (None, {}, model.state_dict()):
+        with pytest.raises(ValueError, match=r"not that of a NewtonSummary optimizer: give what its state_dict\(\)"):
+            optimizer.load_state_dict(state)
+    lacking = copy.deepcopy(optimizer.state_dict())
+    del lacking["newton_summary"]["parts"]["comparison"]
+    with pytest.raises(ValueError, match="this optimizer has a 'comparison', the state has none"):
+        optimizer.load_state_dict(lacking)
+
+
+def test_a_state_without_shapes_is_of_an_older_version() -> None:
+    model, twin = make_model(), make_model()
+    optimizers = [ns.NewtonSummary(m, loss_fn, curvature_data=make_batches()) for m in (model, twin)]
+    train(model, optimizers[0], 5)
+    twin.load_state_dict(model.state_dict())
+    state = copy.deepcopy(optimizers[0].state_dict())
+    del state["newton_summary"]["shapes"]
+    optimizers[1].load_state_dict(state)
+    for m, optimizer in zip((model, twin), optimizers, strict=True):
+        train(m, optimizer, 10, 5)
+    assert same(model, twin)

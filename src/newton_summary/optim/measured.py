@@ -21,7 +21,7 @@ from newton_summary.optim.held_gradients import HeldGradients
 from newton_summary.optim.parameter_update import ParameterUpdate, by_parameter
 from newton_summary.optim.rates import RateRule
 from newton_summary.optim.samples import Samples
-from newton_summary.optim.state import KEY, Part, check_fits, check_groups, check_parts, packed, unpack
+from newton_summary.optim.state import KEY, Part, check_fits, check_groups, check_parts, check_shapes, packed, unpack
 from newton_summary.parallel.sharding import unsharded
 from newton_summary.partition import Partition
 from newton_summary.solve import Status
@@ -297,6 +297,7 @@ class MeasuredOptimizer(torch.optim.Optimizer):
         """Everything a run needs to go on exactly: torch's state, rates, averages, counters, the sampler's position."""
         own = {
             "kinds": self._kinds(),
+            "shapes": [list(p.shape) for p in self.partition.parameters],
             "taken": self._taken,
             "every": self.every,
             "counts": dict(self.counts),
@@ -310,10 +311,12 @@ class MeasuredOptimizer(torch.optim.Optimizer):
         """The inverse of :meth:`state_dict`.
 
         Raises:
-            ValueError: the state is of another optimizer, of other groups, or of another rule or direction.
+            ValueError: the state is of another optimizer or model, of other groups, or of another rule or direction.
         """
         check_fits(state_dict, self._kinds())
         own = state_dict[KEY]
+        named = zip(self.partition.parameter_names, self.partition.parameters, strict=True)
+        check_shapes(own.get("shapes", ()), dict(named))
         check_parts(self._parts(), own["parts"])
         check_groups(state_dict, [group["name"] for group in self.param_groups])
         super().load_state_dict({key: value for key, value in state_dict.items() if key != KEY})

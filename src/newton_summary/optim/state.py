@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, Protocol
+
+from torch import Tensor
 
 KEY = "newton_summary"
 """Where it stands in an optimizer's ``state_dict``."""
@@ -29,7 +31,7 @@ def packed(parts: Mapping[str, Part | None]) -> dict[str, Any]:
 def unpack(parts: Mapping[str, Part | None], saved: Mapping[str, Any]) -> None:
     """Gives the parts back what :func:`packed` took, where both sides have them."""
     for name, part in parts.items():
-        if part is not None and saved[name] is not None:
+        if part is not None and saved.get(name) is not None:
             part.load_state_dict(saved[name])
 
 
@@ -42,7 +44,7 @@ def check_parts(parts: Mapping[str, Part | None], saved: Mapping[str, Any]) -> N
         ValueError: one side lacks another part: rates would not be those that were saved.
     """
     for name, part in parts.items():
-        if (part is None) != (saved[name] is None) and name != "stream":
+        if (part is None) != (saved.get(name) is None) and name != "stream":
             has, lacks = ("the state", "this optimizer") if part is None else ("this optimizer", "the state")
             raise ValueError(
                 f"{has} has a {name!r}, {lacks} has none, so rates would be others: make the optimizer as the one that "
@@ -57,6 +59,27 @@ def check_groups(state: Mapping[str, Any], names: list[str]) -> None:
         raise ValueError(f"the state is of other groups, {saved}: make the optimizer with the same partition")
 
 
+def check_shapes(saved: Sequence[Sequence[int]], parameters: Mapping[str, Tensor]) -> None:
+    """Raises where a state dictionary is of a model with other parameters.
+
+    Args:
+        saved: their shapes, in the model's order; none in a state that an older version has saved.
+        parameters: those of this optimizer's model, by name.
+
+    Raises:
+        ValueError: there are more or fewer, or one has another shape.
+    """
+    cure = "make the model as the one that was saved, with the same parameters frozen"
+    if saved and len(saved) != len(parameters):
+        raise ValueError(f"the state is of {len(saved)} parameters, this optimizer trains {len(parameters)}: {cure}")
+    for shape, (name, parameter) in zip(saved, parameters.items(), strict=False):
+        if tuple(shape) != tuple(parameter.shape):
+            raise ValueError(
+                f"the state is of another model: parameter {name!r} has shape {tuple(parameter.shape)} here, and "
+                f"{tuple(shape)} there; {cure}"
+            )
+
+
 def check_fits(state: Mapping[str, Any], kinds: list[str]) -> None:
     """Raises where a state dictionary is not of an optimizer like this one.
 
@@ -67,8 +90,11 @@ def check_fits(state: Mapping[str, Any], kinds: list[str]) -> None:
     Raises:
         ValueError: it is of another kind of optimizer, or of another rule or direction.
     """
-    if KEY not in state:
-        raise ValueError("the state is not that of a NewtonSummary optimizer")
+    if not isinstance(state, Mapping) or KEY not in state:
+        raise ValueError(
+            "the state is not that of a NewtonSummary optimizer: give what its state_dict() returned, not the state of "
+            "a model, nor of another optimizer"
+        )
     if state[KEY]["kinds"] != kinds:
         raise ValueError(
             f"the state is of an optimizer made of {', '.join(state[KEY]['kinds'])}, this one is made of "
