@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import copy
+import io
+import pickle
 
 import pytest
 import torch
 from torch import nn
 from torch.optim import lr_scheduler
+from torch.utils.data import DataLoader, TensorDataset
 
 import newton_summary as ns
 
@@ -113,3 +116,33 @@ def test_a_state_without_shapes_is_of_an_older_version() -> None:
     for m, optimizer in zip((model, twin), optimizers, strict=True):
         train(m, optimizer, 10, 5)
     assert same(model, twin)
+
+
+def make_loader() -> DataLoader:
+    parts = zip(*make_batches(), strict=True)
+    return DataLoader(TensorDataset(*map(torch.cat, parts)), batch_size=16, shuffle=True)
+
+
+def pickled(value):
+    return pickle.loads(pickle.dumps(value))
+
+
+def saved(value):
+    file = io.BytesIO()
+    torch.save(value, file)
+    file.seek(0)
+    return torch.load(file, weights_only=False)
+
+
+@pytest.mark.parametrize("copied", [pickled, saved, copy.deepcopy])
+@pytest.mark.parametrize("make_data", [make_batches, make_loader])
+def test_an_optimizer_may_be_copied_as_a_whole_while_it_trains(make_data, copied) -> None:
+    model = make_model()
+    optimizer = ns.NewtonSummary(model, loss_fn, curvature_data=make_data())
+    scheduler = lr_scheduler.CosineAnnealingLR(optimizer, 40)
+    train(model, optimizer, 7, scheduler=scheduler)
+    twin, its, scheduler_of_twin = copied((model, optimizer, scheduler))
+    train(model, optimizer, 15, 7, scheduler)
+    train(twin, its, 15, 7, scheduler_of_twin)
+    assert same(model, twin)
+    assert its.rates == optimizer.rates

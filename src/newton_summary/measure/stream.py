@@ -109,6 +109,10 @@ class BatchStream:
         twin.load_state_dict(self.state_dict())
         return twin
 
+    def __getstate__(self) -> dict[str, Any]:
+        """Without the pass that is under way, which cannot be pickled: it is opened again where it was."""
+        return {**vars(self), "_batches": None, "_generators": []}
+
     def _advance(self) -> Any:
         if self._batches is None:
             self._batches = self._open(self.position)
