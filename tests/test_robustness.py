@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import io
 import pickle
+import warnings
 
 import pytest
 import torch
@@ -45,6 +46,44 @@ def same(model, other) -> bool:
     return all(torch.equal(p, q) for p, q in zip(model.parameters(), other.parameters(), strict=True))
 
 
+# Arguments ------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"lr": "1e-3"}, "lr must be a number, got '1e-3', of type str"),
+        ({"lr": None}, "lr must be a number, got None, of type NoneType"),
+        ({"steps": "100"}, "steps must be a number, got '100', of type str"),
+        ({"every": "5"}, "every must be a number"),
+        ({"compare_every": "5"}, "compare_every must be a number"),
+        ({"regularization": "1"}, "regularization must be a number"),
+        ({"shrinkage": None}, "shrinkage must be a number"),
+        ({"averaging": "0.9"}, "averaging must be a number"),
+        ({"seed": "0"}, "seed must be a number"),
+        ({"engine": None}, "engine must be 'auto', 'forward', 'nested' or an Engine, got NoneType"),
+        ({"direction": torch.optim.Adam}, "or a Direction, got the class Adam"),
+        ({"direction": [torch.optim.Adam]}, "or a Direction, got list of the class Adam"),
+        ({"direction": []}, "or a Direction, got list of nothing"),
+        ({"loss_fn": None}, "loss_fn must be a function of the model and a batch, got NoneType"),
+        (
+            {"loss_fn": lambda batch: 0.0},
+            r"loss_fn must be a function of the model and a batch, got \(batch\): too many",
+        ),
+        ({"model": list(make_model().parameters())}, "got list: pass the model itself, not its parameters"),
+    ],
+)
+def test_arguments_of_other_types_are_named_at_once(arguments, message) -> None:
+    given = {"model": make_model(), "loss_fn": loss_fn, "curvature_data": make_batches(), **arguments}
+    with pytest.raises(TypeError, match=message):
+        ns.NewtonSummary(given.pop("model"), given.pop("loss_fn"), **given)
+
+
+def test_a_seed_is_a_whole_number() -> None:
+    with pytest.raises(ValueError, match=r"seed must be a whole number from 0 on, got 1\.5"):
+        ns.NewtonSummary(make_model(), loss_fn, curvature_data=make_batches(), seed=1.5)
+
+
 # Warnings -------------------------------------------------------------------------------------------------------------
 
 
@@ -52,19 +91,18 @@ def same(model, other) -> bool:
 def test_warnings_are_of_the_users_line(schedules) -> None:
     model = make_model()
     model[0].bias.requires_grad_(False)
-    with pytest.warns(UserWarning, match="leave it out") as made:
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
         optimizer = ns.NewtonSummary(model, loss_fn, curvature_data=make_batches(), steps=20, lr=0.01)
-    scheduler = lr_scheduler.LambdaLR(optimizer, lambda t: 1.0) if schedules else None
-    with pytest.warns(UserWarning, match="is not trained by this optimizer") as while_frozen:
+        scheduler = lr_scheduler.LambdaLR(optimizer, lambda t: 1.0) if schedules else None
         train(model, optimizer, 5, scheduler=scheduler)
         model[0].bias.requires_grad_(True)
         train(model, optimizer, 1, 5, scheduler)
         model[1] = nn.Linear(8, 8)
-        train(model, optimizer, 14, 6, scheduler)
-    with pytest.warns(UserWarning, match="the run is over") as over:
-        train(model, optimizer, 1, 20, scheduler)
-    found = [warning.filename for caught in (made, while_frozen, over) for warning in caught]
-    assert found == [__file__] * 5
+        train(model, optimizer, 15, 6, scheduler)
+    said = ["leave it out", *["is not trained by this optimizer"] * 3, "the run is over"]
+    assert all(words in str(warning.message) for words, warning in zip(said, caught, strict=True))
+    assert [warning.filename for warning in caught] == [__file__] * 5
 
 
 # Checkpoints ----------------------------------------------------------------------------------------------------------
@@ -78,8 +116,14 @@ def make_deeper() -> nn.Sequential:
 @pytest.mark.parametrize(
     ("make_other", "message"),
     [
-        (lambda: make_model(16), r"parameter '0\.weight' has shape \(8, 5\) here, and \(16, 5\) there; make the model as"),
-        (make_deeper, "the state is of 6 parameters, this optimizer trains 4: make the model as the one that was saved"),
+        (
+            lambda: make_model(16),
+            r"parameter '0\.weight' has shape \(8, 5\) here, and \(16, 5\) there; make the model as",
+        ),
+        (
+            make_deeper,
+            "the state is of 6 parameters, this optimizer trains 4: make the model as the one that was saved",
+        ),
     ],
 )
 def test_the_state_of_another_model_is_refused_and_changes_nothing(make_other, message, partition) -> None:

@@ -543,7 +543,7 @@ def test_data_that_is_no_iterable():
 
 
 def test_a_negative_seed():
-    with pytest.raises(ValueError, match="seed must not be negative, got -1"):
+    with pytest.raises(ValueError, match="seed must be a whole number from 0 on, got -1"):
         BatchStream([1], seed=-1)
 
 

@@ -9,26 +9,36 @@ from typing import Any
 from torch import Tensor
 
 
+def _check_number(what: str, value: object) -> None:
+    """Raises unless the value is a number, which what a configuration file has as text is not."""
+    if not hasattr(value, "__float__"):
+        raise TypeError(f"{what} must be a number, got {value!r}, of type {type(value).__name__}")
+
+
 def check_fraction(what: str, value: float) -> None:
     """Raises unless the value is in [0, 1)."""
+    _check_number(what, value)
     if not 0 <= value < 1:
         raise ValueError(f"{what} must be in [0, 1), got {value}")
 
 
 def check_positive(what: str, value: float) -> None:
     """Raises unless the value is a positive finite number."""
+    _check_number(what, value)
     if not (value > 0 and math.isfinite(value)):
         raise ValueError(f"{what} must be positive, got {value}")
 
 
-def check_count(what: str, value: int) -> None:
-    """Raises unless the value is a whole number from 1 on."""
-    if not (1 <= value < math.inf and value == int(value)):
-        raise ValueError(f"{what} must be a whole number from 1 on, got {value}")
+def check_count(what: str, value: int, least: int = 1) -> None:
+    """Raises unless the value is a whole number from ``least`` on."""
+    _check_number(what, value)
+    if not (least <= value < math.inf and value == int(value)):
+        raise ValueError(f"{what} must be a whole number from {least} on, got {value}")
 
 
 def check_not_negative(what: str, value: float) -> None:
     """Raises unless the value is a finite number from 0 on."""
+    _check_number(what, value)
     if not (value >= 0 and math.isfinite(value)):
         raise ValueError(f"{what} must not be negative, got {value}")
 

@@ -507,7 +507,9 @@ def unwrap(model: nn.Module) -> nn.Module:
         TypeError: it is no module, or one whose parameters are hidden.
     """
     if not isinstance(model, nn.Module):
-        raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
+        raise TypeError(
+            f"model must be a torch.nn.Module, got {type(model).__name__}: pass the model itself, not its parameters"
+        )
     if type(model).__name__ == "FullyShardedDataParallel":
         raise TypeError("FullyShardedDataParallel hides a model's parameters: use torch.distributed.fsdp.fully_shard")
     inner = getattr(model, "_orig_mod", None)

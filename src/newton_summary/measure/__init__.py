@@ -70,12 +70,15 @@ def resolve_engine(engine: str | Engine, memory: float | None = None) -> Engine:
 
     Raises:
         ValueError: the name is unknown; or the engine has no budget of memory.
+        TypeError: it is something else.
     """
     if isinstance(engine, str):
         engines: dict[str, Engine] = {"auto": AUTO, "forward": FORWARD, "nested": NESTED}
         if engine not in engines:
             raise ValueError(f"unknown engine {engine!r}: choose one of {', '.join(engines)}")
         engine = engines[engine]
+    if not hasattr(engine, "measure"):
+        raise TypeError(f"engine must be 'auto', 'forward', 'nested' or an Engine, got {type(engine).__name__}")
     if memory is None:
         return engine
     if not isinstance(engine, ForwardEngine | AutoEngine):

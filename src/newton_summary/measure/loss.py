@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import inspect
 import random
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -30,9 +31,13 @@ class Loss:
     Args:
         loss_fn: takes the model and a batch, gives a scalar.
         model: what ``torch.compile`` or ``DistributedDataParallel`` made of a module counts as that module.
+
+    Raises:
+        TypeError: the loss function is none, or takes other arguments.
     """
 
     def __init__(self, loss_fn: LossFunction, model: nn.Module) -> None:
+        _check_takes_model_and_batch(loss_fn)
         self.loss_fn = loss_fn
         self.model = unwrap(model)
 
@@ -163,6 +168,20 @@ class Loss:
                 yield rewind_all
             finally:
                 rewind_generators()
+
+
+def _check_takes_model_and_batch(loss_fn: object) -> None:
+    """Raises unless this can be called with a model and a batch, as far as that can be told."""
+    if not callable(loss_fn):
+        raise TypeError(f"loss_fn must be a function of the model and a batch, got {type(loss_fn).__name__}")
+    try:
+        signature = inspect.signature(loss_fn)
+    except (ValueError, TypeError):  # some are written in C
+        return
+    try:
+        signature.bind(None, None)
+    except TypeError as error:
+        raise TypeError(f"loss_fn must be a function of the model and a batch, got {signature}: {error}") from None
 
 
 @contextlib.contextmanager

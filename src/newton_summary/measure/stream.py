@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch.utils.data import BatchSampler, DataLoader, Dataset, IterableDataset, RandomSampler, SequentialSampler
 
-from newton_summary._checks import check_batches, check_not_negative
+from newton_summary._checks import check_batches, check_count
 from newton_summary.measure.attributes import generator_rewind, generators_behind, reseed
 from newton_summary.measure.batches import to_device
 from newton_summary.measure.loss import preserved_randomness
@@ -61,7 +61,7 @@ class BatchStream:
         if isinstance(data, Iterator):
             raise ValueError(f"{what} is a one-shot {type(data).__name__}: pass a DataLoader or a list of batches")
         check_batches(what, data)
-        check_not_negative("seed", seed)
+        check_count("seed", seed, least=0)
         self.data, self._what = data, what
         self.seed = seed
         self.rank, self.count = rank, count

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from newton_summary._checks import check_count
+from newton_summary._checks import check_count, check_not_negative
 from newton_summary._warned import warn
 from newton_summary.measure import Engine, LossFunction
 from newton_summary.measure.together import OneOrSeveral, are_optimizers, members_of, together
@@ -151,6 +151,7 @@ class NewtonSummary(MeasuredOptimizer):
             check_count("compare_every", compare_every)
         if steps is not None:
             check_count("steps", steps)
+        check_not_negative("lr", lr)
         if 0 < lr < _SMALL:
             warn(
                 f"lr={lr:g} makes every step {1 / lr:.0f} times shorter than what is measured: it is a scale without "

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import cast
 
 from newton_summary.measure.together import OneOrSeveral, are_optimizers
@@ -23,10 +24,11 @@ def resolve(direction: str | OneOrSeveral | Direction) -> Direction:
     if are_optimizers(direction):
         return StepOf(direction)
     if not isinstance(direction, str):
-        if not hasattr(direction, "update") or not hasattr(direction, "defaults"):
+        if isinstance(direction, type) or not hasattr(direction, "update") or not hasattr(direction, "defaults"):
+            members = direction if isinstance(direction, list | tuple) else [direction]
+            got = f"{type(direction).__name__} of {_kinds(members)}" if members is direction else _kinds(members)
             raise TypeError(
-                "direction must be a name, a torch.optim.Optimizer, a list of them, or a Direction, "
-                f"got {type(direction).__name__}"
+                f"direction must be a name, a torch.optim.Optimizer, a list of them, or a Direction, got {got}"
             )
         return cast(Direction, direction)
     named: dict[str, type[Direction]] = {
@@ -42,3 +44,9 @@ def resolve(direction: str | OneOrSeveral | Direction) -> Direction:
             "or a list of them"
         )
     return named[direction]()
+
+
+def _kinds(members: Sequence[object]) -> str:
+    """What they are, in words; classes are told from what is made of them."""
+    kinds = (f"the class {m.__name__}" if isinstance(m, type) else type(m).__name__ for m in members)
+    return ", ".join(kinds) or "nothing"
