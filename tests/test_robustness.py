@@ -6,14 +6,16 @@ import copy
 import io
 import pickle
 import warnings
+from collections import deque
 
 import pytest
 import torch
 from torch import nn
 from torch.optim import lr_scheduler
-from torch.utils.data import DataLoader, TensorDataset
+from torch.utils.data import DataLoader, Dataset, TensorDataset
 
 import newton_summary as ns
+from newton_summary.measure.batches import described
 
 
 def make_model(width: int = 8) -> nn.Sequential:
@@ -190,3 +192,99 @@ def test_an_optimizer_may_be_copied_as_a_whole_while_it_trains(make_data, copied
     train(twin, its, 15, 7, scheduler_of_twin)
     assert same(model, twin)
     assert its.rates == optimizer.rates
+
+
+# Errors of the user's code -------------------------------------------------------------------------------------------
+
+
+def notes_of(error: BaseException) -> str:
+    return "\n".join(getattr(error, "__notes__", ()))
+
+
+@pytest.mark.parametrize("direction", ["nadam", "momentum"])
+def test_an_error_of_the_loss_says_what_it_was_called_with(direction) -> None:
+    """Batches of curvature_data are not what the training loop makes of those that it reads."""
+    model, data = make_model(), [{"x": x.double(), "y": y} for x, y in make_batches()]
+    options = {"curvature_data": data, "direction": direction}
+    optimizer = ns.NewtonSummary(model, lambda m, b: loss_fn(m, (b["x"], b["y"])), **options)
+    before = copy.deepcopy(model)
+    loss_fn(model, make_batches()[0]).backward()
+    with pytest.raises(RuntimeError, match="same dtype") as caught:
+        optimizer.step()
+    assert notes_of(caught.value) == (
+        "loss_fn(model, batch) was called with a Sequential and a dict, batch['x']: float64 of shape (16, 5), "
+        "batch['y']: int64 of shape (16,)"
+    )
+    assert same(model, before)
+
+
+def test_a_batch_of_many_tensors_is_described_by_its_first_ones() -> None:
+    assert described([torch.ones(1)] * 9).count("batch[") == 6
+    assert described(None) == "a NoneType"
+
+
+class Unreliable(Dataset):
+    """Data of which single reads fail."""
+
+    def __init__(self, failing: set[int]) -> None:
+        self.samples = make_loader().dataset
+        self.reads, self.failing = 0, failing
+
+    def __len__(self) -> int:
+        return len(self.samples)
+
+    def __getitem__(self, index: int):
+        self.reads += 1
+        if self.reads in self.failing:
+            raise OSError("no such share")
+        return self.samples[index]
+
+
+@pytest.mark.parametrize("failing", [{1}, {40}, {1, 17, 33, 40}])
+def test_data_that_cannot_be_read_says_whose_it_is_and_a_loop_may_go_on(failing) -> None:
+    model = make_model()
+    optimizer = ns.NewtonSummary(model, loss_fn, curvature_data=DataLoader(Unreliable(failing), 16, shuffle=True))
+    notes, stayed = [], []
+    for t in range(60):
+        before = copy.deepcopy(model)
+        try:
+            train(model, optimizer, 1, t)
+        except OSError as error:
+            notes.append(notes_of(error))
+            stayed.append(same(model, before))
+    assert len(notes) == len(failing)
+    assert all("raised by curvature_data, of which batch" in note for note in notes)
+    assert all(stayed)
+    assert optimizer.counts["compared"] == 7
+
+
+def test_what_failed_before_the_first_step_is_made_up_for() -> None:
+    """The first comparison chooses the sides of matrices, and finds where the rates begin."""
+    models, data = (make_model(64), make_model(64)), make_batches()[:1] * 5
+    optimizers = [ns.NewtonSummary(model, loss_fn, curvature_data=data) for model in models]
+    calls = optimizers[1]._samples.loss
+    calls.loss_fn = interrupted
+    with pytest.raises(KeyboardInterrupt):
+        train(models[1], optimizers[1], 1)
+    calls.loss_fn = loss_fn
+    for model, optimizer in zip(models, optimizers, strict=True):
+        train(model, optimizer, 3)
+    assert same(*models)
+
+
+def interrupted(model, batch):
+    raise KeyboardInterrupt
+
+
+def test_data_that_ran_out_says_what_to_pass() -> None:
+    model, data = make_model(), deque(make_batches())
+    optimizer = ns.NewtonSummary(model, loss_fn, curvature_data=data)
+    train(model, optimizer, 30)
+    data.clear()
+    with pytest.raises(RuntimeError, match="mutated during iteration") as caught:
+        train(model, optimizer, 30, 30)
+    assert "raised by curvature_data" in notes_of(caught.value)
+    with pytest.raises(ValueError, match=r"emptied since: .*; pass a DataLoader, a list of batches, or an object that"):
+        train(model, optimizer, 1, 30)
+    data += make_batches()
+    train(model, optimizer, 30, 30)

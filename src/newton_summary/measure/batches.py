@@ -23,6 +23,9 @@ SizeOf: TypeAlias = int | Callable[[Any], int] | None
 """The number of samples in every batch, or what gives it; nothing where the tensors tell."""
 
 
+_MOST_DESCRIBED = 6  # tensors of a batch
+
+
 def map_tensors(batch: Any, function: Callable[[Tensor], Tensor]) -> Any:
     """A batch with containers of its own, in which a function was applied to every tensor.
 
@@ -53,6 +56,18 @@ def to_device(batch: Any, device: torch.device) -> Any:
 def tensors_of(batch: Any) -> list[tuple[str, Tensor]]:
     """Every tensor in a batch, and where it is: ``[0]``, ``['x']``, ``.y``."""
     return [(path, value) for path, value in _leaves(batch, "", set()) if isinstance(value, Tensor)]
+
+
+def described(batch: Any) -> str:
+    """What a batch is made of, in words.
+
+    Example:
+        >>> described({"x": torch.ones(2, 3), "name": "a"})
+        "a dict, batch['x']: float32 of shape (2, 3)"
+    """
+    found = [f"batch{path}: {str(t.dtype)[6:]} of shape {tuple(t.shape)}" for path, t in tensors_of(batch)]
+    more = [] if len(found) <= _MOST_DESCRIBED else ["…"]
+    return ", ".join([f"a {type(batch).__name__}", *found[:_MOST_DESCRIBED], *more])
 
 
 def kept(batch: Any) -> Callable[[], None]:

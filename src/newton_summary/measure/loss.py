@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from newton_summary.measure.attributes import Attributes, generator_rewind, owners
-from newton_summary.measure.batches import fresh, kept
+from newton_summary.measure.batches import described, fresh, kept
 from newton_summary.measure.composed import Composed
 from newton_summary.measure.journal import Journal, is_recurrent, watching
 from newton_summary.parallel import paging
@@ -77,12 +77,22 @@ class Loss:
         try:
             with without_hooks([p for m in modules for p in m._parameters.values() if p is not None]):
                 with watched, Composed() if differentiable else contextlib.nullcontext():
-                    value = scalar(self.loss_fn(self.model, own))
+                    value = scalar(self._of(own))
                 yield value
         finally:
             attributes.restore()
             restore_batch()
             journal.undo()
+
+    def _of(self, batch: Any) -> Any:
+        """What the loss function gives; an error of its own says what it was called with."""
+        try:
+            return self.loss_fn(self.model, batch)
+        except Exception as error:
+            error.add_note(
+                f"loss_fn(model, batch) was called with a {type(self.model).__name__} and {described(batch)}"
+            )
+            raise
 
     def value(self, batch: Any) -> float:
         """The loss on a batch, as a number; nothing changes but random states."""

@@ -114,18 +114,34 @@ class BatchStream:
         return {**vars(self), "_batches": None, "_generators": []}
 
     def _advance(self) -> Any:
-        if self._batches is None:
-            self._batches = self._open(self.position)
-        self._reseed(self.position)
-        batch = next(self._batches, _END)
+        batch = self._read()
         if batch is _END:
+            self._batches = None
             if self.position == 0:
-                again = " again: it can be read only once" if self.epoch else ""
-                raise ValueError(f"{self._what} is empty{again}: a pass over it gave no batch")
-            self.epoch, self.position, self._batches = self.epoch + 1, 0, None
+                again = " again: it can be read only once, or has been emptied since" if self.epoch else ""
+                raise ValueError(
+                    f"{self._what} is empty{again}: a pass over it gave no batch; pass a DataLoader, a list of "
+                    "batches, or an object that gives them anew each time it is iterated"
+                )
+            self.epoch, self.position = self.epoch + 1, 0
             return self._advance()
         self.position += 1
         return batch
+
+    def _read(self) -> Any:
+        """The next batch of a pass; an error of the data's ends the pass, for those who go on all the same."""
+        try:
+            if self._batches is None:
+                self._batches = self._open(self.position)
+            self._reseed(self.position)
+            return next(self._batches, _END)
+        except Exception as error:
+            error.add_note(
+                f"raised by {self._what}, of which batch {self.position} of pass {self.epoch} was read, in this "
+                "process and apart from the training loop"
+            )
+            self.epoch, self.position, self._batches = self.epoch + 1, 0, None
+            raise
 
     def _reseed(self, position: int) -> None:
         """Makes what a dataset draws (augmentations), of whatever generator, a function of the position."""

@@ -278,17 +278,26 @@ class NewtonSummary(MeasuredOptimizer):
         self.counts["halved"] += backtrack(self.rule, scales, summary, loss_after, precision)
 
     def _adapt(self) -> None:
-        """Compares, where it is time to."""
+        """Compares, where it is time to; where that fails, in the user's code, it is still to be done."""
         if self._comparison is None or self._taken < self._comparison.cadence.due:
             return
-        begins = self._comparison.cadence.due == 0
-        goes_back = self._comparison.run(self.state, self._taken, holds=self.factor < 1)
+        before = self._comparison.cadence.state_dict()
+        try:
+            self._compare(self._comparison)
+        except BaseException:
+            self._comparison.cadence.load_state_dict(before)
+            raise
+        self._publish_rates()
+
+    def _compare(self, comparison: AverageComparison) -> None:
+        """Compares, and finds where the rates begin before the first step."""
+        begins = comparison.cadence.due == 0
+        goes_back = comparison.run(self.state, self._taken, holds=self.factor < 1)
         self.counts["compared"] += 1
         if goes_back:
             forget(self.direction, self.partition.parameters, self.state)
         if begins and self._relative.value is not None:
-            self._comparison.begin(self._current_direction(), self._relative.value)
-        self._publish_rates()
+            comparison.begin(self._current_direction(), self._relative.value)
 
     def _current_direction(self) -> dict[Tensor, Tensor]:
         """The direction of this step; the sides of its factors are chosen before it is first computed."""
