@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import io
 import pickle
+import re
 import warnings
 from collections import deque
 
@@ -105,6 +106,31 @@ def test_warnings_are_of_the_users_line(schedules) -> None:
     said = ["leave it out", *["is not trained by this optimizer"] * 3, "the run is over"]
     assert all(words in str(warning.message) for words, warning in zip(said, caught, strict=True))
     assert [warning.filename for warning in caught] == [__file__] * 5
+
+
+def by_hand(optimizer) -> None:
+    for group in optimizer.param_groups:
+        group["lr"] = 6e-4
+
+
+@pytest.mark.parametrize(
+    ("schedule", "peak"),
+    [
+        (lambda o: lr_scheduler.OneCycleLR(o, max_lr=1e-3, total_steps=20), "lr=0.001 makes every step 1000 times"),
+        (by_hand, "lr=0.0006 makes every step 1667 times shorter .* let a schedule have a peak of 1"),
+        (lambda o: lr_scheduler.OneCycleLR(o, max_lr=1.0, total_steps=20), ""),
+        (lambda o: lr_scheduler.LambdaLR(o, lambda t: t / 100), ""),
+    ],
+)
+def test_a_schedule_of_learning_rates_of_another_optimizer_is_warned_of_once(schedule, peak) -> None:
+    model = make_model()
+    optimizer = ns.NewtonSummary(model, loss_fn, curvature_data=make_batches())
+    scheduler = schedule(optimizer)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        train(model, optimizer, 5, scheduler=scheduler)
+    assert len(caught) == bool(peak)
+    assert not peak or re.search(peak, str(caught[0].message))
 
 
 # Checkpoints ----------------------------------------------------------------------------------------------------------

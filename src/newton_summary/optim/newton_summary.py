@@ -152,11 +152,7 @@ class NewtonSummary(MeasuredOptimizer):
         if steps is not None:
             check_count("steps", steps)
         check_not_negative("lr", lr)
-        if 0 < lr < _SMALL:
-            warn(
-                f"lr={lr:g} makes every step {1 / lr:.0f} times shorter than what is measured: it is a scale without "
-                "units, usually 1, and not a learning rate as Adam has it; leave it out"
-            )
+        _warn_of_small(lr)
         members = members_of(together(direction)) if are_optimizers(direction) else ()
         compares = curvature_data is not None and compare_every != 0
         own = Partition.canonical if compares else Partition.trivial
@@ -222,6 +218,8 @@ class NewtonSummary(MeasuredOptimizer):
             raise RuntimeError("the model has averaged weights: call the optimizer's train() before its next step()")
 
     def _descend(self) -> None:
+        if self._taken == 0 and self.defaults["lr"] >= _SMALL:  # what a schedule has made of it since
+            _warn_of_small(max(self._scales(warm=True)))
         if self._taken == self.steps:
             warn(
                 f"the {self.steps} steps of steps= were taken, and the rates have come down to 0: the run is over, and "
@@ -311,3 +309,12 @@ class NewtonSummary(MeasuredOptimizer):
         """What remembers something, by name."""
         own: dict[str, Part | None] = {"clipping": self._clipping, "relative": self._relative}
         return {**super()._parts(), **own, "comparison": self._comparison, "sides": self._sides}
+
+
+def _warn_of_small(lr: float) -> None:
+    """Warns where λ_1 is so small that it is taken for a learning rate."""
+    if 0 < lr < _SMALL:
+        warn(
+            f"lr={lr:g} makes every step {1 / lr:.0f} times shorter than what is measured: it is a scale without units, "
+            "usually 1, and not a learning rate as Adam has it; leave it out, and let a schedule have a peak of 1"
+        )
