@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import io
+import math
 import pickle
 import re
 import warnings
@@ -117,7 +118,7 @@ def by_hand(optimizer) -> None:
     ("schedule", "peak"),
     [
         (lambda o: lr_scheduler.OneCycleLR(o, max_lr=1e-3, total_steps=20), "lr=0.001 makes every step 1000 times"),
-        (by_hand, "lr=0.0006 makes every step 1667 times shorter .* let a schedule have a peak of 1"),
+        (by_hand, "lr=0.0006 makes every step 1667 times shorter .* let a schedule go up to 1"),
         (lambda o: lr_scheduler.OneCycleLR(o, max_lr=1.0, total_steps=20), ""),
         (lambda o: lr_scheduler.LambdaLR(o, lambda t: t / 100), ""),
     ],
@@ -131,6 +132,37 @@ def test_a_schedule_of_learning_rates_of_another_optimizer_is_warned_of_once(sch
         train(model, optimizer, 5, scheduler=scheduler)
     assert len(caught) == bool(peak)
     assert not peak or re.search(peak, str(caught[0].message))
+
+
+def of_another_model(model, batch):
+    return loss_fn(make_model(), batch)
+
+
+def detached(model, batch):
+    return loss_fn(model, batch).detach()
+
+
+def of_no_number(model, batch):
+    return loss_fn(model, batch) * math.nan
+
+
+@pytest.mark.parametrize(
+    ("measured", "message"),
+    [
+        (
+            of_another_model,
+            "curvature_data does not depend on the parameters: compute it with the model that loss_fn gets",
+        ),
+        (detached, "curvature_data does not depend on the parameters: .* do not detach it"),
+        (of_no_number, "curvature_data is nan before the first step: look at loss_fn and the data"),
+    ],
+)
+def test_a_loss_that_comparisons_can_tell_nothing_of_is_warned_of_once(measured, message) -> None:
+    model = make_model()
+    optimizer = ns.NewtonSummary(model, measured, curvature_data=make_batches())
+    with pytest.warns(UserWarning, match=message) as caught:
+        train(model, optimizer, 20)
+    assert len(caught) == 1
 
 
 # Checkpoints ----------------------------------------------------------------------------------------------------------

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from newton_summary._warned import warn
 from newton_summary.measure.along import LossAlongStep
 from newton_summary.measure.batches import batch_size
 from newton_summary.measure.loss import preserved_randomness
@@ -51,6 +53,7 @@ class AverageComparison:
         self.average = WeightAverage(samples.partition.parameters)
         self._samples = samples
         self._sides = sides
+        self._has_warned = False
 
     def run(self, state: State, step: int, holds: bool) -> bool:
         """Compares.
@@ -67,7 +70,9 @@ class AverageComparison:
         average = self.average.values(state)
         with preserved_randomness(self._samples.loss.devices) as rewind:
             if step == 0:
-                self.adaptation.begin(self._first_loss(rewind))
+                first = self._first_loss(rewind)
+                self._check(math.isfinite(first), f"is {first} before the first step: look at loss_fn and the data")
+                self.adaptation.begin(first)
                 return False
             share = self.adaptation.share(step, gap)
             found = self._behind(average, share, rewind)
@@ -113,6 +118,10 @@ class AverageComparison:
         ):
             torch._foreach_lerp_(weights, average, (1 - share) / 2)
             midway, gradient = loss.gradient()
+            self._check(
+                any(g is not None for g in gradient),
+                "does not depend on the parameters: compute it with the model that loss_fn gets, and do not detach it",
+            )
             rest = (a - w for a, w in zip(average, weights, strict=True))  # of the way, and what the share leaves of it
             parts = torch.stack(partition.dot(gradient, rest)) * (2 * (1 - share) / (1 + share))
             midway, *behind = samples.means([midway, *parts.tolist()], size)
@@ -121,6 +130,12 @@ class AverageComparison:
                 if self.adaptation.has_diverged(midway, samples.mean(loss(), size)):
                     return None
         return midway, behind
+
+    def _check(self, is_well: bool, otherwise: str) -> None:
+        """Warns, once, where comparisons would tell nothing, and the training loop need not notice."""
+        if not is_well and not self._has_warned:
+            self._has_warned = True
+            warn(f"the loss on a batch of curvature_data {otherwise}; such batches tell nothing about rates")
 
     def begin(self, u: Mapping[Tensor, Tensor], eta: Tensor) -> None:
         """Finds where the rates begin, on the next batch.

@@ -315,6 +315,6 @@ def _warn_of_small(lr: float) -> None:
     """Warns where λ_1 is so small that it is taken for a learning rate."""
     if 0 < lr < _SMALL:
         warn(
-            f"lr={lr:g} makes every step {1 / lr:.0f} times shorter than what is measured: it is a scale without units, "
-            "usually 1, and not a learning rate as Adam has it; leave it out, and let a schedule have a peak of 1"
+            f"lr={lr:g} makes every step {1 / lr:.0f} times shorter than what is measured: it is a scale without "
+            "units, usually 1, and not a learning rate as Adam has it; leave it out, and let a schedule go up to 1"
         )
