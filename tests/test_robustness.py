@@ -165,6 +165,32 @@ def test_a_loss_that_comparisons_can_tell_nothing_of_is_warned_of_once(measured,
     assert len(caught) == 1
 
 
+def test_a_forgotten_train_is_warned_of_before_it_is_an_error() -> None:
+    model = make_model()
+    optimizer = ns.NewtonSummary(model, loss_fn, curvature_data=make_batches())
+    train(model, optimizer, 10)
+    optimizer._comparison.adaptation.advantage = -1.0
+    for _ in range(2):
+        optimizer.eval()
+        optimizer.train()
+        train(model, optimizer, 1)
+    optimizer.eval()
+    with pytest.warns(UserWarning, match=r"eval\(\) was called, and not its train\(\): .* will be refused") as caught:
+        train(model, optimizer, 2)
+    assert len(caught) == 1
+    optimizer._comparison.adaptation.advantage = 1.0
+    optimizer.eval()
+    with pytest.raises(RuntimeError, match=r"call the optimizer's train\(\)"):
+        train(model, optimizer, 1)
+
+
+def test_where_eval_never_does_anything_nothing_is_said() -> None:
+    model = nn.Sequential(nn.Linear(5, 8), nn.BatchNorm1d(8), nn.Linear(8, 3))
+    optimizer = ns.NewtonSummary(model, loss_fn, curvature_data=make_batches())
+    optimizer.eval()
+    train(model, optimizer, 2)
+
+
 # Checkpoints ----------------------------------------------------------------------------------------------------------
 
 

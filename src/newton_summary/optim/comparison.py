@@ -45,6 +45,7 @@ class AverageComparison:
         adaptation: what is found: the scales of the rates.
         cadence: when.
         average: of the weights.
+        is_evaluating: whether the average was last asked for, and would have come, if it were better.
     """
 
     def __init__(self, samples: Samples, every: int, sides: SidesByCount | None) -> None:
@@ -53,6 +54,7 @@ class AverageComparison:
         self.average = WeightAverage(samples.partition.parameters)
         self._samples = samples
         self._sides = sides
+        self.is_evaluating = False
         self._has_warned = False
 
     def run(self, state: State, step: int, holds: bool) -> bool:
@@ -159,13 +161,15 @@ class AverageComparison:
 
         A model that is evaluated with statistics of batches keeps its weights: the statistics are of those.
         """
-        if self.average.is_in_place or self.adaptation.advantage <= 0:
+        if self.average.is_in_place or _has_statistics(self._samples.loss.model):
             return
-        if not _has_statistics(self._samples.loss.model):
+        self.is_evaluating = True
+        if self.adaptation.advantage > 0:
             self.average.exchange(state)
 
     def hide_average(self, state: State) -> None:
         """Puts the weights back that :meth:`show_average` has taken out."""
+        self.is_evaluating = False
         if self.average.is_in_place:
             self.average.exchange(state)
 

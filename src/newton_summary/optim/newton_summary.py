@@ -214,8 +214,16 @@ class NewtonSummary(MeasuredOptimizer):
     # One step ---------------------------------------------------------------------------------------------------------
 
     def _check_ready(self) -> None:
-        if self._comparison is not None and self._comparison.average.is_in_place:
+        if self._comparison is None:
+            return
+        if self._comparison.average.is_in_place:
             raise RuntimeError("the model has averaged weights: call the optimizer's train() before its next step()")
+        if self._comparison.is_evaluating:
+            self._comparison.is_evaluating = False
+            warn(
+                "the optimizer's eval() was called, and not its train(): this time the weights were left as they were; "
+                "once their average is better and takes their place, the next step() will be refused"
+            )
 
     def _descend(self) -> None:
         if self._taken == 0 and self.defaults["lr"] >= _SMALL:  # what a schedule has made of it since
