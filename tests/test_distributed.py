@@ -466,11 +466,18 @@ def forget_to_average(what: str):
         with pytest.warns(UserWarning, match=f"failed, training goes on; .*{reason}"):
             monitor.step(batch)
         return
+    if what == "default":  # measures nothing, and compares the weights with their average
+        optimizer = ns.NewtonSummary(model, loss_fn, curvature_data=plain_loader())
+        for _ in range(4):
+            optimizer.step()
+        with pytest.raises(RuntimeError, match=reason):
+            optimizer.step()
+        return
     with pytest.raises(RuntimeError, match=reason):
         ns.NewtonSummary(model, loss_fn, direction=what).measure(batch)
 
 
-@pytest.mark.parametrize("what", ["gradient", "adam", "monitor"])
+@pytest.mark.parametrize("what", ["default", "gradient", "adam", "monitor"])
 def test_gradients_that_were_not_averaged_are_an_error_or_end_the_measurements(two, what) -> None:
     two.run(forget_to_average, what)
 

@@ -114,6 +114,7 @@ class AverageComparison:
         samples = self._samples
         batch = samples.next(_later)
         size = batch_size(batch)
+        mark = self._mark(average)
         with (
             samples.whole(average) as (partition, average),
             samples.loss.movable(batch, partition, rewind) as (weights, loss),
@@ -126,12 +127,19 @@ class AverageComparison:
             )
             rest = (a - w for a, w in zip(average, weights, strict=True))  # of the way, and what the share leaves of it
             parts = torch.stack(partition.dot(gradient, rest)) * (2 * (1 - share) / (1 + share))
-            midway, *behind = samples.means([midway, *parts.tolist()], size)
+            midway, mark_of_all, *behind = samples.means([midway, mark, *parts.tolist()], size)
+            samples.processes.check_alike(mark, mark_of_all)
             if self.adaptation.is_suspicious(midway):
                 torch._foreach_copy_(weights, average)
                 if self.adaptation.has_diverged(midway, samples.mean(loss(), size)):
                     return None
         return midway, behind
+
+    def _mark(self, average: Sequence[Tensor]) -> float:
+        """Of the way from the average to the weights, which all processes must have gone, in the smallest tensor."""
+        parameters = self._samples.partition.parameters
+        least = min(range(len(parameters)), key=lambda number: parameters[number].numel())
+        return self._samples.processes.mark([parameters[least].detach() - average[least]])
 
     def _check(self, is_well: bool, otherwise: str) -> None:
         """Warns, once, where comparisons would tell nothing, and the training loop need not notice."""

@@ -73,16 +73,28 @@ class Processes:
             return [summary.cpu() for summary in summaries]
         mark = _mark(along)
         rows = self._weighted_means([torch.cat([s.pack(), mark]) for s in summaries], [s.weight for s in summaries])
-        own = float(mark)
-        if any(abs(float(mean[-1]) - own) > _SAME * own for mean, _ in rows):
-            raise RuntimeError(
-                f"process {self.rank} of {self.count} steps in another direction than the others: train through a "
-                "DistributedDataParallel module, which averages gradients, or pass a process_group of its own to each"
-            )
+        for mean, _ in rows:
+            self.check_alike(float(mark), float(mean[-1]))
         return [
             replace(summary.unpack(mean[:-1]), weight=float(weight))
             for summary, (mean, weight) in zip(summaries, rows, strict=True)
         ]
+
+    def mark(self, direction: Sequence[Tensor]) -> float:
+        """A number that two directions hardly share; with one process alone, 0, for nothing."""
+        return float(_mark(direction)) if self.count > 1 else 0.0
+
+    def check_alike(self, mark: float, mean: float) -> None:
+        """Raises where the mean of a mark over the processes is not that of this one.
+
+        Raises:
+            RuntimeError: it is not.
+        """
+        if abs(mean - mark) > _SAME * mark:
+            raise RuntimeError(
+                f"process {self.rank} of {self.count} steps in another direction than the others: train through a "
+                "DistributedDataParallel module, which averages gradients, or pass a process_group of its own to each"
+            )
 
     def mean(self, values: Sequence[float], weights: Sequence[float], device: torch.device) -> list[float]:
         """Weighted means of numbers over all processes, in one all-reduce."""
