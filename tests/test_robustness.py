@@ -278,6 +278,23 @@ def test_an_optimizer_may_be_copied_as_a_whole_while_it_trains(make_data, copied
     assert its.rates == optimizer.rates
 
 
+# What a loop changes around a step ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
+def test_torchs_default_type_is_nothing_to_a_step(dtype) -> None:
+    models = make_model(), make_model()
+    first, second = (ns.NewtonSummary(model, loss_fn, curvature_data=make_batches()) for model in models)
+    train(models[0], first, 30)
+    for t in range(30):
+        loss_fn(models[1], make_batches()[t % 5]).backward()
+        torch.set_default_dtype(dtype)
+        second.step()
+        second.zero_grad()
+        torch.set_default_dtype(torch.float32)
+    assert same(*models)
+
+
 # Errors of the user's code -------------------------------------------------------------------------------------------
 
 

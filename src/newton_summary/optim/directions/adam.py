@@ -141,10 +141,10 @@ def _by_torch(tensors: tuple[list[Tensor], ...], step: int, options: dict[str, A
     places, gradients, means, squares = tensors
     device = places[0].device
     if device.type in _FUSED and hasattr(torch, "_fused_adam_"):
-        steps = [torch.full((), float(step), device=device)] * len(places)
+        steps = [torch.full((), float(step), dtype=torch.float32, device=device)] * len(places)
         torch._fused_adam_(places, gradients, means, squares, [], steps, **options)
     else:
-        steps = [torch.full((), step - 1.0, device=device) for _ in places]  # which it counts on
+        steps = [torch.full((), step - 1.0, dtype=torch.float32, device=device) for _ in places]  # which it counts on
         adam(places, gradients, means, squares, [], steps, **options)
 
 

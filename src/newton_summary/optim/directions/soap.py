@@ -142,7 +142,7 @@ def _eigenvectors(factor: Tensor) -> Tensor:
     Where the gradient has not been, all eigenvalues are 0, and rounding would choose among the bases; a little that
     differs from entry to entry chooses the one nearest to the entries themselves.
     """
-    ramp = torch.linspace(1, 0, len(factor)).to(factor)
+    ramp = torch.linspace(1, 0, len(factor), dtype=torch.float32).to(factor)
     factor = (factor + torch.diag(_little(factor) * ramp)).nan_to_num()
     found: Tensor
     try:
