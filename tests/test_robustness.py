@@ -88,6 +88,15 @@ def test_a_seed_is_a_whole_number() -> None:
         ns.NewtonSummary(make_model(), loss_fn, curvature_data=make_batches(), seed=1.5)
 
 
+def test_a_parameter_beside_the_model_does_not_stand_still_in_silence() -> None:
+    model, temperature = make_model(), nn.Parameter(torch.ones(()))
+    direction = torch.optim.Adam([*model.parameters(), temperature])
+    with pytest.raises(ValueError, match=r"a parameter of shape \(\) that is not the model's, and would not move"):
+        ns.NewtonSummary(model, loss_fn, curvature_data=make_batches(), direction=direction)
+    model[0].requires_grad_(False)  # what is frozen may be held
+    ns.NewtonSummary(model, loss_fn, direction=torch.optim.Adam(model.parameters()))
+
+
 # Warnings -------------------------------------------------------------------------------------------------------------
 
 
@@ -317,6 +326,43 @@ def test_an_error_of_the_loss_says_what_it_was_called_with(direction) -> None:
         "batch['y']: int64 of shape (16,)"
     )
     assert same(model, before)
+
+
+@pytest.mark.parametrize("direction", ["nadam", "momentum"])
+def test_a_loss_that_clears_gradients_leaves_those_of_the_training(direction) -> None:
+    def clearing(model, batch):
+        model.zero_grad()
+        return loss_fn(model, batch)
+
+    models = make_model(), make_model()
+    for model, measured in zip(models, (loss_fn, clearing), strict=True):
+        options = {"curvature_data": make_batches(), "direction": direction, "every": 7}
+        train(model, ns.NewtonSummary(model, measured, **options), 20)
+    assert same(*models)
+
+
+def test_a_loss_that_steps_back_by_itself_is_told_so_and_adds_to_no_gradient() -> None:
+    def whole_step(model, batch):
+        loss = loss_fn(model, batch)
+        loss.backward()
+        return loss
+
+    model = make_model()
+    optimizer = ns.NewtonSummary(model, whole_step, curvature_data=make_batches())
+    loss_fn(model, make_batches()[0]).backward()
+    before = [p.grad.clone() for p in model.parameters()]
+    optimizer.step()
+    assert all(torch.equal(p.grad, g) for p, g in zip(model.parameters(), before, strict=True))
+    with pytest.raises(RuntimeError, match="second time") as caught:
+        train(model, optimizer, 10)
+    assert notes_of(caught.value) == "a loss function only gives the loss: does loss_fn call backward() itself?"
+
+
+def test_a_loss_in_a_dictionary_is_to_be_taken_out() -> None:
+    model = make_model()
+    optimizer = ns.NewtonSummary(model, lambda m, b: {"loss": loss_fn(m, b)}, curvature_data=make_batches())
+    with pytest.raises(ValueError, match=r"got dict: return from loss_fn what backward\(\) is called on"):
+        train(model, optimizer, 1)
 
 
 def test_a_batch_of_many_tensors_is_described_by_its_first_ones() -> None:

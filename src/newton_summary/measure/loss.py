@@ -381,6 +381,10 @@ def gradients_of(
         for p in frozen:
             p.requires_grad_(True)
         return list(torch.autograd.grad(value, parameters, along, allow_unused=True, create_graph=create_graph))
+    except RuntimeError as error:
+        if "backward through the graph a second time" in str(error):
+            error.add_note("a loss function only gives the loss: does loss_fn call backward() itself?")
+        raise
     finally:
         for p in frozen:
             p.requires_grad_(False)

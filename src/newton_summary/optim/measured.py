@@ -10,7 +10,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from newton_summary._checks import check_count, check_not_negative
 from newton_summary._frozen import Frozen
@@ -79,7 +79,7 @@ class MeasuredOptimizer(torch.optim.Optimizer):
         self._pending: dict[Tensor, Tensor] | None = None  # the direction of the step to come
         self._held: HeldGradients | None = None  # what measure() has made it of
         self._frozen = Frozen(samples.loss.model, "trained by this optimizer")
-        _check_same_parameters(self.direction, self.partition)
+        _check_same_parameters(self.direction, self.partition, samples.loss.model)
         super().__init__(self.partition.param_groups(), {"lr": lr, "rate": None, **self.direction.defaults})
 
     # Rates ------------------------------------------------------------------------------------------------------------
@@ -334,7 +334,9 @@ class MeasuredOptimizer(torch.optim.Optimizer):
             RuntimeError: always, once the optimizer is made.
         """
         if len(self.param_groups) == len(self.partition.param_groups()):
-            raise RuntimeError("groups come from the partition: make a new optimizer with one that has the parameters")
+            raise RuntimeError(
+                "groups come from the partition of the model: make a new optimizer once the model has these parameters"
+            )
         super().add_param_group(param_group)
 
     def __getstate__(self) -> dict[str, Any]:
@@ -352,11 +354,18 @@ class MeasuredOptimizer(torch.optim.Optimizer):
         return [type(part).__name__ for part in (self.rule, self.direction, *inner)]
 
 
-def _check_same_parameters(direction: Direction, partition: Partition) -> None:
+def _check_same_parameters(direction: Direction, partition: Partition, model: nn.Module) -> None:
     """Raises where another optimizer's step is the direction, but not of the same parameters."""
     if not isinstance(direction, directions.StepOf):
         return
-    held = {id(p) for group in direction.param_groups for p in group["params"]}
+    in_model = {id(p) for p in model.parameters()}
+    held = {id(p): p for group in direction.param_groups for p in group["params"]}
+    for number, parameter in held.items():
+        if number not in in_model:
+            raise ValueError(
+                f"the direction's optimizer holds a parameter of shape {tuple(parameter.shape)} that is not the "
+                "model's, and would not move: make it a part of the model, or give it an optimizer of its own"
+            )
     for name, parameter in zip(partition.parameter_names, partition.parameters, strict=True):
         if id(parameter) not in held:
             raise ValueError(
