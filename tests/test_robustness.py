@@ -304,6 +304,20 @@ def test_torchs_default_type_is_nothing_to_a_step(dtype) -> None:
     assert same(*models)
 
 
+def test_a_model_that_is_converted_while_it_trains_is_refused() -> None:
+    model = make_model()
+    optimizer = ns.NewtonSummary(model.half(), loss_fn, curvature_data=make_batches())
+    model.float()  # before the first step nothing is remembered
+    train(model, optimizer, 5)
+    model.double()
+    for p in model.parameters():
+        p.grad = torch.ones_like(p)
+    with pytest.raises(RuntimeError, match=r"are float64 on cpu, and were float32 on cpu .*: convert or move the"):
+        optimizer.step()
+    model.float()
+    train(model, optimizer, 5)
+
+
 # Errors of the user's code -------------------------------------------------------------------------------------------
 
 

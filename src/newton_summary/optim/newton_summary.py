@@ -216,6 +216,7 @@ class NewtonSummary(MeasuredOptimizer):
     def _check_ready(self) -> None:
         if self._comparison is None:
             return
+        self._comparison.average.check_kind(self.state)
         if self._comparison.average.is_in_place:
             raise RuntimeError("the model has averaged weights: call the optimizer's train() before its next step()")
         if self._comparison.is_evaluating:

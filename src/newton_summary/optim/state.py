@@ -93,7 +93,7 @@ def check_fits(state: Mapping[str, Any], kinds: list[str]) -> None:
     if not isinstance(state, Mapping) or KEY not in state:
         raise ValueError(
             "the state is not that of a NewtonSummary optimizer: give what its state_dict() returned, not the state of "
-            "a model, nor of another optimizer"
+            "a model, nor of another optimizer, nor what torch.distributed.checkpoint makes of it, which is a part"
         )
     if state[KEY]["kinds"] != kinds:
         raise ValueError(

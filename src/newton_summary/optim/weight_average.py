@@ -45,6 +45,21 @@ class WeightAverage:
                 state[p][_KEY] = p.detach().clone(memory_format=torch.preserve_format)
         return [state[p][_KEY] for p in self.parameters]
 
+    def check_kind(self, state: State) -> None:
+        """Raises where the model has been converted or moved since: what is remembered of it would not fit.
+
+        Raises:
+            RuntimeError: it has.
+        """
+        first = self.parameters[0]
+        now, then = ((t.dtype, t.device) for t in (first, state.get(first, {}).get(_KEY, first)))
+        if now != then:
+            raise RuntimeError(
+                f"the model's parameters are {str(now[0])[6:]} on {now[1]}, and were {str(then[0])[6:]} on {then[1]} "
+                "when training began, as what the optimizer remembers is: convert or move the model first, and make "
+                "the optimizer then"
+            )
+
     def update(self, state: State, share: float) -> None:
         """Takes the weights in, as this share of the average."""
         torch._foreach_lerp_(self.values(state), list(self.parameters), share)
