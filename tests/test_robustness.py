@@ -97,6 +97,20 @@ def test_a_parameter_beside_the_model_does_not_stand_still_in_silence() -> None:
     ns.NewtonSummary(model, loss_fn, direction=torch.optim.Adam(model.parameters()))
 
 
+def test_a_parameter_that_an_optimizer_cannot_have_goes_to_another() -> None:
+    model = make_model()
+    direction = torch.optim.Muon([p for p in model.parameters() if p.dim() == 2])
+    with pytest.raises(
+        ValueError, match=r"does not hold parameter '0\.bias', .*: .* pass a list with another optimizer"
+    ):
+        ns.NewtonSummary(model, loss_fn, curvature_data=make_batches(), direction=direction)
+
+
+def test_data_that_is_to_come_is_asked_for() -> None:
+    with pytest.raises(ValueError, match="curvature_data is empty: it must have batches from the beginning"):
+        ns.NewtonSummary(make_model(), loss_fn, curvature_data=deque())
+
+
 # Warnings -------------------------------------------------------------------------------------------------------------
 
 
@@ -242,6 +256,20 @@ def test_states_that_are_none_are_refused() -> None:
     del lacking["newton_summary"]["parts"]["comparison"]
     with pytest.raises(ValueError, match="this optimizer has a 'comparison', the state has none"):
         optimizer.load_state_dict(lacking)
+
+
+@pytest.mark.parametrize(
+    ("direction", "message"),
+    [
+        ("nadam", "make it as it was made, with the same direction="),
+        ("soap", "this optimizer has a 'sides', .* given or"),
+    ],
+)
+def test_the_state_of_another_direction_says_so(direction, message) -> None:
+    options = {"curvature_data": make_batches()}
+    other = ns.NewtonSummary(make_model(), loss_fn, direction=direction, **options)
+    with pytest.raises(ValueError, match=message):
+        ns.NewtonSummary(make_model(), loss_fn, **options).load_state_dict(other.state_dict())
 
 
 def test_a_state_without_shapes_is_of_an_older_version() -> None:

@@ -70,7 +70,7 @@ class BatchStream:
         self._generators: list[Any] = []  # those that the data owns
         samples: Any = data.dataset if isinstance(data, DataLoader) else data
         if is_sized(samples) and len(samples) == 0:
-            raise ValueError(f"{what} is empty")
+            raise ValueError(f"{what} is empty: it must have batches from the beginning")
 
     def next(self, device: torch.device, rewind: Callable[[], None] | None = None) -> Any:
         """The next batch, on this device.

@@ -370,5 +370,5 @@ def _check_same_parameters(direction: Direction, partition: Partition, model: nn
         if id(parameter) not in held:
             raise ValueError(
                 f"the direction's optimizer does not hold parameter {name!r}, of shape {tuple(parameter.shape)}: "
-                "give both the same parameters, or freeze it"
+                "give both the same parameters, pass a list with another optimizer for it, or freeze it"
             )

@@ -48,7 +48,7 @@ def check_parts(parts: Mapping[str, Part | None], saved: Mapping[str, Any]) -> N
             has, lacks = ("the state", "this optimizer") if part is None else ("this optimizer", "the state")
             raise ValueError(
                 f"{has} has a {name!r}, {lacks} has none, so rates would be others: make the optimizer as the one that "
-                "was saved, with or without curvature_data and with the same compare_every"
+                "was saved, with or without curvature_data, with the same compare_every, and direction given or not"
             )
 
 
@@ -98,5 +98,5 @@ def check_fits(state: Mapping[str, Any], kinds: list[str]) -> None:
     if state[KEY]["kinds"] != kinds:
         raise ValueError(
             f"the state is of an optimizer made of {', '.join(state[KEY]['kinds'])}, this one is made of "
-            f"{', '.join(kinds)}: make it as it was made"
+            f"{', '.join(kinds)}: make it as it was made, with the same direction="
         )
