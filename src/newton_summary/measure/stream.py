@@ -63,7 +63,7 @@ class BatchStream:
         check_batches(what, data)
         check_count("seed", seed, least=0)
         self.data, self._what = data, what
-        self.seed = seed
+        self.seed = int(seed)
         self.rank, self.count = rank, count
         self.epoch, self.position = 0, 0
         self._batches: Iterator[Any] | None = None

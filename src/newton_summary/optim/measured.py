@@ -69,7 +69,7 @@ class MeasuredOptimizer(torch.optim.Optimizer):
         self.partition = samples.partition
         self.direction = directions.resolve(direction)
         self.rule = rule
-        self.every = every
+        self.every = None if every is None else int(every)  # numpy's numbers are none that torch loads
         self.summary: Summary | None = None
         self.status: Status | None = None
         self.counts = Counter({"measured": 0, "failed": 0})
@@ -80,6 +80,7 @@ class MeasuredOptimizer(torch.optim.Optimizer):
         self._held: HeldGradients | None = None  # what measure() has made it of
         self._frozen = Frozen(samples.loss.model, "trained by this optimizer")
         _check_same_parameters(self.direction, self.partition, samples.loss.model)
+        lr = lr if isinstance(lr, Tensor) else float(lr)
         super().__init__(self.partition.param_groups(), {"lr": lr, "rate": None, **self.direction.defaults})
 
     # Rates ------------------------------------------------------------------------------------------------------------

@@ -172,7 +172,7 @@ class NewtonSummary(MeasuredOptimizer):
         self._sides = None
         if by_count and isinstance(self.direction, SOAP):
             self._sides = SidesByCount(self.direction, groups.parameters)
-        every_steps = _COMPARED_EVERY if compare_every is None else compare_every
+        every_steps = _COMPARED_EVERY if compare_every is None else int(compare_every)
         self._comparison = AverageComparison(samples, every_steps, self._sides) if compares else None
         usual = usual_rate(self.direction) if compares and target == "shared" else None
         self._relative = RelativeRates(
