@@ -414,6 +414,12 @@ def test_a_batch_of_many_tensors_is_described_by_its_first_ones() -> None:
     assert described(None) == "a NoneType"
 
 
+@pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors")
+def test_a_batch_of_tensors_without_a_shape_is_described() -> None:
+    nested = torch.nested.nested_tensor([torch.ones(2), torch.ones(3)])
+    assert described([nested]) == "a list, batch[0]: float32 of shape (nested)"
+
+
 class Unreliable(Dataset):
     """Data of which single reads fail."""
 

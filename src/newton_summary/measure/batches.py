@@ -65,7 +65,8 @@ def described(batch: Any) -> str:
         >>> described({"x": torch.ones(2, 3), "name": "a"})
         "a dict, batch['x']: float32 of shape (2, 3)"
     """
-    found = [f"batch{path}: {str(t.dtype)[6:]} of shape {tuple(t.shape)}" for path, t in tensors_of(batch)]
+    shapes = ((path, t, "(nested)" if t.is_nested else tuple(t.shape)) for path, t in tensors_of(batch))
+    found = [f"batch{path}: {str(t.dtype)[6:]} of shape {shape}" for path, t, shape in shapes]
     more = [] if len(found) <= _MOST_DESCRIBED else ["…"]
     return ", ".join([f"a {type(batch).__name__}", *found[:_MOST_DESCRIBED], *more])
 
