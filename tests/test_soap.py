@@ -97,8 +97,9 @@ def test_it_is_the_dense_algorithm(shape, sides) -> None:
     for t in range(45):
         p.grad, vector.grad = scale * torch.randn_like(p) + 0.3, torch.randn_like(vector)
         u = direction.update(groups(direction, [p, vector]), state)
-        # columns of a basis have no sign of their own; the step does not depend on it
-        torch.testing.assert_close(u[p], twin.step(p.grad), rtol=1e-6, atol=1e-7, msg=f"at step {t}")
+        # columns of a basis have no sign of their own; the step does not depend on it.  Where the first gradient has
+        # not been, eigenvalues are 1e-8 of the others apart, and rounding turns the basis by some 1e-7
+        torch.testing.assert_close(u[p], twin.step(p.grad), rtol=1e-5, atol=1e-5, msg=f"at step {t}")
         assert torch.equal(u[vector], plain.update(groups(plain, [vector]), plain_state)[vector])
 
 
