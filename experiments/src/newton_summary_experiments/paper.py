@@ -84,7 +84,8 @@ def measure_all(study: Reproduction) -> None:
 
 
 def _step_costs(study: Reproduction, name: str) -> dict[str, dict[str, float]]:
-    configs = {optimizer: study.config(name, optimizer, 0) for optimizer in OPTIMIZERS}
+    ready = [optimizer for optimizer in OPTIMIZERS if optimizer == DEFAULT or (name, optimizer) in study.searches]
+    configs = {optimizer: study.config(name, optimizer, 0) for optimizer in ready}
     rounds = _FEW_ROUNDS if study.budget == "hours" else costs.ROUNDS
     found = costs.step_costs(study.task(name), study.samples(name), configs, rounds)
     return {optimizer: asdict(cost) for optimizer, cost in found.items()}

@@ -137,6 +137,8 @@ class AverageComparison:
 
     def _mark(self, average: Sequence[Tensor]) -> float:
         """Of the way from the average to the weights, which all processes must have gone, in the smallest tensor."""
+        if self._samples.processes.count == 1:
+            return 0.0
         parameters = self._samples.partition.parameters
         least = min(range(len(parameters)), key=lambda number: parameters[number].numel())
         return self._samples.processes.mark([parameters[least].detach() - average[least]])

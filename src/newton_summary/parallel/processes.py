@@ -81,8 +81,8 @@ class Processes:
         ]
 
     def mark(self, direction: Sequence[Tensor]) -> float:
-        """A number that two directions hardly share; with one process alone, 0, for nothing."""
-        return float(_mark(direction)) if self.count > 1 else 0.0
+        """A number that two directions hardly share."""
+        return float(_mark(direction))
 
     def check_alike(self, mark: float, mean: float) -> None:
         """Raises where the mean of a mark over the processes is not that of this one.
