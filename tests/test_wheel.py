@@ -32,7 +32,7 @@ EXTRAS = {
     "plots": "ns.Summary(loss=1.0, gradient=[1.0], hessian=[[1.0]]).plot()",
     "frames": """
         model = torch.nn.Linear(1, 1)
-        ns.Monitor(model, len, optimizer=torch.optim.SGD(model.parameters(), lr=1.0)).to_frame()
+        ns.Monitor(model, lambda m, b: m(b).mean(), optimizer=torch.optim.SGD(model.parameters(), lr=1.0)).to_frame()
         """,
     "experiments": "from newton_summary.cli import main; raise SystemExit(main(['train', 'digits', '--epochs', '1']))",
     "tensorboard": "import newton_summary.integrations.tensorboard",
