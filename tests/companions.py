@@ -1,4 +1,4 @@
-"""What the tests of the integrations share."""
+"""What the tests of trainings and of the integrations share."""
 
 from __future__ import annotations
 
@@ -34,3 +34,7 @@ def make_loader(batches=12):
 
 def loss_fn(model, batch):
     return nn.functional.cross_entropy(model(batch[0]), batch[1])
+
+
+def same(model, other) -> bool:
+    return all(torch.equal(p, q) for p, q in zip(model.parameters(), other.parameters(), strict=True))

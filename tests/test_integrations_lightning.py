@@ -7,7 +7,7 @@ import math
 
 import pytest
 import torch
-from companions import loss_fn, make_loader, make_model, run_example
+from companions import loss_fn, make_loader, make_model, run_example, same
 from torch import nn
 
 import newton_summary as ns
@@ -78,10 +78,6 @@ def plain_loop(make_optimizer, epochs, watch=None):
 
 def read(path):
     return list(csv.DictReader(path.read_text().splitlines()))
-
-
-def same(first, second):
-    return all(torch.equal(a, b) for a, b in zip(first.parameters(), second.parameters(), strict=True))
 
 
 def test_the_optimizer_trains_as_in_a_plain_loop_and_its_rates_are_logged(tmp_path):

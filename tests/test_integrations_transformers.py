@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from companions import run_example
+from companions import run_example, same
 from torch.utils.data import DataLoader
 
 import newton_summary as ns
@@ -71,10 +71,6 @@ def plain_loop(model, optimizer, steps):
         optimizer.zero_grad()
         (model(**batch).loss * 7 / 8).backward()
         optimizer.step()
-
-
-def same(first, second):
-    return all(torch.equal(a, b) for a, b in zip(first.parameters(), second.parameters(), strict=True))
 
 
 def close(first, second):

@@ -11,6 +11,7 @@ import logging
 import numpy as np
 import pytest
 import torch
+from companions import loss_fn, same
 from reference import PaperReference, cubic_by_bisection, dense_derivatives
 from rounding import is_close
 from torch import nn
@@ -41,10 +42,6 @@ def make_model(dtype=DTYPE, dropout: float = 0.0) -> nn.Sequential:
     ).to(dtype)
 
 
-def loss_fn(model, batch):
-    return nn.functional.cross_entropy(model(batch[0]), batch[1])
-
-
 def make_batches(size: int = 20, dtype=DTYPE):
     x, y = make_data(dtype=dtype)
     return list(zip(x.split(size), y.split(size), strict=True))
@@ -61,10 +58,6 @@ def run(model, optimizer, batches, steps: int, start: int = 0, scheduler=None) -
         optimizer.step()
         if scheduler is not None:
             scheduler.step()
-
-
-def same(model, other) -> bool:
-    return all(torch.equal(p, q) for p, q in zip(model.parameters(), other.parameters(), strict=True))
 
 
 def close(model, other) -> bool:

@@ -13,6 +13,7 @@ from collections import deque
 import numpy as np
 import pytest
 import torch
+from companions import loss_fn, same
 from torch import nn
 from torch.optim import lr_scheduler
 from torch.utils.data import DataLoader, Dataset, TensorDataset
@@ -33,11 +34,8 @@ def make_batches() -> list[tuple[torch.Tensor, torch.Tensor]]:
     return list(zip(x.split(16), y.split(16), strict=True))
 
 
-def loss_fn(model, batch):
-    return nn.functional.cross_entropy(model(batch[0]), batch[1])
-
-
 def train(model, optimizer, steps: int, start: int = 0, scheduler=None) -> None:
+    """A loop of this file's own, for warnings to name."""
     batches = make_batches()
     for t in range(start, start + steps):
         optimizer.zero_grad()
@@ -45,10 +43,6 @@ def train(model, optimizer, steps: int, start: int = 0, scheduler=None) -> None:
         optimizer.step()
         if scheduler is not None:
             scheduler.step()
-
-
-def same(model, other) -> bool:
-    return all(torch.equal(p, q) for p, q in zip(model.parameters(), other.parameters(), strict=True))
 
 
 # Arguments ------------------------------------------------------------------------------------------------------------

@@ -75,7 +75,7 @@ def words_of(name: str, factor: float, low: float, high: float, middle: float, *
         amount = f"at least {_short(low)}×" if math.isinf(factor) else f"{_short(factor)}×{_range(low, high)}"
         return f"`{name}`: moves {amount} less than suits it, next to the other groups"
     if factor <= 1 / DISTINCT and (single or high < 1):
-        amount = f"{_short(1 / factor)}×{_range(_inverse(high), _inverse(low))}"
+        amount = _times_shorter(factor, low, high)
         return f"`{name}`: moves {amount} more than suits it, next to the other groups"
     return ""
 
@@ -117,12 +117,9 @@ def overall(
         amount = f"at least {_short(best / SHARED_NOISE)}× ({_short(best)}× for one step"
         return f"{whose} are too small, {amount}{', from one batch' * single})"
     if best < 1 / NOTABLE and (single or high < 1):
-        return f"{whose}{_TOO_LARGE}{_short(1 / best)}×{_range(_inverse(high), _inverse(low))}"
+        return f"{whose}{_TOO_LARGE}{_times_shorter(best, low, high)}"
     if not stands_out and 0 < common.high < _RAISES:
-        known = (
-            f"{_short(1 / common.best)}×{_range(_inverse(common.high), _inverse(common.low))}" if common.best else ""
-        )
-        return f"{whose}{_TOO_LARGE}{known or f'at least {_short(1 / common.high)}×'}"
+        return f"{whose}{_TOO_LARGE}{_times_shorter(*common)}"
     return "" if stands_out or stalled else _leave(too_far, too_little, single and not math.isnan(middle.best))
 
 
@@ -147,6 +144,13 @@ def were_too_large(words: str, step: int) -> str:
     """That all rates were too large before the step of this number, where words about all rates said so then."""
     whose, found, amount = words.partition(_TOO_LARGE)
     return f"before step {step:,} {whose} were too large, {amount}" if found else ""
+
+
+def _times_shorter(factor: float, low: float, high: float) -> str:
+    """How many times shorter steps should be, by a factor below 1 on them; where that is 0, its bound is told."""
+    if not factor:
+        return f"at least {_short(1 / high)}×"
+    return f"{_short(1 / factor)}×{_range(_inverse(high), _inverse(low))}"
 
 
 def _range(low: float, high: float) -> str:
