@@ -210,8 +210,10 @@ def test_attached_it_measures_within_step_on_clipped_gradients() -> None:
 @pytest.mark.parametrize("way", ["step", "attach"])
 def test_a_training_that_stands_still_is_not_called_healthy(way: str, tmp_path) -> None:
     model, batches = make_model(), make_batches()
-    optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.5)
     monitor = ns.Monitor(model, loss_fn, optimizer=optimizer, every=2, path=tmp_path / "run.jsonl")
+    start = copy.deepcopy(model.state_dict())
+    optimizer.register_step_post_hook(lambda *_: model.load_state_dict(start))
     if way == "attach":
         monitor.attach(batches)
     train(model, optimizer, batches[:1] if way == "step" else batches, 12, monitor if way == "step" else None)
@@ -237,6 +239,52 @@ def test_groups_that_were_frozen_since_are_not_advised_by_what_they_were() -> No
     assert monitor.advice["0.weight"].words == "`0.weight`: this step does not move it"
     assert monitor.advice["0.weight"].alone == 0
     assert monitor.advice["0.bias"].alone > 0
+
+
+@pytest.mark.parametrize("way", ["step", "attach"])
+def test_a_warm_up_that_starts_at_0_is_measured_from_where_it_moves(way: str) -> None:
+    model, batches = make_model(), make_batches()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: step // 2)
+    monitor = ns.Monitor(model, loss_fn, optimizer=optimizer, every=1)
+    if way == "attach":
+        monitor.attach(batches)
+    optimizer.register_step_post_hook(lambda *_: schedule.step())
+    loss_fn(model, batches[0]).backward()
+    assert monitor.measure(batches) is None
+    train(model, optimizer, batches, 5, monitor if way == "step" else None)
+    assert [record.step for record in monitor.records] == [2, 3, 4]
+    assert monitor.advice.batches == 3
+    assert all(group.alone > 0 for group in monitor.advice.groups)
+
+
+def made_later(model, optimizer) -> None:
+    optimizer.add_param_group({"params": model[0].parameters(), "lr": 0.1})
+
+
+def thawed(model, optimizer) -> None:
+    model[0].requires_grad_(True)
+
+
+def warmed_up(model, optimizer) -> None:
+    optimizer.param_groups[1]["lr"] = 0.1
+
+
+@pytest.mark.parametrize("begins", [made_later, thawed, warmed_up])
+def test_a_group_that_begins_to_move_is_advised_from_then_on(begins) -> None:
+    model, batches = make_model(), make_batches()
+    later = [] if begins is made_later else [{"params": model[0].parameters(), "lr": 0.1 * (begins is thawed)}]
+    optimizer = torch.optim.SGD([{"params": model[4].parameters()}, *later], lr=0.1)
+    monitor = ns.Monitor(model, loss_fn, optimizer=optimizer, every=1)
+    model[0].requires_grad_(begins is not thawed)
+    train(model, optimizer, batches, 4, monitor)
+    assert monitor.advice.batches == 4
+    assert monitor.advice["0.weight"].alone == 0
+    begins(model, optimizer)
+    fresh = ns.Monitor(model, loss_fn, optimizer=optimizer, every=1)
+    train(model, optimizer, batches[4:], 3, monitor, lambda t: fresh.step(batches[4 + t]))
+    assert monitor.advice.batches == 3  # the earlier ones said that it changes nothing
+    assert [group.__dict__ for group in monitor.advice.groups] == [group.__dict__ for group in fresh.advice.groups]
 
 
 # What it remembers ----------------------------------------------------------------------------------------------------

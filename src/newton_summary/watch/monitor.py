@@ -202,6 +202,7 @@ class Monitor:
 
         Returns:
             New advice where it was measured, else ``None``.  Where there are no gradients nothing is: it says so once.
+            Nor is a step measured in which all learning rates are 0, as in the first of many a warm-up.
         """
         if self._stepped:  # and the others of several optimizers did not step
             self._end_of_step()
@@ -252,7 +253,11 @@ class Monitor:
         self._write_last()
 
     def _is_due(self) -> bool:
-        return self.cadence.is_due(self._taken) and not self.counts["disabled"]
+        return self.cadence.is_due(self._taken) and not self.counts["disabled"] and self._moves()
+
+    def _moves(self) -> bool:
+        """Whether some learning rate is not 0, as all are in the first step of a warm-up, which so says nothing."""
+        return any(bool(group.get("lr", 1.0) != 0) for group in self.optimizer.param_groups)
 
     def _has_gradients(self) -> bool:
         return any(p.grad is not None for group in self.optimizer.param_groups for p in group["params"])
@@ -335,11 +340,13 @@ class Monitor:
         """Measures now, after ``backward()``, on batches of your choice, whatever ``every`` says.
 
         Returns:
-            New advice; ``None`` where the measurement was not finite.
+            New advice; ``None`` where the measurement was not finite, or all learning rates are 0.
 
         Raises:
             ValueError: there are no gradients, or no batches.
         """
+        if not self._moves():
+            return None
         return self._take_in(self._measured(list(batches)))
 
     def rehearse(
@@ -428,13 +435,25 @@ class Monitor:
             )
             return None
         rates = self._learning_rates()
-        self._window.extend((part, rates) for part in parts)
+        self._take_into_window(parts, rates)
         self._progress.add(mean.loss.item(), self._taken)
         self.advice = self._advice_at(rates)
         self._progress.hear(self.advice.overall, self._taken)
         self.records.append(record_of(self._taken, mean, rates, self.advice, self._in_all(measured.counts)))
         self._awaiting = measured
         return self.advice
+
+    def _take_into_window(self, parts: Sequence[Summary], rates: Tensor) -> None:
+        """Adds summaries, and leaves out those of steps in which a group stood still that moves now.
+
+        They know nothing of its factor, and would pass for batches on which it changes nothing.
+        """
+        moving = torch.nan_to_num(rates)
+        moving[self._frozen_groups()] = 0.0
+        stood_still = [bool(((moving != 0) & (then.nan_to_num() == 0)).any()) for _, then in self._window]
+        kept = [entry for entry, still in zip(self._window, stood_still, strict=True) if not still]
+        self._window.clear()
+        self._window.extend([*kept, *((part, moving) for part in parts)])
 
     def _advice_at(self, rates: Tensor) -> Advice:
         """Advice from all that the window holds."""
