@@ -373,6 +373,15 @@ def test_misuse_is_refused() -> None:
             ns.Monitor(model, loss_fn, optimizer=optimizer, every=every)
     with pytest.raises(ValueError, match="holds no parameter of this model"):
         ns.Monitor(model, loss_fn, optimizer=torch.optim.SGD(make_model().parameters(), lr=0.1))
+    with pytest.raises(ValueError, match=r"^level must be"):
+        ns.Monitor(model, loss_fn, optimizer=optimizer, level=90)
+    with pytest.raises(ValueError, match=r"^regularization must not be negative"):
+        ns.Monitor(model, loss_fn, optimizer=optimizer, regularization=-1)
+    with pytest.raises(TypeError, match=r"writer must have add_scalar.*, got 'runs'"):
+        ns.Monitor(model, loss_fn, optimizer=optimizer, writer="runs")
+    with pytest.raises(ValueError, match="make the partition from it"):
+        ns.Monitor(model, loss_fn, optimizer=optimizer, partition=ns.Partition.canonical(make_model()))
+    assert not optimizer._optimizer_step_pre_hooks
     with pytest.raises(TypeError, match="measures by itself"):
         ns.Monitor(model, loss_fn, optimizer=ns.NewtonSummary(model, loss_fn))
     monitor = ns.Monitor(model, loss_fn, optimizer=optimizer)

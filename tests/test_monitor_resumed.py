@@ -110,6 +110,8 @@ def test_a_monitor_of_other_groups_is_named() -> None:
     other = make_training(False, "trivial")[2]
     with pytest.raises(ValueError, match=r"the state is of a monitor of 4 groups \(0\.weight, 0\.bias, 2\.weight, …\)"):
         other.load_state_dict(state)
+    with pytest.raises(ValueError, match=r"this is no state of a Monitor: it has the entries 'state', 'param_groups'"):
+        other.load_state_dict(other.optimizer.state_dict())
     assert other._taken == 0
 
 

@@ -426,7 +426,9 @@ def test_the_words_say_what_to_do() -> None:
     assert told(1 / 3, 1 / 3) == "divide all rates by 3"
     assert told(1.0, 27.0, 1.0) == "multiply the rate of `g1` by 27"
     assert told(1.0, 1 / 9, 1.0, 1.0, 3.0) == "divide the rate of `g1` by 9; multiply the rate of `g4` by 3"
-    assert told(3.0, 1.0, 3.0, 9.0) == "multiply all rates by 3; leave that of `g1`; multiply that of `g3` by 9"
+    assert told(1.0, 27.0, 1.0, 1.0, 27.0) == "multiply the rates of `g1`, `g4` by 27"
+    assert told(3.0, 1.0, 3.0, 9.0) == "multiply all rates by 3, but leave that of `g1`, and multiply that of `g3` by 9"
+    assert told(3.0, 3.0, 3.0, 9.0, 9.0) == "multiply all rates by 3, but multiply those of `g3`, `g4` by 9"
     assert told(3.0, 1.0, rates=[0.1, math.nan]) == "multiply all rates by 3"
 
 
@@ -462,6 +464,9 @@ def test_misuse_is_refused() -> None:
         monitor.rehearse(batches, steps=7)
     with pytest.raises(ValueError, match="empty"):
         monitor.rehearse([])
+    detached = ns.Monitor(model, lambda m, b: loss_fn(m, b).detach(), optimizer=adam)
+    with pytest.raises(ValueError, match="the loss does not depend on the parameters"):
+        detached.rehearse(batches)
     split = ns.Monitor(model, loss_fn, optimizer=adam, partition="discrete")
     with pytest.raises(ValueError, match=r"'0.weight', of shape \(8, 5\), is split between groups"):
         split.rehearse(batches)

@@ -423,6 +423,10 @@ def test_misuse_is_refused() -> None:
         ns.suggest_rates(loss_fn, model, make_batches(), torch.optim.Adam(model[4].parameters()))
     with pytest.raises(ValueError, match="split between groups"):
         ns.suggest_rates(loss_fn, model, make_batches(), adam, partition=ns.Partition.discrete(model))
+    with pytest.raises(ValueError, match="make the partition from it"):
+        ns.suggest_rates(loss_fn, model, make_batches(), adam, partition=ns.Partition.canonical(make_model()))
+    with pytest.raises(ValueError, match="the loss does not depend on the parameters"):
+        ns.suggest_rates(lambda m, b: loss_fn(m, b).detach(), model, make_batches(), adam)
     with pytest.raises(ValueError, match="start from any above 0"):
         ns.suggest_rates(loss_fn, model, make_batches(), torch.optim.Adam(model.parameters(), lr=0.0))
     with pytest.raises(ValueError, match="LBFGS evaluates the loss in its step"):

@@ -135,8 +135,9 @@ def suggest_rates(
         seed: fixes the order of the batches.
 
     Raises:
-        ValueError: there are no batches; a group has parts of tensors, or tensors that the optimizer does not hold; a
-            learning rate is not positive, or ``None``; the optimizer's step needs a closure; the loss is not finite.
+        ValueError: there are no batches; the partition is of another model; a group has parts of tensors, or tensors
+            that the optimizer does not hold; a learning rate is not positive, or ``None``; the optimizer's step needs a
+            closure; the loss is not finite, or does not depend on the parameters.
         TypeError: the optimizer is a :class:`~newton_summary.NewtonSummary`, which sets its rates itself.
 
     Example:
@@ -159,6 +160,7 @@ def suggest_rates(
     check_needs_no_closure(optimizer)
     model = unwrap(model)
     partition = resolve_partition(partition, model, one_for_each(members))
+    partition.check_is_of(model)
     before = _rates_of(optimizer, partition)
     batches = list(batches) if isinstance(batches, Iterator) else batches
     training = _length(batches) if steps is None else int(steps)
@@ -299,7 +301,8 @@ def _rates_of(optimizer: torch.optim.Optimizer, partition: Partition) -> dict[st
             raise ValueError(f"the optimizer does not hold parameter {name!r}, of shape {shape}: add it, or freeze it")
         if not held[id(parameter)] > 0:
             raise ValueError(
-                f"the learning rate of parameter {name!r} is {held[id(parameter)]}: start from any above 0"
+                f"the learning rate of parameter {name!r} is {held[id(parameter)]}: start from any above 0, before a "
+                "schedule that begins or ends at 0 is made"
             )
     return {
         name: held[id(partition.parameters[tensors[0]])]

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from newton_summary._checks import check_count, check_fraction, check_positive
+from newton_summary._checks import check_count, check_fraction, check_not_negative, check_positive
 from newton_summary._frozen import Frozen
 from newton_summary.measure import Engine, Loss, LossFunction, preserved_randomness, resolve_engine
 from newton_summary.measure.batches import batch_size
@@ -31,7 +31,7 @@ from newton_summary.summary import Summary
 from newton_summary.watch.advice import Advice, advise
 from newton_summary.watch.cadence import Affordable, Cadence, Fixed
 from newton_summary.watch.measured import Counts, Measured, Randomness, record_of
-from newton_summary.watch.output import Output, Writer, check_path, frame_of
+from newton_summary.watch.output import Output, Writer, check_path, check_writer, frame_of
 from newton_summary.watch.progress import Progress
 from newton_summary.watch.record import Record
 from newton_summary.watch.rehearsed_advice import RehearsedAdvice, rehearse
@@ -102,10 +102,11 @@ class Monitor:
             did, and none followed.
 
     Raises:
-        ValueError: an argument is out of range, the optimizer holds no parameter of the model, has no learning rate, or
-            evaluates the loss in its step; ``path`` is a folder, or cannot be written.
+        ValueError: an argument is out of range, the partition is of another model, the optimizer holds no parameter of
+            the model, has no learning rate, or evaluates the loss in its step; ``path`` is a folder, or cannot be
+            written.
         TypeError: the optimizer is a :class:`~newton_summary.NewtonSummary`, which measures by itself, or of a class
-            that runs no hooks.
+            that runs no hooks; the writer takes no scalars.
 
     Example:
         >>> model = nn.Sequential(nn.Linear(4, 8), nn.Tanh(), nn.Linear(8, 1))
@@ -147,8 +148,11 @@ class Monitor:
         for what, value in counts.items():
             if value is not None:
                 check_count(what, value)
-        check_fraction("share", share)
-        check_positive("share", share)
+        for what, part in (("share", share), ("level", level)):
+            check_fraction(what, part)
+            check_positive(what, part)
+        check_not_negative("regularization", regularization)
+        check_writer(writer)
         self.optimizer = together(optimizer)
         self.optimizers = members_of(self.optimizer)
         for member in self.optimizers:
@@ -157,6 +161,7 @@ class Monitor:
             check_runs_hooks(member)
         check_needs_no_closure(self.optimizer)
         self.partition = resolve_partition(partition, model, one_for_each(self.optimizers))
+        self.partition.check_is_of(model)
         self.every, self.level, self.regularization = every, level, regularization
         self.cadence: Cadence = (
             Affordable(share, samples, self.partition.device) if every is None else Fixed(every, samples)
@@ -571,8 +576,12 @@ class Monitor:
         Measurements that failed before count as forgotten: one that was silent after three of them tries again.
 
         Raises:
-            ValueError: the state is of a monitor of other groups.
+            ValueError: the state is of a monitor of other groups, or of something else.
         """
+        if "groups" not in state or "taken" not in state:
+            raise ValueError(
+                f"this is no state of a Monitor: it has the entries {', '.join(map(repr, state)) or 'none'}"
+            )
         if state["groups"] != list(self.partition.names):
             ours, theirs = ", ".join(self.partition.names[:3]), ", ".join(state["groups"][:3])
             raise ValueError(

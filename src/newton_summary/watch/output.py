@@ -47,6 +47,18 @@ def check_path(path: Path | None) -> None:
         raise ValueError(f"path={str(path)!r} cannot be written: name a file in a folder of yours")
 
 
+def check_writer(writer: Any) -> None:
+    """Raises unless a writer, if one is given, takes scalars.
+
+    Raises:
+        TypeError: it has no ``add_scalar``, as the name of a folder has not.
+    """
+    if writer is not None and not callable(getattr(writer, "add_scalar", None)):
+        raise TypeError(
+            f"writer must have add_scalar(tag, value, step), such as a SummaryWriter of TensorBoard, got {writer!r}"
+        )
+
+
 class Output:
     """Gives records away.  None of what fails there is an error: a training goes on without."""
 

@@ -14,7 +14,7 @@ from newton_summary.measure import Loss
 from newton_summary.measure.attributes import Attributes, owners
 from newton_summary.measure.batches import kept, map_tensors
 from newton_summary.measure.journal import Journal, watching
-from newton_summary.measure.loss import gradients_of, scalar, without_hooks
+from newton_summary.measure.loss import check_dependence, gradients_of, scalar, without_hooks
 from newton_summary.measure.next_step import shadow_of
 from newton_summary.measure.together import members_of, take_step
 
@@ -55,6 +55,7 @@ class Rehearsal:
                 with watching(self._journal, self.loss.model):
                     value = scalar(self.loss.loss_fn(self.loss.model, map_tensors(batch, _copy)))
                 gradients = gradients_of(value, self._parameters)
+            check_dependence(gradients)
         finally:
             restore_batch()
         for p, gradient in zip(self._parameters, gradients, strict=True):

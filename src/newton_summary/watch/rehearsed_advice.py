@@ -354,7 +354,10 @@ def _rates_of(optimizer: torch.optim.Optimizer, partition: Partition) -> dict[Te
             )
     rates: dict[Tensor, float] = {p: held[id(p)] for p in partition.parameters if id(p) in held}
     if not any(rate > 0 for rate in rates.values()):
-        raise ValueError("no learning rate of the optimizer is above 0: a factor on 0 is still 0")
+        raise ValueError(
+            "no learning rate of the optimizer is above 0, and a factor on 0 is still 0: rehearse at a step where its "
+            "schedule gives more"
+        )
     return rates
 
 
@@ -400,12 +403,15 @@ def _told(groups: Sequence[RehearsedGroup]) -> str:
     shared = max(counts, key=lambda factor: (counts[factor], factor == 1))
     others = [group for group in able if group.factor != shared]
     by_factor = {f: [g.name for g in others if g.factor == f] for f in dict.fromkeys(g.factor for g in others)}
-    parts = [f"{_verb(shared)} all rates{_by(shared)}"] if shared != 1 else []
+    parts = []
     for factor, names in by_factor.items():
-        rate = "that of " if shared != 1 else "the rate of "
-        listed = ", ".join(f"`{name}`" for name in names)
-        parts.append(f"{_verb(factor)} {rate}{listed}{_by(factor)}" if factor != 1 else f"leave {rate}{listed}")
-    return "; ".join(parts)
+        rate = ("that", "those") if shared != 1 else ("the rate", "the rates")
+        listed = f"{rate[len(names) > 1]} of {', '.join(f'`{name}`' for name in names)}"
+        parts.append(f"{_verb(factor)} {listed}{_by(factor)}" if factor != 1 else f"leave {listed}")
+    if shared == 1:
+        return "; ".join(parts)
+    everything = f"{_verb(shared)} all rates{_by(shared)}"  # and of those that differ the whole factor is told
+    return f"{everything}, but {', and '.join(parts)}" if parts else everything
 
 
 def _verb(factor: float) -> str:
