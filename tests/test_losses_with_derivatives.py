@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pytest
 import torch
 from rounding import assert_rounded
 from torch import nn
@@ -66,3 +67,30 @@ def test_the_true_loss_along_groups() -> None:
         torch.testing.assert_close(losses[group, 0], loss_fn(model, batch).detach(), rtol=1e-12, atol=0)
         with torch.no_grad():
             p += 0.1 * u[group]
+
+
+def penalised(model, batch):
+    """A gradient penalty: of a convolution's backward pass only the gradient of its input is asked for."""
+    x = batch.requires_grad_()
+    (slope,) = torch.autograd.grad(model(x).sum(), x, create_graph=True)
+    return (slope.square().sum((1, 2, 3)) - 1).square().mean()
+
+
+def adapted(model, batch):
+    """A step of gradient descent within the loss, as in meta-learning: and here not that of the first input."""
+    parameters = dict(model.named_parameters())
+    inner = torch.func.functional_call(model, parameters, (batch[:2],)).square().mean()
+    gradients = torch.autograd.grad(inner, list(parameters.values()), create_graph=True)
+    moved = {name: p - 0.5 * g for (name, p), g in zip(parameters.items(), gradients, strict=True)}
+    return torch.func.functional_call(model, moved, (batch[2:],)).square().mean()
+
+
+@pytest.mark.parametrize("loss", [penalised, adapted])
+def test_gradients_within_the_loss_of_which_some_are_not_asked_for(loss) -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(1, 2, 2), nn.Tanh(), nn.Conv2d(2, 1, 2), nn.Tanh(), nn.Flatten(), nn.Linear(1, 1))
+    model, batches = model.double(), [torch.randn(4, 1, 3, 3, dtype=torch.float64)]
+    exact = ns.summarize(loss, model, batches, engine="forward", third="full")
+    nested = ns.summarize(loss, model, batches, engine="nested", third="full")
+    assert_rounded(exact.hessian, nested.hessian)
+    assert_rounded(exact.third, nested.third)

@@ -7,6 +7,7 @@ import json
 import math
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -113,6 +114,18 @@ def test_a_monitor_of_other_groups_is_named() -> None:
     with pytest.raises(ValueError, match=r"this is no state of a Monitor: it has the entries 'state', 'param_groups'"):
         other.load_state_dict(other.optimizer.state_dict())
     assert other._taken == 0
+
+
+def test_numbers_of_numpy_are_as_good_as_pythons() -> None:
+    def watched(count: Any, share: Any) -> Any:
+        options = {"every": count(2), "samples": count(4), "window": count(3), "history": count(2)}
+        model, optimizer, monitor = make_training(False, **options, level=share(0.875), regularization=share(1.0))
+        train(model, optimizer, monitor, 0, 5)
+        return through_a_file(monitor.state_dict())[0]
+
+    of_numpy, of_python = watched(np.int64, np.float32), watched(int, float)
+    assert of_numpy["records"] == of_python["records"]
+    assert of_numpy["progress"] == of_python["progress"]
 
 
 def test_one_that_had_nothing_to_say_yet_and_one_that_was_silent() -> None:

@@ -152,6 +152,8 @@ class Monitor:
             check_fraction(what, part)
             check_positive(what, part)
         check_not_negative("regularization", regularization)
+        window, history = int(window), int(history)  # numpy's whole numbers are none to a deque, nor in a checkpoint
+        every, samples = (None if count is None else int(count) for count in (every, samples))
         check_writer(writer)
         self.optimizer = together(optimizer)
         self.optimizers = members_of(self.optimizer)
@@ -162,9 +164,9 @@ class Monitor:
         check_needs_no_closure(self.optimizer)
         self.partition = resolve_partition(partition, model, one_for_each(self.optimizers))
         self.partition.check_is_of(model)
-        self.every, self.level, self.regularization = every, level, regularization
+        self.every, self.level, self.regularization = every, float(level), float(regularization)
         self.cadence: Cadence = (
-            Affordable(share, samples, self.partition.device) if every is None else Fixed(every, samples)
+            Affordable(float(share), samples, self.partition.device) if every is None else Fixed(every, samples)
         )
         self.writer, self.path = writer, None if path is None else Path(path)
         self._output = Output()

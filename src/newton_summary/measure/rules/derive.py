@@ -74,7 +74,7 @@ class Local:
         """The sum of the results times weights: tensors of their shapes, or nothing."""
         outs = [self.call.out] if isinstance(self.call.out, Tensor) else self.call.out
         given = [weights] if isinstance(weights, Tensor) else weights
-        used = [w for w, o in zip(given, outs, strict=True) if o.is_floating_point()]
+        used = [w for w, o in zip(given, outs, strict=True) if isinstance(o, Tensor) and o.is_floating_point()]
 
         def function(*x: Tensor) -> Tensor:
             products = [(v * w).sum() for v, w in zip(self(*x), used, strict=True) if w is not None]
