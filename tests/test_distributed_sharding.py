@@ -13,6 +13,7 @@ from torch import nn
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
 import newton_summary as ns
+from newton_summary.measure.along import losses_along
 from newton_summary.parallel.sharding import is_sharded, unsharded
 
 
@@ -179,6 +180,26 @@ def test_the_monitor_of_a_sharded_model(two) -> None:
     assert len(expected) == 3
     for own in two.run(watch):
         torch.testing.assert_close(torch.tensor(own), expected, rtol=1e-9, atol=1e-12)
+
+
+def refuse_shards():
+    model, batches = shard(make_model()), [part(make_data(20))]
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    refused = r"parameter '0.weight' is sharded, and {}\(\) needs it whole in this process: {}"
+    with pytest.raises(ValueError, match=refused.format("summarize", r"measure by Monitor\(")):
+        ns.summarize(loss_fn, model, batches)
+    with pytest.raises(ValueError, match=refused.format("suggest_rates", "load its weights")):
+        ns.suggest_rates(loss_fn, model, batches, optimizer)
+    with pytest.raises(ValueError, match=refused.format("losses_along", "load its weights")):
+        losses_along(loss_fn, model, batches[0], [0.1], direction=[p.detach() for p in model.parameters()])
+    monitor = ns.Monitor(model, loss_fn, optimizer=optimizer)
+    monitor._processes.count = 1  # as where one process has all shards
+    with pytest.raises(ValueError, match=refused.format("rehearse", "load its weights")):
+        monitor.rehearse(batches * 9)
+
+
+def test_what_needs_whole_parameters_refuses_shards(two) -> None:
+    two.run(refuse_shards)
 
 
 def poison():

@@ -374,9 +374,15 @@ def test_nested_tensors_are_refused_with_what_to_use_in_their_place():
     with pytest.raises(Refusal, match=r"nested|jagged") as refused:
         measure(ForwardEngine(), case)
     assert "use a dense one" in str(refused.value)
-    with pytest.warns(UserWarning, match=r"nested|jagged"), pytest.raises(Refusal, match="no engine can") as refused:
+    with pytest.raises(Refusal, match="no engine can") as refused:  # and nothing was measured, slower or not
         measure(AutoEngine(ForwardEngine()), case)
     assert "engine='forward'" not in str(refused.value)  # which has refused
+
+
+def test_a_loss_that_fails_was_not_measured_by_nested_differentiation():
+    case = Case(Custom(a=(4, 3)).double(), lambda m, x: (x @ m.a).sum((0, 1))[7], torch.ones(5, 4, dtype=torch.float64))
+    with pytest.raises(IndexError):  # and no warning
+        measure(AutoEngine(ForwardEngine()), case)
 
 
 def test_the_first_order_alone_takes_one_gradient():

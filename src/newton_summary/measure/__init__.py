@@ -29,6 +29,7 @@ from newton_summary.measure.record import Refusal
 from newton_summary.measure.rules import register_rule
 from newton_summary.measure.slices import Pieces
 from newton_summary.measure.together import OneOrSeveral, are_optimizers
+from newton_summary.parallel.sharding import check_whole
 from newton_summary.partition import Partition, resolve_partition
 from newton_summary.summary import Summary
 
@@ -133,8 +134,8 @@ def summarize(
     Raises:
         ValueError: there are no batches, or they can be read only once where they are needed twice; the loss is not a
             scalar, not finite or does not depend on the parameters; the direction does not fit or is not finite; the
-            partition is of another model; the order is below 1; how many samples batches have is not clear; the mean
-            over slices of a batch is not its loss.
+            partition is of another model; a parameter is sharded; the order is below 1; how many samples batches have
+            is not clear; the mean over slices of a batch is not its loss.
         MemoryError: not even the two groups of one entry (three, for all of the third order) fit into the memory.
         Refusal: no engine can measure the loss; the reason is named.
 
@@ -149,6 +150,12 @@ def summarize(
     chosen = resolve_engine(engine, memory) if order <= 3 else NESTED
     partition = resolve_partition(partition, model)
     partition.check_is_of(model)
+    check_whole(
+        partition,
+        "summarize()",
+        "measure by Monitor(model, loss_fn, optimizer=…).measure(batches), which gathers what it needs, and read its "
+        "summary",
+    )
     loss = Loss(loss_fn, model)
     pieces = Pieces(loss, batches, slices, batch_size, progress)
     with torch.inference_mode(False), _rewinding(batches, partition.device):

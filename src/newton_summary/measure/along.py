@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from newton_summary.measure import Loss, LossFunction
 from newton_summary.measure.next_step import next_step
+from newton_summary.parallel.sharding import UNSHARDED, check_whole
 from newton_summary.partition import Partition, resolve_partition
 
 
@@ -47,6 +48,7 @@ def losses_along(
         0.0
     """
     partition = resolve_partition(partition, model)
+    check_whole(partition, "losses_along()", UNSHARDED)
     if isinstance(direction, torch.optim.Optimizer):
         direction = next_step(direction, partition.parameters)
     loss, result = Loss(loss_fn, model), torch.empty(len(partition), len(factors), dtype=torch.float64)

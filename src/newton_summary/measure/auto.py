@@ -61,16 +61,17 @@ class AutoEngine:
             raise
         except Refusal as refusal:
             reason = str(refusal)
-        known = self._warned.setdefault(loss.model, set())
-        if reason not in known:
-            known.add(reason)
-            warn(f"measured by nested differentiation, which is slower: {reason}")
         try:
-            return self.nested.measure(loss, batch, partition, direction, order, third)
+            summary = self.nested.measure(loss, batch, partition, direction, order, third)
         except (RuntimeError, Refusal) as error:
             if not isinstance(error, Refusal) and reason.endswith(first_line(error)):
                 raise  # the loss itself failed
             raise Refusal(f"no engine can measure this loss; forward: {reason}; nested: {first_line(error)}") from error
+        known = self._warned.setdefault(loss.model, set())
+        if reason not in known:
+            known.add(reason)
+            warn(f"measured by nested differentiation, which is slower: {reason}")
+        return summary
 
 
 FORWARD = ForwardEngine()

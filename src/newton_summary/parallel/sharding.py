@@ -21,6 +21,9 @@ from torch import Tensor, nn
 from newton_summary.parallel.paging import Block, Page, Pages
 from newton_summary.partition import Partition
 
+UNSHARDED = "load its weights, such as a checkpoint's, into a model that is not sharded"
+"""What cures a refusal of :func:`check_whole` where nothing else does."""
+
 _PLAIN = (Tensor, nn.Parameter)
 _Whole: TypeAlias = tuple[Partition, list[Tensor]]
 
@@ -66,6 +69,19 @@ def measurable(model: nn.Module, partition: Partition, direction: Sequence[Tenso
 def is_sharded(tensor: Tensor) -> bool:
     """Whether it is a ``DTensor``; asked without importing them, which takes long."""
     return type(tensor) not in _PLAIN and hasattr(tensor, "full_tensor")  # which takes longer to find missing
+
+
+def check_whole(partition: Partition, what: str, cure: str) -> None:
+    """Raises where a parameter is sharded, for what computes in one process.
+
+    Args:
+        partition: of the parameters.
+        what: needs them whole.
+        cure: what to do instead.
+    """
+    for name, parameter in zip(partition.parameter_names, partition.parameters, strict=True):
+        if is_sharded(parameter):
+            raise ValueError(f"parameter {name!r} is sharded, and {what} needs it whole in this process: {cure}")
 
 
 def unsharded(tensor: Tensor) -> Tensor:

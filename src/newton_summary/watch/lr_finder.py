@@ -17,6 +17,7 @@ from newton_summary.measure.next_step import check_needs_no_closure, next_step, 
 from newton_summary.measure.stream import BatchStream, is_sized
 from newton_summary.measure.together import OneOrSeveral, members_of, together
 from newton_summary.optim import MeasuredOptimizer
+from newton_summary.parallel.sharding import UNSHARDED, check_whole
 from newton_summary.partition import Partition, one_for_each, resolve_partition, unwrap
 from newton_summary.summary import Summary
 from newton_summary.watch.advice import alone
@@ -135,9 +136,9 @@ def suggest_rates(
         seed: fixes the order of the batches.
 
     Raises:
-        ValueError: there are no batches; the partition is of another model; a group has parts of tensors, or tensors
-            that the optimizer does not hold; a learning rate is not positive, or ``None``; the optimizer's step needs a
-            closure; the loss is not finite, or does not depend on the parameters.
+        ValueError: there are no batches; the partition is of another model; a parameter is sharded; a group has parts
+            of tensors, or tensors that the optimizer does not hold; a learning rate is not positive, or ``None``; the
+            optimizer's step needs a closure; the loss is not finite, or does not depend on the parameters.
         TypeError: the optimizer is a :class:`~newton_summary.NewtonSummary`, which sets its rates itself.
 
     Example:
@@ -161,6 +162,7 @@ def suggest_rates(
     model = unwrap(model)
     partition = resolve_partition(partition, model, one_for_each(members))
     partition.check_is_of(model)
+    check_whole(partition, "suggest_rates()", UNSHARDED)
     before = _rates_of(optimizer, partition)
     batches = list(batches) if isinstance(batches, Iterator) else batches
     training = _length(batches) if steps is None else int(steps)

@@ -335,7 +335,7 @@ class Monitor:
         if self._errors == _PATIENCE:
             self.counts["disabled"] = 1
         if self._errors == 1:
-            cause = "another process" if error is None else f"{type(error).__name__}: {error}"
+            cause = "in another process" if error is None else f"{type(error).__name__}: {error}"
             warnings.warn(
                 f"a measurement of the Monitor before step {self._taken + 1} failed, training goes on; after "
                 f"{_PATIENCE} failures in a row it measures no more; this one was {cause}",

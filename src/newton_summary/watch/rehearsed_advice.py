@@ -25,6 +25,7 @@ from newton_summary.measure import Loss
 from newton_summary.measure.next_step import rates_held
 from newton_summary.measure.stream import BatchStream, is_sized
 from newton_summary.measure.together import OneOrSeveral, together
+from newton_summary.parallel.sharding import UNSHARDED, check_whole
 from newton_summary.partition import Partition
 from newton_summary.watch.rate_search import FACTOR, Levels, Outcome, Trial, confirmed, follow
 from newton_summary.watch.rehearsal import rehearsal
@@ -189,6 +190,7 @@ def rehearse(
     check_count("steps", steps)
     if steps < SHORTEST:
         raise ValueError(f"steps must be at least {SHORTEST}, got {steps}: from shorter trials nothing is sure")
+    check_whole(partition, "rehearse()", UNSHARDED)
     rates = _rates_of(optimizer, partition)
     batches = list(batches) if isinstance(batches, Iterator) else batches
     _check_judges(batches, steps)
