@@ -35,8 +35,8 @@ from newton_summary_experiments.costs import StepCost
 from newton_summary_experiments.data import Data
 from newton_summary_experiments.models import mlp
 from newton_summary_experiments.optimizers import OPTIMIZERS as OPTIMIZERS_BY_NAME
-from newton_summary_experiments.reproduction import DEFAULT, OPTIMIZERS, PAPER, SEARCHED, Reproduction
-from newton_summary_experiments.search import Search
+from newton_summary_experiments.reproduction import DEFAULT, OPTIMIZERS, SEARCHED, Reproduction
+from newton_summary_experiments.search import PAPER, Search
 from newton_summary_experiments.tasks import Task
 from newton_summary_experiments.training import config_of
 
@@ -155,9 +155,9 @@ def test_searches_that_processes_keep_at_the_same_time_are_all_kept(tmp_path):
 def test_the_papers_own_size_has_fewer_seeds_of_what_takes_longest(tmp_path):
     full = Reproduction("full", tmp_path, tmp_path)
     assert full.task("mlp-mnist").epochs == full.task("lenet-cifar10").epochs == 60
-    assert full.search_epochs("mlp-mnist", "kfac") == 6
-    assert full.search_epochs("mlp-mnist", "sgd") == 20  # one value, cheap steps: a trial may be longer
-    assert full.search_epochs("mlp-mnist", "adam") == 60  # a tie after a third
+    assert full.search_plan.epochs("mlp-mnist", "kfac", of=60) == 6
+    assert full.search_plan.epochs("mlp-mnist", "sgd", of=60) == 20  # one value, cheap steps: a trial may be longer
+    assert full.search_plan.epochs("mlp-mnist", "adam", of=60) == 60  # a tie after a third
     assert [len(full.seeds("lenet-cifar10", optimizer)) for optimizer in OPTIMIZERS] == [5, 5, 2, 5, 5]
     assert len(full.seeds("vgg-cifar10", "adam")) == 1
 
@@ -169,9 +169,9 @@ def test_networks_of_full_width_are_trained_for_some_epochs_after_searches_of_a_
         assert few.epochs < paper_.epochs
         assert (few.network, few.images) == (paper_.network, paper_.images)
         for optimizer in SEARCHED:
-            assert hours.search_epochs(name, optimizer) == 1
-            grid = hours.search_grid(name, optimizer)
-            assert hours.search_grids(len(grid)) == {1: 2, 2: 1}[len(grid)]
+            assert hours.search_plan.epochs(name, optimizer, of=few.epochs) == 1
+            grid = hours.search_plan.grid(name, optimizer)
+            assert hours.search_plan.grids_at_most(len(grid)) == {1: 2, 2: 1}[len(grid)]
     samples = torch.zeros(10_500, 1), torch.zeros(10_500, dtype=torch.long)
     hours._read["vgg-cifar10"] = Data(samples, samples, "none", "none")
     assert len(hours.search_samples("vgg-cifar10").train[1]) == 100 * few.batch_size

@@ -12,7 +12,8 @@ from newton_summary.report.records import Row
 from newton_summary.summary import Summary
 from newton_summary_experiments import analysis
 from newton_summary_experiments.costs import StepCost
-from newton_summary_experiments.reproduction import DEFAULT, NETWORKS, OPTIMIZERS, PAPER, Reproduction
+from newton_summary_experiments.reproduction import DEFAULT, NETWORKS, OPTIMIZERS, Reproduction
+from newton_summary_experiments.search import PAPER
 
 _SHALLOW = ("mlp-mnist", "lenet-cifar10", "vgg-cifar10")
 _DEEP = ("bigmlp-cifar10", "vbigmlp-cifar10")

@@ -16,10 +16,10 @@ from newton_summary_experiments.reproduction import (
     LABELS,
     NETWORKS,
     OPTIMIZERS,
-    PAPER,
     SEARCHED,
     Reproduction,
 )
+from newton_summary_experiments.search import PAPER
 
 
 def rewrite(path: Path, tables: Mapping[str, str]) -> None:

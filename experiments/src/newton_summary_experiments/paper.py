@@ -11,7 +11,8 @@ from tqdm import tqdm
 from newton_summary.errors import UsageError
 from newton_summary_experiments import claims, costs, figures, invariance, page, paper_figures, search
 from newton_summary_experiments.data import first
-from newton_summary_experiments.reproduction import DEFAULT, LABELS, NETWORKS, OPTIMIZERS, PAPER, Reproduction
+from newton_summary_experiments.reproduction import DEFAULT, LABELS, NETWORKS, OPTIMIZERS, Reproduction
+from newton_summary_experiments.search import PAPER
 from newton_summary_experiments.tasks import get_task
 
 INVARIANT = "mlp-mnist"
@@ -24,17 +25,18 @@ _TIMED = "lenet-cifar10"
 
 def search_all(study: Reproduction, optimizers: Sequence[str], workers: int = 1) -> None:
     """Searches the hyperparameters of some optimizers on every task of the study, and keeps what is found."""
+    plan = study.search_plan
     for name in study.tasks:
         for optimizer in optimizers:
-            grid = study.search_grid(name, optimizer)
+            task, grid = study.task(name), plan.grid(name, optimizer)
             found = search.search(
-                study.task(name),
+                task,
                 study.search_samples(name),
                 optimizer,
                 study.scratch / "search",
                 grid,
-                epochs=study.search_epochs(name, optimizer),
-                most_grids=study.search_grids(len(grid)),
+                epochs=plan.epochs(name, optimizer, task.epochs),
+                most_grids=plan.grids_at_most(len(grid)),
                 workers=workers,
             )
             study.keep_search(found)

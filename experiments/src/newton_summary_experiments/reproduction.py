@@ -19,13 +19,13 @@ from typing import Any
 
 from newton_summary.errors import UsageError
 from newton_summary.report.records import Config, Row
-from newton_summary_experiments import files, search
+from newton_summary_experiments import files
 from newton_summary_experiments.data import Data, first
-from newton_summary_experiments.search import Grid, Point, Search
+from newton_summary_experiments.search import PAPER, Point, Search
+from newton_summary_experiments.search_plan import PLANS, SearchPlan
 from newton_summary_experiments.tasks import Task, get_task
 from newton_summary_experiments.training import Run, config_of, train
 
-PAPER = "newton-summary-paper"
 DEFAULT = "newton-summary-constant"
 SEARCHED = ("adam", "sgd", "kfac", PAPER)
 OPTIMIZERS = (*SEARCHED, DEFAULT)
@@ -52,56 +52,6 @@ FEWER_SEEDS = {"quick": 2, "hours": 1, "full": 1}
 
 MOST_SEEDS = {("full", "kfac"): 2}
 """At most so many where runs of an optimizer take too long for five of them."""
-
-SEARCH_SHARES: dict[str, dict[str | tuple[str, str], int]] = {
-    "quick": {"mlp-mnist": 2, "lenet-cifar10": 2},
-    "hours": {},
-    "full": {"kfac": 10, PAPER: 10, ("mlp-mnist", "adam"): 1},  # whose best two are a tie after a third
-}
-"""Which part of a run a trial of a search is, for networks, optimizers or both; a third for those not named."""
-
-SEARCH_IMAGES = {"hours": 10_000}
-"""How many images a trial of a search trains on, for a single epoch, where a whole one would take too long."""
-
-GRIDS: dict[str, dict[str, Grid]] = {
-    "mlp-mnist": {"sgd": {"lr": (-3, -1)}, "kfac": {"lr": (-5, -3), "damping": (-4, -2)}},
-    "lenet-cifar10": {
-        "adam": {"lr": (-6, -4)},
-        "sgd": {"lr": (-5, -3)},
-        "kfac": {"lr": (-5, -3), "damping": (-4, -2)},
-    },
-    "vgg-cifar10": {"sgd": {"lr": (-5, -3)}},
-    "bigmlp-cifar10": {
-        "adam": {"lr": (-8, -6)},
-        "sgd": {"lr": (-6, -4)},
-        "kfac": {"lr": (-7, -5), "damping": (-2, 0)},
-    },
-    "vbigmlp-cifar10": {
-        "adam": {"lr": (-8, -6)},
-        "sgd": {"lr": (-8, -6)},
-        "kfac": {"lr": (-7, -5), "damping": (-2, 0)},
-    },
-}
-"""Where searches start, where that is not the grid of :data:`newton_summary_experiments.search.GRIDS`."""
-
-_WIDE_GRIDS: dict[str, dict[str, Grid]] = {
-    "vgg-cifar10": {
-        "adam": {"lr": (-8, -6)},
-        "sgd": {"lr": (-6, -4)},
-        "kfac": {"lr": (-7, -6), "damping": (-3, -2)},
-        PAPER: {"lr": (-1, 0), "regularization": (3, 4)},
-    },
-    "bigmlp-cifar10": {
-        "adam": {"lr": (-10, -8)},
-        "sgd": {"lr": (-8, -6)},
-        "kfac": {"lr": (-7, -6), "damping": (-2, -1)},
-        PAPER: {"lr": (-1, 0), "regularization": (3, 4)},
-    },
-}
-"""The same for networks of full width in hours: around what was best for the narrow ones, rates no larger."""
-
-_MOST_WIDE_GRIDS = {1: 2, 2: 1}
-"""How many grids are gone through there, by the number of hyperparameters."""
 
 _TABLE = ("task", "optimizer", "epochs", "seeds", "at_edge", "lr", "option", "value", "loss")
 
@@ -164,27 +114,15 @@ class Reproduction:
 
     # Searches ---------------------------------------------------------------------------------------------------------
 
-    def search_epochs(self, name: str, optimizer: str) -> int:
-        """The length of a trial, in epochs."""
-        if self.budget in SEARCH_IMAGES:
-            return 1
-        shares = SEARCH_SHARES[self.budget]
-        share = shares.get((name, optimizer), shares.get(name, shares.get(optimizer, 3)))
-        return max(self.task(name).epochs // share, 1)
-
-    def search_grid(self, name: str, optimizer: str) -> Grid:
-        """Where a search starts."""
-        known = _WIDE_GRIDS if self.budget == "hours" else GRIDS
-        return known.get(name, {}).get(optimizer, search.GRIDS[optimizer])
-
-    def search_grids(self, count: int) -> int:
-        """How many grids a search of so many hyperparameters goes through at most."""
-        return (_MOST_WIDE_GRIDS if self.budget == "hours" else search.MOST_GRIDS)[count]
+    @property
+    def search_plan(self) -> SearchPlan:
+        """How searches are done at this budget."""
+        return PLANS[self.budget]
 
     def search_samples(self, name: str) -> Data:
         """What a trial trains on."""
         data = self.samples(name)
-        return replace(data, train=first(data.train, SEARCH_IMAGES.get(self.budget)))
+        return replace(data, train=first(data.train, self.search_plan.images))
 
     @cached_property
     def searches(self) -> dict[tuple[str, str], Search]:
@@ -227,7 +165,7 @@ class Reproduction:
         ]
         for (task, optimizer), one in sorted(self.searches.items(), key=_in_order):
             title = f"## {NETWORKS.get(task, task)}, {LABELS.get(optimizer, optimizer)}"
-            images = SEARCH_IMAGES.get(self.budget)
+            images = self.search_plan.images
             length = f"{one.epochs} epochs" if images is None else f"An epoch of {images:,} images"
             runs = f"{length}, {one.seeds} seed{'s' if one.seeds > 1 else ''}"
             edge = "; the best lies at the edge of what was tried" if one.at_edge else ""

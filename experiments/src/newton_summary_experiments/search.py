@@ -35,11 +35,13 @@ Point: TypeAlias = tuple[float, ...]
 
 JOURNAL = "journal.log"
 
+PAPER = "newton-summary-paper"
+
 GRIDS: dict[str, Grid] = {
     "adam": {"lr": (-7, -5)},
     "sgd": {"lr": (-4, -2)},
     "kfac": {"lr": (-6, -4), "damping": (-3, -1)},
-    "newton-summary-paper": {"lr": (-2, 0), "regularization": (0, 2)},
+    PAPER: {"lr": (-2, 0), "regularization": (0, 2)},
 }
 """Where the search of each optimizer starts, unless told otherwise; λ_1 is called lr, λ_int regularization."""
 
