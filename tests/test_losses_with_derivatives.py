@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from rounding import assert_rounded
-from torch import nn
+from torch import Tensor, nn
 
 import newton_summary as ns
 from newton_summary.measure.along import losses_along
@@ -94,3 +94,34 @@ def test_gradients_within_the_loss_of_which_some_are_not_asked_for(loss) -> None
     nested = ns.summarize(loss, model, batches, engine="nested", third="full")
     assert_rounded(exact.hessian, nested.hessian)
     assert_rounded(exact.third, nested.third)
+
+
+def without_gradients(h: Tensor) -> Tensor:
+    with torch.no_grad():
+        return h.view(2, -1)  # a leaf, for autograd
+
+
+STARTS = {
+    "a row": lambda h: h.detach().requires_grad_()[:1].expand_as(h),
+    "flattened": lambda h: h.detach().requires_grad_().view(-1).view_as(h),
+    "transposed twice": lambda h: h.detach().requires_grad_().T.T,
+    "without gradients": lambda h: without_gradients(h).view_as(h),
+}
+
+
+@pytest.mark.parametrize("engine", ["forward", "auto"])
+@pytest.mark.parametrize("start", STARTS)
+def test_a_view_of_values_that_a_loss_starts_anew_from_is_constant(start, engine) -> None:
+    """As where a penalty on a critic's slope at generated samples begins by flattening these."""
+    torch.manual_seed(0)
+    model, x = nn.Sequential(nn.Linear(3, 3), nn.Tanh()).double(), torch.randn(4, 3, dtype=torch.float64)
+
+    def loss_fn(model, x):
+        h = model(x)
+        z = STARTS[start](h)
+        (slope,) = torch.autograd.grad(model(z).square().sum(), z, create_graph=True)
+        return (h * slope + z.sin() * h).square().mean()
+
+    got, expected = (ns.summarize(loss_fn, model, [x], engine=chosen) for chosen in (engine, "nested"))
+    torch.testing.assert_close(got.hessian, expected.hessian)
+    torch.testing.assert_close(got.third, expected.third)

@@ -125,7 +125,44 @@ def drawn_from_a_distribution():
     return nn.Linear(4, 6), loss, pair()
 
 
+class OwnProduct(torch.autograd.Function):
+    """A product whose first operations are views of what it is given."""
+
+    @staticmethod
+    def forward(ctx, x, weight):
+        ctx.save_for_backward(x, weight)
+        rows, *_ = x[None].unbind()
+        return torch.matmul(rows[:, None].expand(-1, 1, -1), weight.mT.expand(len(x), -1, -1)).flatten(1)
+
+    @staticmethod
+    def backward(ctx, g):
+        x, weight = ctx.saved_tensors
+        return g @ weight, g.mT @ x
+
+
+class OwnCosine(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x):
+        ctx.save_for_backward(x)
+        return x.view(-1).cos().view_as(x)
+
+    @staticmethod
+    def backward(ctx, g):
+        return -g * ctx.saved_tensors[0].sin()
+
+
+class Viewing(nn.Linear):
+    """Views that are made without gradients: within a function they move, outside they are constants."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = OwnProduct.apply(x.sin() * self.bias.sum(), self.weight).tanh()
+        with torch.no_grad():
+            still = y.T
+        return y * OwnCosine.apply(still.T) + OwnCosine.apply(y)
+
+
 MODELS = {
+    "views within functions": lambda: (Viewing(4, 3), squared_error, pair()),
     "spectral norm": spectral,
     "spectral norm by a hook": spectral_by_hook,
     "a script": lambda: (SCRIPTED, squared_error, pair()),

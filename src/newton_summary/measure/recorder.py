@@ -44,7 +44,9 @@ class Recorder(Tracer):
                 self._shared.add(parameter.untyped_storage()._cdata)
                 self.name(parameter, leaf.slot)
         self._resolved: set[int] = set()
-        self._walked: set[Any] = set()
+        self._views: set[int] = set()  # that were made since gradients were last on: leaves, for autograd
+        self._apart: set[Any] = set()  # nodes of autograd that lead to no parameter
+        self._towards: set[Any] = set()  # some that do
 
     @override
     def slot_of(self, tensor: Tensor) -> int | None:
@@ -53,25 +55,31 @@ class Recorder(Tracer):
         if tensor.requires_grad:
             if tensor.is_leaf:
                 known = self._parameters.get(id(tensor))
-                return known if known is None or tensor.layout is not torch.strided else self.find(tensor)
+                moves = known is not None or id(tensor) in self._views
+                return self.find(tensor) if moves and tensor.layout is torch.strided else known
             slot = self.find(tensor)
             if slot is None:
-                self._check_unknown(tensor)
+                if self._depends(tensor):
+                    self.refuse(self._why_unknown(tensor))
+            elif id(tensor) not in self._objects and not self._depends(tensor):
+                return None  # a view of a leaf that shares its memory with what moves
             return slot
         return None if torch.is_grad_enabled() else self.find(tensor)
 
-    def _check_unknown(self, tensor: Tensor) -> None:
-        """Refuses a value that depends on parameters in a way that was not seen."""
-        nodes = [tensor.grad_fn]
+    def _depends(self, tensor: Tensor) -> bool:
+        """Whether autograd leads from a value to a parameter."""
+        nodes, seen = [tensor.grad_fn], set()
         while nodes:
             node = nodes.pop()
-            if node is None or node in self._walked:
+            if node is None or node in seen or node in self._apart:
                 continue
-            self._walked.add(node)
-            if id(getattr(node, "variable", None)) in self._parameters:
-                self.refuse(self._why_unknown(tensor))
-                return
+            seen.add(node)
+            if node in self._towards or id(getattr(node, "variable", None)) in self._parameters:
+                self._towards.add(tensor.grad_fn)
+                return True
             nodes += [following for following, _ in node.next_functions]
+        self._apart |= seen
+        return False
 
     def _why_unknown(self, tensor: Tensor) -> str:
         """Why a value that comes from a parameter has not been recorded, and what to do about it."""
@@ -97,6 +105,8 @@ class Recorder(Tracer):
     @override
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
+        if self._views and torch.is_grad_enabled():
+            self._views.clear()
         if func is aten.detach.default:
             return func(*args)
         if func is aten._efficientzerotensor.default:
@@ -110,6 +120,8 @@ class Recorder(Tracer):
             return self._run_aside(func, args, kwargs, effects)
         if self._may_move(args) or (kwargs and self._may_move(kwargs.values())):
             out = self.run(func, args, kwargs, effects)
+            if effects.shares and not torch.is_grad_enabled():
+                self._views.update(map(id, out if isinstance(out, list | tuple) else [out]))
             if func is aten.clone.default and (args[0].is_conj() or args[0].is_neg()):
                 self._resolved.add(id(out))  # by torch, within an operation, where autograd does not look
             return out
