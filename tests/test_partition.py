@@ -383,6 +383,13 @@ def test_a_pattern_that_matches_nothing():
         Partition.from_patterns(small(), {"x": "9.*"}, rest="other")
     with pytest.raises(ValueError, match="group 'b' is empty"):
         Partition.from_patterns(small(), {"a": "*", "b": "0.*"})
+    model = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2, bias=False), nn.Linear(2, 2))
+    model[1].weight = model[0].weight
+    with pytest.raises(ValueError, match=r"left; '1.weight' is tied to '0.weight', and goes by that name"):
+        Partition.from_patterns(model, {"head": "1.*"}, rest="body")
+    model[2].requires_grad_(False)
+    with pytest.raises(ValueError, match=r"left; '2.weight' is frozen"):
+        Partition.from_patterns(model, {"end": "2.*"}, rest="body")
 
 
 @pytest.mark.parametrize("group", ["a", ""])

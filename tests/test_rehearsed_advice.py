@@ -510,6 +510,28 @@ def test_apply_warns_of_schedulers_that_would_undo_it(scheduled: bool) -> None:
     assert optimizer.param_groups[0]["lr"] == pytest.approx(0.3)
 
 
+@pytest.mark.parametrize("anew", [True, False])
+def test_one_cycle_goes_on_at_rates_as_many_times_larger(anew: bool) -> None:
+    def rates(factor: float) -> list[float]:
+        model = nn.Linear(2, 1)
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
+        schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 0.1, total_steps=12)
+        seen = []
+        for t in range(11):
+            if t == 3:
+                with warnings.catch_warnings():
+                    warnings.simplefilter("ignore")
+                    made((factor,), parameters=(tuple(model.parameters()),)).apply(optimizer)
+                if anew:
+                    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 0.1, total_steps=12, last_epoch=2)
+            optimizer.step()
+            schedule.step()
+            seen.append(schedule.get_last_lr()[0])
+        return seen[3:]
+
+    assert rates(3.0) == pytest.approx([3 * rate for rate in rates(1.0)])
+
+
 def test_frozen_rates_and_strangers_are_left_out() -> None:
     """A group of rate 0 is not advised, nor one that the optimizer does not hold."""
     model = make_model()

@@ -183,18 +183,13 @@ class Partition:
         groups: dict[str, list[str]] = {name: [] for name in patterns}
         left: list[str] = []
         for name in trainable_parameters(model):
-            matching = (
-                groups[group]
-                for group, one_or_several in patterns.items()
-                for pattern in ([one_or_several] if isinstance(one_or_several, str) else one_or_several)
-                if fnmatch.fnmatchcase(name, pattern)
-            )
+            matching = (groups[group] for group, patterns_of in patterns.items() if _matches(name, patterns_of))
             next(matching, left).append(name)
         for group, members in groups.items():
             if not members:
                 raise ValueError(
                     f"group {group!r} is empty: {patterns[group]!r} matches no trainable parameter that an "
-                    "earlier pattern left"
+                    f"earlier pattern left{_why_not_matched(model, patterns[group])}"
                 )
         if left and rest is None:
             raise ValueError(f"no pattern matches parameter {left[0]!r}: pass rest='name of a group for what remains'")
@@ -482,6 +477,24 @@ def one_for_each(
 ) -> Callable[[nn.Module], Partition]:
     """What makes the default partition beside optimizers: of several each has a group; beside one, as otherwise."""
     return (lambda model: Partition.by_optimizer(model, optimizers)) if len(optimizers) > 1 else otherwise
+
+
+def _matches(name: str, patterns: str | Sequence[str]) -> bool:
+    """Whether a name matches a pattern, or one of several."""
+    several = [patterns] if isinstance(patterns, str) else patterns
+    return any(fnmatch.fnmatchcase(name, pattern) for pattern in several)
+
+
+def _why_not_matched(model: nn.Module, patterns: str | Sequence[str]) -> str:
+    """Why patterns match nothing that is trained, where they match the name of something that is frozen, or tied."""
+    first: dict[int, str] = {}
+    for name, p in unwrap(model).named_parameters(remove_duplicate=False):
+        known_as = first.setdefault(id(p), name)
+        if _matches(name, patterns) and not p.requires_grad:
+            return f"; {name!r} is frozen"
+        if _matches(name, patterns) and known_as != name:
+            return f"; {name!r} is tied to {known_as!r}, and goes by that name"
+    return ""
 
 
 def trainable_parameters(model: nn.Module) -> dict[str, nn.Parameter]:

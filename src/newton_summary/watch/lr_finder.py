@@ -33,6 +33,7 @@ _TRIAL = 1 / 100  # of the training, which is the length of a trial: some six or
 _SHORTEST, _LONGEST = 8, 120  # of trials, in steps
 _SURER = 50  # steps of a trial, below which suggestions of some trainings are far too long
 _NORMAL = 1.4826  # the standard deviation of a normal distribution in its median deviations
+_OF_OTHERS = {"param_names", "initial_lr", "max_lr", "min_lr"}  # names of another grouping, and what schedulers keep
 _HORIZON = 1 / 4  # the power of the length of a training with which its best constant rate falls
 
 
@@ -319,7 +320,7 @@ def _param_groups(
 
     A group whose tensors had several sets of hyperparameters becomes several.
     """
-    result = []
+    result: list[dict[str, Any]] = []
     group_of = {
         id(p): partition.names[label]
         for p, label in zip(partition.parameters, partition.labels, strict=True)
@@ -329,6 +330,6 @@ def _param_groups(
         for group in optimizer.param_groups:
             members = [p for p in group["params"] if group_of.get(id(p)) == name]
             if members:
-                options = {key: value for key, value in group.items() if key not in ("initial_lr", "param_names")}
+                options = {key: value for key, value in group.items() if key not in _OF_OTHERS}
                 result.append({**options, "name": name, "params": members, "lr": rates[name]})
     return result

@@ -36,6 +36,9 @@ SHORTEST = 8
 HELD_OUT = 20
 """Batches, beyond those of the training, that the average of the weights is judged on."""
 
+_RATES = {"lr", "initial_lr", "max_lr", "min_lr"}
+"""What of a parameter group is a learning rate: OneCycleLR goes by its last three, made anew with last_epoch, too."""
+
 _HEADER = ("group", "learning rate", "factor", "advised")
 
 
@@ -95,7 +98,7 @@ class RehearsedAdvice:
         return all(group.factor == 1 for group in self.groups)
 
     def apply(self, optimizer: OneOrSeveral) -> None:
-        """Multiplies the learning rates of an optimizer's parameter groups, and their ``initial_lr``.
+        """Multiplies the learning rates of an optimizer's parameter groups, and those that a scheduler keeps in them.
 
         A scheduler that was made before may set the rates back: some keep base rates of their own.  It warns where
         there was one, by the ``initial_lr`` that it leaves: make it anew afterwards, with ``last_epoch``.
@@ -111,11 +114,11 @@ class RehearsedAdvice:
         if any("initial_lr" in group for group, factor in zip(param_groups, factors, strict=True) if factor != 1):
             warnings.warn(
                 "a scheduler was made for this optimizer before, and may set the rates back to what it remembers, as "
-                "LambdaLR and OneCycleLR do, other than StepLR: make it anew after apply()",
+                "LambdaLR and CyclicLR do, other than StepLR: make it anew after apply()",
                 stacklevel=2,
             )
         for group, factor in zip(param_groups, factors, strict=True):
-            for key in {"lr", "initial_lr"} & group.keys() if factor != 1 else ():
+            for key in _RATES & group.keys() if factor != 1 else ():
                 if isinstance(group[key], Tensor):
                     group[key].mul_(factor)  # a captured graph reads it where it is
                 else:
