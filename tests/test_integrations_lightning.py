@@ -142,8 +142,9 @@ def test_a_measurement_that_fails_ends_no_training(own_data, tmp_path):
     callback = MonitorCallback(failing, data=make_loader() if own_data else None, every=5, engine="forward")
     module = make_module(lambda module: torch.optim.Adam(module.parameters()))
     trainer = make_trainer(tmp_path, [callback])
-    with pytest.warns(UserWarning, match="the Monitor before step 1 failed, training goes on; .*no loss"):
+    with pytest.warns(UserWarning, match="the Monitor before step 1 failed, training goes on; .*no loss") as caught:
         trainer.fit(module, make_loader())
+    assert [warning.filename for warning in caught if "Monitor" in str(warning.message)] == [__file__]
     assert trainer.global_step == len(make_loader())
     assert callback.monitor.counts["disabled"] == 1
 

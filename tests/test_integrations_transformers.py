@@ -162,8 +162,9 @@ def test_a_measurement_that_fails_ends_no_training(tmp_path):
     trainer = make_trainer(tmp_path, model, torch.optim.AdamW(model.parameters(), lr=1e-3))
     callback = MonitorCallback(failing, every=5, engine="forward")
     trainer.add_callback(callback)
-    with pytest.warns(UserWarning, match="the Monitor before step 1 failed, training goes on; .*no loss"):
+    with pytest.warns(UserWarning, match="the Monitor before step 1 failed, training goes on; .*no loss") as caught:
         trainer.train()
+    assert [warning.filename for warning in caught if "Monitor" in str(warning.message)] == [__file__]
     assert trainer.state.global_step == 12
     assert callback.monitor.counts["disabled"] == 1
     assert batches

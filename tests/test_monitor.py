@@ -287,6 +287,15 @@ def test_a_group_that_begins_to_move_is_advised_from_then_on(begins) -> None:
     assert [group.__dict__ for group in monitor.advice.groups] == [group.__dict__ for group in fresh.advice.groups]
 
 
+def test_a_failure_within_a_step_is_warned_of_where_the_step_is_taken() -> None:
+    model, batches = make_model(), make_batches()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    ns.Monitor(model, lambda model, batch: None, optimizer=optimizer, every=1).attach(batches)
+    with pytest.warns(UserWarning, match="before step 1 failed, training goes on") as caught:
+        train(model, optimizer, batches, 3)
+    assert [warning.filename for warning in caught] == [__file__]
+
+
 # What it remembers ----------------------------------------------------------------------------------------------------
 
 
@@ -467,7 +476,7 @@ def test_records_that_cannot_be_written_end_no_training(tmp_path) -> None:
     with pytest.warns(UserWarning, match="training goes on") as caught:
         train(model, optimizer, batches, 3, monitor)
     told = [str(warning.message) for warning in caught]
-    assert len(told) == 2
+    assert [warning.filename for warning in caught] == [__file__] * 2
     assert f"cannot write to {path} (FileNotFoundError: No such file" in told[0]
     assert "its writer, a Failing (RuntimeError: closed)" in told[1]
     path.parent.mkdir()

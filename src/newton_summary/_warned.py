@@ -6,11 +6,14 @@ import sys
 import warnings
 from types import FrameType
 
-_INNER = ("newton_summary", "torch", "contextlib")
+_INNER = (
+    *("newton_summary", "torch", "contextlib"),
+    *("lightning", "pytorch_lightning", "lightning_utilities", "transformers", "accelerate"),  # around the user's loop
+)
 
 
 def warn(message: str, category: type[Warning] = UserWarning) -> None:
-    """Warns as of the last line of a call that is neither in this package nor in torch.
+    """Warns as of the last line of a call that is neither in this package, nor in torch or a trainer around it.
 
     A step is called through torch's wrappers, of which a scheduler and a compiled model add some: how many lines lie
     between is not known.

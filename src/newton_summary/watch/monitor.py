@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 import math
-import warnings
 from collections import Counter, deque
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
@@ -16,6 +15,7 @@ from torch import Tensor, nn
 
 from newton_summary._checks import check_count, check_fraction, check_not_negative, check_positive
 from newton_summary._frozen import Frozen
+from newton_summary._warned import warn
 from newton_summary.measure import Engine, Loss, LossFunction, preserved_randomness, resolve_engine
 from newton_summary.measure.batches import batch_size
 from newton_summary.measure.next_step import check_needs_no_closure, check_runs_hooks, next_step, rate_of
@@ -272,10 +272,9 @@ class Monitor:
     def _warn_of_no_gradients(self) -> None:
         if not self._told_of_no_gradients:
             self._told_of_no_gradients = True
-            warnings.warn(
+            warn(
                 f"the Monitor measured nothing before step {self._taken + 1}, for there are no gradients: call "
-                "backward() before monitor.step()",
-                stacklevel=3,
+                "backward() before monitor.step()"
             )
 
     def _attempt(self, batches: Callable[[], list[Any]]) -> Advice | None:
@@ -336,10 +335,9 @@ class Monitor:
             self.counts["disabled"] = 1
         if self._errors == 1:
             cause = "in another process" if error is None else f"{type(error).__name__}: {error}"
-            warnings.warn(
+            warn(
                 f"a measurement of the Monitor before step {self._taken + 1} failed, training goes on; after "
-                f"{_PATIENCE} failures in a row it measures no more; this one was {cause}",
-                stacklevel=4,
+                f"{_PATIENCE} failures in a row it measures no more; this one was {cause}"
             )
 
     @torch.no_grad()

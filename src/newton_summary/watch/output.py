@@ -6,13 +6,13 @@ import contextlib
 import importlib
 import json
 import os
-import warnings
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any, Protocol
 
 from torch import Tensor
 
+from newton_summary._warned import warn
 from newton_summary.summary import Summary
 from newton_summary.watch.advice import correlations
 from newton_summary.watch.record import RESUMED, TAG, Record, markdown
@@ -88,10 +88,9 @@ class Output:
         except Exception as error:
             if where not in self._told:
                 self._told.add(where)
-                warnings.warn(
+                warn(
                     f"the Monitor cannot write to {where} ({_cause(error)}): training goes on, and monitor.records "
-                    "has what is not written",
-                    stacklevel=4,
+                    "has what is not written"
                 )
 
 
