@@ -10,7 +10,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from scipy.optimize import nnls
+from scipy.optimize import lsq_linear, nnls
 from solve_reference import KINDS, Problem, objective, problem
 
 from newton_summary import Summary
@@ -293,6 +293,76 @@ def test_a_flat_valley_in_the_box_has_a_solution():
     assert step.ok
     assert step.sizes.sum().item() == pytest.approx(1.0, rel=1e-12)
     assert step.predicted_decrease == pytest.approx(0.5, rel=1e-12)
+
+
+def in_a_valley(factor, target, lower, upper, units=1.0):
+    """|Fᵀη − t|² / 2 with fewer equations than groups, in units of the groups: the solution, and scipy's decrease."""
+    a, t = np.asarray(factor, dtype=float), np.asarray(target, dtype=float)
+    lower, upper, units = (np.broadcast_to(np.asarray(x, dtype=float), len(a)) for x in (lower, upper, units))
+    summary = summary_of(a @ t * units, (a @ a.T) * np.outer(units, units))
+    step = newton(summary, bounds=(lower / units, upper / units))
+    return step, t @ t / 2 - lsq_linear(a.T, t, (lower, upper), method="bvls", tol=1e-13).cost
+
+
+def test_flat_valleys_in_boxes_that_are_open_as_scipy_has_them():
+    """Along them the model is flat, but for rounding, which grows with the square of the step."""
+    rng = np.random.default_rng(0)
+    for case in range(100):
+        n = int(rng.integers(2, 7))
+        shape = n, int(rng.integers(1, n))
+        is_whole = case % 2 == 0
+        factor, z = (rng.integers(-2, 3, s) if is_whole else rng.standard_normal(s) for s in (shape, n))
+        lower, upper = np.where(rng.random(n) < 0.5, -INF, 0.0), np.where(rng.random(n) < 0.5, INF, 1.0)
+        if np.isinf([lower, upper]).all():  # no box at all
+            continue
+        step, expected = in_a_valley(factor, factor.T @ z, lower, upper, 10.0 ** rng.integers(-4, 5, n))
+        assert step.ok
+        assert step.predicted_decrease == pytest.approx(expected, rel=1e-9, abs=1e-9)
+
+
+@pytest.mark.parametrize(
+    ("factor", "target", "lower", "upper", "units"),
+    [
+        (  # a rate that rounding keeps an ulp from its bound
+            [[-2, 0, -2, -2], [-1, 0, 2, -2], [-2, 0, -2, 2], [-1, 2, 0, 2], [-2, 2, 0, 1]],
+            [-2, 2, 0, 5],
+            [0, -INF, 0, -INF, -INF],
+            [1, INF, INF, 1, 1],
+            1.0,
+        ),
+        (  # a long way along the valley to a bound
+            np.array(
+                [
+                    [-0.05857576732477869, -1.1970422036654802, -0.07157147214141614],
+                    [0.9597948730506174, 1.6136058797790789, 1.0443164272782892],
+                ]
+            ).T,
+            [-3.59039787, 5.13799511],
+            [0, 0, -INF],
+            [INF, 1, INF],
+            1.0,
+        ),
+        (  # an eigenvector with rounding errors where it is 0
+            [[-1, 2, -1], [-2, 2, -2], [2, 2, 0], [-1, -1, 0], [1, -2, 1]],
+            [-2, 2, -2],
+            0,
+            INF,
+            [1e-2, 1e4, 10, 1, 1],
+        ),
+    ],
+)
+def test_flat_valleys_that_led_astray(factor, target, lower, upper, units):
+    step, expected = in_a_valley(factor, target, lower, upper, units)
+    assert step.ok
+    assert step.predicted_decrease == pytest.approx(expected, rel=1e-9)
+
+
+def test_a_step_that_lands_where_the_curvature_is_0_is_not_the_last():
+    """The third rate gets to −2, where −2 + |η| is 0 but for rounding, and Newton's step is endless."""
+    summary = summary_of([-1.0, 0.0, -1.0], np.diag([-1.0, 1.0, -2.0]), [0.0, 0.0, 1.0])
+    step = cubic(summary, bounds=([0.0, 0.0, -INF], [1.0, INF, 1.0]))
+    assert step.ok
+    assert step.sizes.numpy() == pytest.approx([0.0, 0.0, -2 - math.sqrt(6)], rel=1e-12)
 
 
 @pytest.mark.parametrize("decades", [5, 50, 150, 300])

@@ -198,6 +198,12 @@ def test_a_flat_valley_is_singular():
     assert cubic(summary_of([1.0, 1.0], [[1.0, 1.0], [1.0, 1.0]], [0.0, 0.0])).status is Status.SINGULAR
 
 
+def test_a_flat_valley_is_singular_also_where_no_gradient_is_near_it():
+    """It is along the third and the fifth group; rounding puts a little of the others into it."""
+    rows = [[4, -1, -2, -1, 2], [-1, 4, 2, 1, -2], [-2, 2, 3, 1, -3], [-1, 1, 1, 4, -1], [2, -2, -3, -1, 3]]
+    assert cubic(summary_of([1, -1, 0, 0, 0], rows, [0.0] * 5)).status is Status.SINGULAR
+
+
 @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
 @pytest.mark.parametrize("where", ["gradient", "hessian", "third"])
 def test_a_summary_that_is_not_finite_is_not_solved(where, value):

@@ -10,7 +10,7 @@ The model may be nonconvex, and finding its global minimiser in a box is then ha
 
 Each step takes the coordinates whose slope does not hold them at a bound, and bends their Newton step along the walls
 of the box (Bertsekas 1982); where curvature is not positive it also tries the lowest eigenvector, both ways.  All
-lengths from the very short to the very long are tried at once.
+lengths from the very short to the very long are tried at once, and those at which a wall is met.
 """
 
 from __future__ import annotations
@@ -65,6 +65,17 @@ class Box:
     def clip(self, x: Array) -> Array:
         """The nearest point of the box, or of every row."""
         return np.clip(x, self.lower, self.upper)
+
+    def lengths(self, x: Array, direction: Array) -> Array:
+        """How far it is from a point, along a direction, to the bounds that are ahead, shape (m, 1)."""
+        moves = direction != 0
+        found = (self.ahead(direction) - x)[moves] / direction[moves]
+        return np.asarray(found[np.isfinite(found)][:, None])
+
+    def snapped(self, x: Array, near: Array) -> Array:
+        """A point of the box with coordinates that are this near a bound on it: rounding errors hold none back."""
+        x = np.where(x - self.lower <= near, self.lower, x)
+        return np.where(self.upper - x <= near, self.upper, x)
 
     def scaled(self, factors: Array) -> Box:
         """The box of x / factors."""
@@ -158,26 +169,31 @@ def _descend(model: Model, box: Box, x: Array) -> tuple[Array, Status]:
         for direction in _directions(model, box, x, free):
             if _falls_for_ever(model, box, x, direction):
                 return x, Status.UNBOUNDED
-            paths.append(box.clip(x + _LENGTHS * direction))  # bent along the walls
+            lengths = np.concatenate([_LENGTHS, box.lengths(x, direction)])
+            paths.append(box.clip(x + lengths * direction))  # bent along the walls
         if not paths:
             break
         points = np.concatenate(paths)
-        changes = model.change(x, points - x)
-        best = int(np.argmin(np.where(np.isnan(changes), np.inf, changes)))
-        noise = rounding(len(x)) * np.abs(points[best] - x) @ model.magnitude(x)
-        if not changes[best] < -noise:
+        changes, sizes = model.change(x, points - x), np.abs(points - x)
+        terms = sizes @ model.magnitude(x) + np.sum((sizes @ np.abs(model.hessian)) * sizes, axis=1) / 2
+        surely = changes < -rounding(len(x)) * terms  # along a flat valley, a long step changes much by rounding
+        if not surely.any():
             break
-        x = points[best]
+        best = int(np.argmin(np.where(surely, changes, np.inf)))
+        x = box.snapped(points[best], rounding(len(x)) * (np.abs(x) + sizes[best]))
     return x, Status.SOLVED
 
 
 def _directions(model: Model, box: Box, x: Array, free: Array) -> list[Array]:
     """Newton's direction in the free coordinates; where the curvature is not positive, several that may go downhill."""
     curvature, pull = model.curvature(x), -model.slope(x)
-    factor = cholesky(curvature[np.ix_(free, free)])
-    if factor is not None:
+    block = curvature[np.ix_(free, free)]
+    factor = cholesky(block)
+    terms = np.abs(np.diag(model.hessian)) + model.radius(x) * model.cubic**2
+    is_regular = cholesky(block - rounding(len(block)) * np.diag(terms[free])) is not None  # else its inverse is noise
+    if factor is not None and is_regular:
         return _widened(backward(factor, forward(factor, pull[free]))[None], free)
-    values, vectors = eigh(curvature[np.ix_(free, free)])
+    values, vectors = eigh(block)
     smallest = rounding(len(values)) * max(float(np.max(np.abs(values))), 1.0)
     newton = vectors @ (vectors.T @ pull[free] / np.maximum(np.abs(values), smallest))
     lowest = vectors[:, 0]
@@ -204,7 +220,9 @@ def _falls_for_ever(model: Model, box: Box, x: Array, direction: Array) -> bool:
     rays = np.concatenate([ray[None], np.diag(ray)])
     curvature = np.sum((rays @ model.hessian) * rays, axis=1)
     level = rounding(len(x)) * np.sum((np.abs(rays) @ np.abs(model.hessian)) * np.abs(rays), axis=1)
-    falls = rays @ model.slope(x) < -_FLAT * (np.abs(rays) @ model.magnitude(x))
+    terms = np.abs(rays) @ model.magnitude(x)
+    terms[0] = max(terms[0], np.linalg.norm(ray) * np.linalg.norm(model.magnitude(x)) * rounding(len(x)) / _FLAT)
+    falls = rays @ model.slope(x) < -_FLAT * terms  # an eigenvector has rounding errors also in entries where it is 0
     return bool(((curvature <= level) & falls).any())
 
 

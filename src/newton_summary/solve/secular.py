@@ -127,9 +127,9 @@ def _flat_status(model: Model) -> Status:
         return Status.SOLVED
     if values[0] < -tolerance:
         return Status.UNBOUNDED
-    null = scales[:, None] * vectors[:, values <= tolerance]
-    pulls = np.column_stack([model.gradient[flat], model.hessian[np.ix_(flat, ~flat)]])
-    sizes = np.abs(null).T @ np.abs(pulls)
+    null = vectors[:, values <= tolerance]
+    pulls = scales[:, None] * np.column_stack([model.gradient[flat], model.hessian[np.ix_(flat, ~flat)]])
+    sizes = np.linalg.norm(pulls, axis=0)  # an eigenvector has rounding errors also in the entries where it is 0
     return Status.SINGULAR if (np.abs(null.T @ pulls) <= tolerance * sizes).all() else Status.UNBOUNDED
 
 
