@@ -16,6 +16,7 @@ from scipy import optimize, stats
 from newton_summary import Summary
 from newton_summary.solve import Status, cubic
 from newton_summary.watch.advice import advise, alone, correlations
+from newton_summary.watch.intervals import intervals
 from newton_summary.watch.progress import Progress
 from newton_summary.watch.words import LEAVE, LEAVE_SO_FAR
 
@@ -169,6 +170,17 @@ def test_intervals_cover_the_truth(truth, noise) -> None:
         group = advise([one(*row) for row in draws])["g"]
         covered += group.low <= expected <= group.high
     assert 0.85 <= covered / 400 <= 0.99
+
+
+@pytest.mark.parametrize("sizes", [(1, 1, 1, 4), (32, 32, 32, 5), (1, 10), (8, 8, 64)])
+def test_intervals_cover_the_truth_where_batches_have_different_sizes(sizes) -> None:
+    """Slopes and curvatures are means over as many normal samples as a batch has; one group is one experiment."""
+    generator, weights, experiments = np.random.default_rng(0), np.array(sizes, dtype=float), 4000
+    scatter = 0.1 / np.sqrt(weights)[:, None, None] * generator.normal(size=(len(sizes), experiments, 3))
+    slopes = np.array([1.0, -1.0, 0.0]) + scatter * np.array([1.0, 0.5, 0.0])
+    mean = np.average(slopes, axis=0, weights=weights)
+    low, high = intervals(slopes, weights, -mean[:, 0] / mean[:, 1], level=0.9)
+    assert np.mean((low <= 1) & (high >= 1)) == pytest.approx(0.9, abs=0.015)
 
 
 def test_no_interval_from_one_batch_and_none_of_length_from_equal_ones() -> None:
@@ -412,8 +424,8 @@ def test_what_all_rates_share_singles_out_no_group() -> None:
 
 
 def test_pairs_are_named_where_their_interaction_is_strong_and_sure() -> None:
-    def pair(c: float) -> Summary:
-        return Summary(1.0, [1.0, 1.0], [[2.0, c], [c, 0.5]], [0.0, 0.0], ["conv1", "fc1"])
+    def pair(c: float, weight: float = 1.0) -> Summary:
+        return Summary(1.0, [1.0, 1.0], [[2.0, c], [c, 0.5]], [0.0, 0.0], ["conv1", "fc1"], weight=weight)
 
     assert [p.words for p in advise([pair(0.9), pair(0.94)]).pairs] == [
         "`conv1` and `fc1` pull against each other (+0.92)"
@@ -421,6 +433,7 @@ def test_pairs_are_named_where_their_interaction_is_strong_and_sure() -> None:
     assert [p.words for p in advise([pair(-0.8)]).pairs] == ["`conv1` and `fc1` help each other (-0.80)"]
     assert advise([pair(0.3), pair(0.31)]).pairs == ()
     assert advise([pair(0.9), pair(-0.2), pair(1.2)]).pairs == ()
+    assert advise([pair(0.3), pair(0.9, weight=10.0)]).pairs == (), "the lighter one is far off"
 
 
 def test_ranking_puts_what_differs_from_the_rest_first() -> None:

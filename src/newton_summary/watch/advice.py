@@ -187,8 +187,8 @@ def advise(
     Intervals invert a t-test: η is in the interval of group s unless the slope of the cubic model at η, which is linear
     in each batch's derivatives, differs from 0 over the batches (Fieller's method, with a cubic term).  So they need no
     approximation of a quotient, may reach 0 (descent is not sure) or infinity (curvature is not sure), and are
-    right for few batches as far as the derivatives of a batch are normal.  The batches must be independent of the
-    direction and of each other.
+    right for few batches as far as the derivatives of a batch are normal, with a variance in inverse proportion to its
+    weight, which is the number of its samples.  The batches must be independent of the direction and of each other.
 
     Factors are those of one step.  Words are about what holds for tens of them: they compare a group with the middle
     of all, and speak of all rates where even a direction that is nothing but noise leaves something to gain, or where
@@ -294,8 +294,8 @@ def _strong_pairs(parts: Sequence[Summary], mean: Summary, level: float) -> tupl
     if len(parts) > 1:
         weights = torch.tensor([part.weight for part in parts], dtype=torch.float64)
         shares = (weights / weights.sum())[:, None, None]
-        deviations = shares * (torch.stack([part.tensor(2) for part in parts]) - mean.tensor(2))
-        error = (deviations.square().sum(0) * len(parts) / (len(parts) - 1)).sqrt()
+        deviations = torch.stack([part.tensor(2) for part in parts]) - mean.tensor(2)
+        error = ((shares * deviations.square()).sum(0) / (len(parts) - 1)).sqrt()
         candidates &= mean.tensor(2).abs() > quantile(level, len(parts)) * error
     found = [Pair(mean.names[i], mean.names[j], float(matrix[i, j])) for i, j in candidates.nonzero().tolist()]
     return tuple(sorted(found, key=lambda pair: -abs(pair.correlation))[:_MOST_PAIRS])

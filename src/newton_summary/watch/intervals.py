@@ -57,16 +57,18 @@ def slopes_of(parts: Sequence[Summary], mean: Summary, regularization: float) ->
 def intervals(slopes: Array, weights: Array, centre: Array, level: float) -> tuple[Array, Array]:
     """Both ends of each group's interval, shape (S,); NaN from a single batch.
 
+    A batch of n samples counts n times, and varies by 1/n as much as one sample does: weighted least squares.
+
     They are the nearest points on both sides of the centre, the root of the mean slope, from which on the slope is
     surely positive (below) or surely negative (above); where there is none, 0 and infinity.
     """
     count = len(slopes)
     if count < 2:
         return np.full_like(centre, np.nan), np.full_like(centre, np.nan)
-    shares = (weights / weights.sum())[:, None, None]
-    mean = (shares * slopes).sum(0)
-    deviations = shares * (slopes - mean)
-    covariance = count / (count - 1) * np.einsum("bsi,bsj->sij", deviations, deviations)
+    shares = weights / weights.sum()
+    mean = np.einsum("b,bsi->si", shares, slopes)
+    deviations = slopes - mean
+    covariance = np.einsum("b,bsi,bsj->sij", shares, deviations, deviations) / (count - 1)
     spread = covariance * quantile(level, count) ** 2
     test, scale = _Test.of(mean, spread), _scale(mean, spread)
     known = (scale > 0) & np.isfinite(scale)
