@@ -136,7 +136,7 @@ def test_a_measurement_is_the_summary_along_the_optimizers_own_step() -> None:
 
 def test_the_actual_decrease_meets_the_same_dropout_and_batch_statistics() -> None:
     model, batches = make_model(noisy=True), make_batches()
-    optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
+    optimizer = torch.optim.SGD(model.parameters(), lr=1e-20)
     monitor = ns.Monitor(model, loss_fn, optimizer=optimizer, every=1)
     train(model, optimizer, batches, 3, monitor)
     assert len(monitor.records) == 3
@@ -285,6 +285,54 @@ def test_a_group_that_begins_to_move_is_advised_from_then_on(begins) -> None:
     train(model, optimizer, batches[4:], 3, monitor, lambda t: fresh.step(batches[4 + t]))
     assert monitor.advice.batches == 3  # the earlier ones said that it changes nothing
     assert [group.__dict__ for group in monitor.advice.groups] == [group.__dict__ for group in fresh.advice.groups]
+
+
+@pytest.mark.parametrize("attached", [True, False])
+@pytest.mark.parametrize("unscales", [True, False])
+def test_gradients_that_are_still_scaled_are_found_when_the_step_is_taken(attached: bool, unscales: bool) -> None:
+    model, batches, scaler = make_model(), make_batches(), torch.amp.GradScaler("cpu")
+    optimizers = [torch.optim.SGD(layer.parameters(), lr=0.1) for layer in (model[0], model[4])]
+    monitor = ns.Monitor(model, loss_fn, optimizer=optimizers, every=1)
+    if attached:
+        monitor.attach(batches)
+
+    def loop() -> None:
+        for batch in batches[:3]:
+            model.zero_grad()
+            scaler.scale(loss_fn(model, batch)).backward()
+            for optimizer in optimizers if unscales else ():
+                scaler.unscale_(optimizer)
+            if not attached:
+                monitor.step(batch)
+            for optimizer in optimizers:
+                scaler.step(optimizer)
+            scaler.update()
+
+    if unscales:
+        loop()  # and warns of nothing
+        return
+    number = 2 if attached else 1  # the first one's gradients were unscaled before it stepped
+    with pytest.warns(UserWarning, match=rf"step 1 of SGD {number} was 6.55e\+04 times shorter than the one") as caught:
+        loop()
+    assert [warning.filename for warning in caught] == [__file__]
+
+
+def test_another_step_than_was_measured_is_warned_of_once() -> None:
+    model, batches = make_model(), make_batches()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    monitor = ns.Monitor(model, loss_fn, optimizer=optimizer, every=1)
+    factor = 0.5  # a smaller one may be meant
+
+    def before_step(*_) -> None:
+        for p in model.parameters():
+            p.grad.mul_(factor)
+
+    optimizer.register_step_pre_hook(before_step)
+    train(model, optimizer, batches, 2, monitor)
+    factor = 5
+    with pytest.warns(UserWarning, match="step 3 of SGD was 5 times as long as the one that the Monitor") as caught:
+        train(model, optimizer, batches, 3, monitor)
+    assert len(caught) == 1
 
 
 def test_a_failure_within_a_step_is_warned_of_where_the_step_is_taken() -> None:

@@ -564,7 +564,7 @@ def the_optimizer_measures(user: User) -> None:
 
 
 def the_monitor_measures(user: User) -> None:
-    optimizer = torch.optim.SGD(user.model.parameters(), lr=0.0)
+    optimizer = torch.optim.SGD(user.model.parameters(), lr=1e-3)
     monitor = ns.Monitor(user.model, user.loss_fn, optimizer=optimizer, every=1)
     monitor.measure([user.batch])
     monitor._end_of_step()

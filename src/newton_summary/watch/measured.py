@@ -13,6 +13,7 @@ from torch import Tensor
 from newton_summary.summary import Summary
 from newton_summary.watch.advice import Advice
 from newton_summary.watch.record import Record
+from newton_summary.watch.step_taken import StepTaken
 
 
 @dataclass(frozen=True)
@@ -24,6 +25,7 @@ class Measured:
     batches: Sequence[Any]
     randomness: Randomness
     counts: Counts
+    step: StepTaken
 
 
 @dataclass(frozen=True)

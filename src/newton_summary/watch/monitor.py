@@ -35,6 +35,7 @@ from newton_summary.watch.output import Output, Writer, check_path, check_writer
 from newton_summary.watch.progress import Progress
 from newton_summary.watch.record import Record
 from newton_summary.watch.rehearsed_advice import RehearsedAdvice, rehearse
+from newton_summary.watch.step_taken import StepTaken
 
 logger = logging.getLogger(__name__)
 
@@ -176,7 +177,7 @@ class Monitor:
         self.records: deque[Record] = deque(maxlen=history)
         self.counts = Counter({"measured": 0, "failed": 0})
         self._errors = 0  # in a row
-        self._told_of_no_gradients = False
+        self._told_of_no_gradients = self._told_of_another_step = False
         self._loss = Loss(loss_fn, model)
         self._frozen = Frozen(self._loss.model, "measured by this Monitor")
         self._processes = Processes(model, process_group)
@@ -202,7 +203,8 @@ class Monitor:
     def step(self, batch: Any) -> Advice | None:
         """Call it at every step, between ``backward()`` and ``optimizer.step()``; it measures where it is time to.
 
-        With a gradient scaler, unscale the gradients first.
+        With a gradient scaler, unscale the gradients first, and clip them first, if they are clipped: where the step
+        that is then taken is another than was measured, by a factor of three, it warns once.
 
         Args:
             batch: what to measure on, if it is time to.
@@ -223,7 +225,8 @@ class Monitor:
     def attach(self, batches: Iterable[Any], *, repeats: int = 1, seed: int = 0) -> Monitor:
         """From now on, measures by itself within ``optimizer.step()``, just before the step is taken.
 
-        Gradients are then what the optimizer will use: clipped and unscaled.
+        Gradients are then what the optimizer will use: clipped and unscaled.  It measures before the first of several
+        optimizers steps; with a gradient scaler, unscale the gradients of all of them before.
 
         Args:
             batches: what to measure on, iterated for ever by an independent sampler
@@ -424,7 +427,8 @@ class Monitor:
                 for batch, size in zip(taken, sizes, strict=True)
             ]
         counts = Counts(sum(sizes), sum(available)) if self._counts_samples else Counts()
-        return Measured(own, u, taken, randomness, counts)
+        step = StepTaken(self.optimizers, self.partition.parameters, u)
+        return Measured(own, u, taken, randomness, counts, step)
 
     @torch.no_grad()
     def _take_in(self, measured: Measured) -> Advice | None:
@@ -532,6 +536,7 @@ class Monitor:
     def _look_back(self, waiting: Measured) -> None:
         """What the loss did on the batches that the last measurement was made on."""
         self._awaiting = None
+        self._warn_of_another_step(waiting.step)
         weights, losses, error = [part.weight for part in waiting.own], [], None
         try:
             for batch in waiting.batches:
@@ -549,6 +554,20 @@ class Monitor:
         after = self._processes.mean([own], [total], self.partition.device)[0]
         self.records[-1] = replace(self.records[-1], actual_decrease=self.records[-1].loss - after)
         self._write(self.records[-1])
+
+    def _warn_of_another_step(self, step: StepTaken) -> None:
+        """Says, once, where an optimizer has not taken the step that was measured."""
+        others = [] if self._told_of_another_step else step.others()
+        for number, ratio in others[:1]:
+            self._told_of_another_step = True
+            which = f"{type(self.optimizers[number]).__name__}{f' {number + 1}' * (len(self.optimizers) > 1)}"
+            how = f"{1 / ratio:.3g} times shorter than" if 0 < ratio < 1 else f"{ratio:.3g} times as long as"
+            warn(
+                f"step {self._taken} of {which} was {how} the one that the Monitor measured, so its advice is about "
+                "another: gradients were changed after it had measured. With a gradient scaler, call "
+                "scaler.unscale_(optimizer) for every optimizer before it measures, which is in monitor.step(), or "
+                "attached when the first of them steps; clip before that, too"
+            )
 
     # Resuming ---------------------------------------------------------------------------------------------------------
 
