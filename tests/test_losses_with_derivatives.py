@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+import torch.nn.functional as F
 from rounding import assert_rounded
 from torch import Tensor, nn
 
@@ -125,3 +126,59 @@ def test_a_view_of_values_that_a_loss_starts_anew_from_is_constant(start, engine
     got, expected = (ns.summarize(loss_fn, model, [x], engine=chosen) for chosen in (engine, "nested"))
     torch.testing.assert_close(got.hessian, expected.hessian)
     torch.testing.assert_close(got.third, expected.third)
+
+
+def standardised(h: Tensor, shape: tuple[int, ...], dim: int = -1) -> Tensor:
+    rows = h.reshape(shape)
+    centred = rows - rows.mean(dim, keepdim=True)
+    return (centred / (centred.square().mean(dim, keepdim=True) + 1e-5).sqrt()).view_as(h)
+
+
+NORMS = {
+    "layer": (lambda h: F.layer_norm(h, (4,)), lambda h: standardised(h, (3, 4))),
+    "batch": (lambda h: F.batch_norm(h, None, None, training=True), lambda h: standardised(h, (3, 4), 0)),
+    "instance": (lambda h: F.instance_norm(h.view(3, 2, 2)).flatten(1), lambda h: standardised(h, (3, 2, 2))),
+    "group": (lambda h: F.group_norm(h, 2), lambda h: standardised(h, (3, 2, 2))),
+}
+
+
+class Normalised(nn.Module):
+    def __init__(self, norm) -> None:
+        super().__init__()
+        torch.manual_seed(1)
+        self.norm, self.first, self.last = norm, nn.Linear(2, 4), nn.Linear(4, 1)
+        self.double()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.last((1.3 * self.norm(self.first(x).tanh() * self.first.bias)).tanh())
+
+
+def slope_of_inputs(model, batch):
+    x = batch.clone().requires_grad_()
+    (slope,) = torch.autograd.grad(model(x).sum(), x, create_graph=True)
+    return x, slope
+
+
+def bounded_slope(model, batch):
+    return (slope_of_inputs(model, batch)[1].square().sum(-1) - 1).square().mean()
+
+
+def bent(model, batch):
+    x, slope = slope_of_inputs(model, batch)
+    return (torch.autograd.grad(slope[:, 0].sum(), x, create_graph=True)[0].square().sum(-1) - 1).square().mean()
+
+
+@pytest.mark.parametrize("loss", [bounded_slope, bent])
+@pytest.mark.parametrize("norm", NORMS)
+def test_a_normalisation_within_what_a_loss_differentiates(norm, loss) -> None:
+    """Its backward pass reads the mean and the deviation that the forward pass has found: they move, too."""
+    torch.manual_seed(0)
+    x, models = torch.randn(3, 2, dtype=torch.float64), [Normalised(one) for one in NORMS[norm]]
+    direction = [torch.randn_like(p) for p in models[0].parameters()]  # autograd's third derivative of some is wrong
+    exact, expected = (
+        ns.summarize(loss, model, [x], direction=direction, engine=engine)
+        for model, engine in zip(models, ("forward", "nested"), strict=True)
+    )
+    assert_rounded(exact.loss, expected.loss)
+    for got, right in [(exact.hessian, expected.hessian), (exact.third, expected.third)]:
+        assert float((got - right).abs().max()) < 1e-8 * float(right.abs().max())

@@ -45,6 +45,9 @@ class Recorder(Tracer):
                 self.name(parameter, leaf.slot)
         self._resolved: set[int] = set()
         self._views: set[int] = set()  # that were made since gradients were last on: leaves, for autograd
+        self._statistics: set[int] = (
+            set()
+        )  # memory of normalisations' means and deviations, and of what is made of them
         self._apart: set[Any] = set()  # nodes of autograd that lead to no parameter
         self._towards: set[Any] = set()  # some that do
 
@@ -64,7 +67,13 @@ class Recorder(Tracer):
             elif id(tensor) not in self._objects and not self._depends(tensor):
                 return None  # a view of a leaf that shares its memory with what moves
             return slot
-        return None if torch.is_grad_enabled() else self.find(tensor)
+        return self.find(tensor) if not torch.is_grad_enabled() or self._is_statistic(tensor) else None
+
+    def _is_statistic(self, tensor: Tensor) -> bool:
+        """Whether a value moves though autograd does not say so."""
+        if not self._statistics or tensor.layout is not torch.strided:
+            return False
+        return tensor.untyped_storage()._cdata in self._statistics
 
     def _depends(self, tensor: Tensor) -> bool:
         """Whether autograd leads from a value to a parameter."""
@@ -120,6 +129,10 @@ class Recorder(Tracer):
             return self._run_aside(func, args, kwargs, effects)
         if self._may_move(args) or (kwargs and self._may_move(kwargs.values())):
             out = self.run(func, args, kwargs, effects)
+            if func in NORMALISATIONS:
+                self._note_statistics(out[1:])
+            elif self._statistics and not _require(args) and not _require(kwargs.values()):
+                self._note_statistics([out] if isinstance(out, Tensor) else out)
             if effects.shares and not torch.is_grad_enabled():
                 self._views.update(map(id, out if isinstance(out, list | tuple) else [out]))
             if func is aten.clone.default and (args[0].is_conj() or args[0].is_neg()):
@@ -138,11 +151,16 @@ class Recorder(Tracer):
             return self.moves(values)
         for value in values:
             if isinstance(value, Tensor):
-                if (value.requires_grad or id(value) in self._resolved) and self.slot_of(value) is not None:
+                known = value.requires_grad or id(value) in self._resolved or self._is_statistic(value)
+                if known and self.slot_of(value) is not None:
                     return True
             elif isinstance(value, list | tuple) and self._may_move(value):
                 return True
         return False
+
+    def _note_statistics(self, values: Sequence[Any]) -> None:
+        strided = (v for v in values if isinstance(v, Tensor) and v.layout is torch.strided)
+        self._statistics.update(v.untyped_storage()._cdata for v in strided)
 
     def _writes_aside(self, func: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any], effects: Effects) -> bool:
         """Whether moving values are written where autograd does not look: through ``detach`` or without gradients."""
@@ -157,7 +175,7 @@ class Recorder(Tracer):
                 continue
             if not torch.is_grad_enabled():
                 return tensor.requires_grad or tensor.untyped_storage()._cdata in self._shared
-            if not tensor.requires_grad:
+            if not tensor.requires_grad and not self._is_statistic(tensor):
                 if self.moves(args):
                     self.refuse(f"{func} writes moving values through a detached tensor of shape {tuple(tensor.shape)}")
                 return True
@@ -190,3 +208,24 @@ class Recorder(Tracer):
         if self.refusal is not None:
             raise self.refusal
         return Recording(loss, self.records, self.leaves, result, self.values)
+
+
+def _require(values: Iterable[Any]) -> bool:
+    """Whether any of these arguments requires a gradient."""
+    return any(
+        value.requires_grad if isinstance(value, Tensor) else isinstance(value, list | tuple) and _require(value)
+        for value in values
+    )
+
+
+NORMALISATIONS = {
+    aten.native_layer_norm.default,
+    aten._fused_rms_norm.default,
+    aten.native_batch_norm.default,
+    aten.cudnn_batch_norm.default,
+    aten.miopen_batch_norm.default,
+    aten._native_batch_norm_legit.default,
+    aten._native_batch_norm_legit.no_stats,
+    aten._batch_norm_with_update.default,
+}
+"""Operations whose further results move, though autograd takes them for constants; their backward passes read them."""

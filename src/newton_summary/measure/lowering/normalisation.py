@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from newton_summary.measure.half import wide
-from newton_summary.measure.lowering.table import aten, lowers
+from newton_summary.measure.lowering.table import as_it_is, aten, lowers
 
 
 def _channels(parameter: Tensor | None, x: Tensor) -> Tensor | None:
@@ -32,9 +32,10 @@ def _standardised(x: Tensor, eps: float) -> Any:
 
 @lowers(aten.native_layer_norm.default)
 def _layer_norm(x: Tensor, shape: list[int], weight: Tensor | None, bias: Tensor | None, eps: float) -> Any:
-    if weight is None and bias is None and wide(x) is x:
-        return NotImplemented  # it has a rule
-    normal, mean, reciprocal = aten.native_layer_norm.default(wide(x), shape, None, None, eps)
+    value, dims = wide(x), [*range(-len(shape), 0)]
+    normal, *_ = as_it_is(aten.native_layer_norm.default, value, shape, None, None, eps)  # it has a rule
+    mean = value.mean(dims, keepdim=True)
+    reciprocal = ((value - mean).square().mean(dims, keepdim=True) + eps).rsqrt()  # for backward passes in a loss
     w, b = (None if p is None else wide(p) for p in (weight, bias))
     return _scaled(normal, w, b, x.dtype), mean, reciprocal
 
