@@ -590,6 +590,13 @@ def test_second_derivatives_that_are_not_there_are_told():
         ns.summarize(loss, model, [torch.randn(2, 3, dtype=torch.float64)])
 
 
+def test_third_derivatives_that_are_not_there_are_told():
+    model = nn.Module()
+    model.w = nn.Parameter(torch.zeros(2).double())
+    with pytest.warns(UserWarning, match="^third derivatives are not finite for 'w', though the second are"):
+        ns.summarize(lambda m, _: (m.w**2.5).sum() + m.w.sum(), model, [torch.ones(1)])
+
+
 def test_derivatives_that_are_not_there_are_told():
     """A root of zero, which its square makes NaN of: in the gradient, too."""
     model = nn.Module()

@@ -403,6 +403,8 @@ def test_a_summary_that_is_not_finite_is_not_solved(solver):
         ((math.nan, 1.0), "the lower bound has entries that are NaN"),
         (([0.0, 2.0], 1.0), "no room for group 1: lower 2, upper 1"),
         ((INF, INF), "no room for group 0"),
+        (1.0, "bounds must be a pair, the lower ones and the upper ones, got 1.0"),
+        ((0.0, 1.0, 2.0), "bounds must be a pair"),
         ((-INF, -INF), "no room for group 0"),
     ],
 )

@@ -114,6 +114,14 @@ def test_what_is_not_finite_is_not_searched():
     assert line_search(one_group(1.0, 1.0), sizes(math.inf)).status is Status.NOT_FINITE
 
 
+def test_sizes_and_numbers_of_other_kinds():
+    for kind in (list, np.array, torch.tensor):
+        assert line_search(one_group(1.0, 1.0), kind([2.0])).sizes.tolist() == [1.0]
+        assert decrease(one_group(1.0, 1.0), kind([1.0])) == decrease(one_group(1.0, 1.0), sizes(1.0))
+    one = torch.tensor(1.0)
+    assert line_search(one_group(1.0, 1.0), sizes(2.0), one, one).sizes.tolist() == [1.0]
+
+
 def test_bad_input():
     with pytest.raises(ValueError, match=r"sizes has shape \(2,\); 1 groups need \(1,\)"):
         line_search(one_group(1.0, 1.0), sizes(1.0, 1.0))

@@ -2,6 +2,7 @@
 
 import collections
 import copy
+import math
 import random
 from types import SimpleNamespace
 
@@ -500,8 +501,12 @@ def test_losses_that_are_not_finite(value):
 
 def test_arguments_out_of_range():
     for order in (0, -1):
-        refused(f"order must be at least 1, got {order}", order=order)
+        refused(f"order must be a whole number from 1 on, got {order}", order=order)
+    for order in (2.5, math.nan):
+        refused(f"order must be a whole number from 1 on, got {order}", order=order)
     refused("third must be 'diagonal' or 'full', got 'all'", third="all")
+    refused("batch_size must be a whole number", slices=2, batch_size=2.5)
+    refused("batch_size must be positive", batch_size=-1)
     refused("unknown engine 'magic': choose one of auto,", engine="magic")
 
 

@@ -3,6 +3,7 @@
 import dataclasses
 import json
 
+import numpy as np
 import pytest
 import torch
 from cases import assert_close
@@ -87,6 +88,15 @@ def test_a_summary_carries_no_graph_and_cannot_be_changed():
         made.weight = 2.0
 
 
+@pytest.mark.parametrize("make", [np.zeros, lambda shape: torch.zeros(shape, dtype=torch.float64)])
+def test_what_is_written_into_later_is_not_the_summarys(make):
+    gradient, hessian = make((2,)), make((2, 2))
+    before = Summary(loss=1.0, gradient=gradient, hessian=hessian)
+    gradient[0], hessian[0, 0] = 1.0, 1.0
+    assert not before.gradient.any()
+    assert not before.hessian.any()
+
+
 def test_tensor_gives_every_order():
     s = summary(higher=2)
     tensors = [s.loss, s.gradient, s.hessian, s.third, *s.higher]
@@ -129,6 +139,7 @@ def test_third_diagonal():
         ({"higher": (torch.ones(2, 2, 2),)}, r"order4 has shape \(2, 2, 2\)"),
         ({"names": ("a",)}, "1 names for 2 groups"),
         ({"names": ("a", "a")}, "two groups have the same name"),
+        ({"weight": -1.0}, "weight must not be negative"),
     ],
 )
 def test_shapes_that_do_not_fit(changes, message):
@@ -151,6 +162,18 @@ def test_weights_add_in_sums_and_stay_in_multiples():
     left, right = summary(weight=3.0), summary(seed=1, weight=5.0)
     assert (left + right).weight == 8.0
     assert (left * 2.0).weight == (2.0 * left).weight == 3.0
+
+
+def test_what_pythons_own_functions_make_of_summaries():
+    parts = [summary(seed=i, weight=i + 1.0) for i in range(3)]
+    same(sum(parts), parts[0] + parts[1] + parts[2], 0.0)
+    same(Summary.mean(part for part in parts), Summary.mean(parts), 0.0)
+    same(torch.tensor(2.0) * parts[0], parts[0] * 2.0, 0.0)
+    for wrong in (lambda: parts[0] + 1, lambda: sum(parts, 1), lambda: parts[0] * parts[1], lambda: parts[0] * [2.0]):
+        with pytest.raises(TypeError, match=r"unsupported operand|can't multiply"):
+            wrong()
+    with pytest.raises(TypeError):
+        parts[0] * torch.ones(3)
 
 
 @given(eta=etas, weights=st.lists(st.integers(1, 9), min_size=1, max_size=4))
@@ -226,6 +249,14 @@ def test_merges_that_make_no_partition(groups, message):
         summary().merge(groups)
 
 
+def test_a_curvature_that_is_no_number_correlates_with_nothing_that_is_known():
+    broken = Summary(loss=1.0, gradient=[1.0] * 3, hessian=[[torch.nan, 1.0, 0.0], [1.0, 4.0, 2.0], [0.0, 2.0, 4.0]])
+    correlations = broken.correlations()
+    assert correlations[0].isnan().all()
+    assert correlations[1:, 1:].tolist() == [[1.0, 0.5], [0.5, 1.0]]
+    assert "nan)" not in broken._repr_html_(), "no colour"
+
+
 def test_what_does_not_add():
     with pytest.raises(ValueError, match="different groups do not add"):
         summary() + dataclasses.replace(summary(), names=("a", "b", "d"))
@@ -234,6 +265,8 @@ def test_what_does_not_add():
             summary() + other
     with pytest.raises(ValueError, match="the mean of no summaries"):
         Summary.mean([])
+    with pytest.raises(ValueError, match="weights are all 0"):
+        Summary.mean([summary(weight=0.0)] * 2)
     with pytest.raises(ValueError, match=r"scale takes 3 factors, one for each group, got shape \(2,\)"):
         summary().scale([1.0, 2.0])
 
@@ -256,6 +289,13 @@ def test_files_give_the_same_numbers_back(original, tmp_path):
     for path in (tmp_path / "summary.pt", str(tmp_path / "other")):
         original.save(path)
         same(Summary.load(path), original, 0.0)
+
+
+@pytest.mark.parametrize("weight", [np.int64(3), np.float64(3.0), torch.tensor(3)])
+def test_weights_of_other_libraries_are_plain_numbers(weight, tmp_path):
+    original = Summary(loss=1.0, gradient=[1.0], weight=weight)
+    original.save(tmp_path / "s")
+    assert Summary.load(tmp_path / "s").weight == json.loads(json.dumps(original.to_dict()))["weight"] == 3.0
 
 
 def test_not_finite_numbers_are_kept(tmp_path):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import torch
 from torch import Tensor
 
+from newton_summary._checks import check_not_negative
 from newton_summary._html import Cell, table
 
 if TYPE_CHECKING:
@@ -39,7 +40,7 @@ class Summary:
         weight: the number of samples that were averaged: what the summary counts in a sum of summaries.
 
     Raises:
-        ValueError: a shape does not fit the number of groups, or two groups have one name.
+        ValueError: a shape does not fit the number of groups, two groups have one name, or the weight is negative.
 
     Example:
         >>> summary = Summary(loss=1.0, gradient=[1.0, 0.5], hessian=[[2.0, 0.1], [0.1, 1.0]], names=["body", "head"])
@@ -65,7 +66,9 @@ class Summary:
             got = "None" if gradient is None else f"shape {tuple(gradient.shape)}"
             raise ValueError(f"gradient must be a vector with an entry for each group, got {got}")
         names = tuple(self.names) or tuple(map(str, range(len(gradient))))
-        for name, value in {**convert, "names": names, "higher": tuple(map(_double, self.higher))}.items():
+        check_not_negative("weight", self.weight)
+        own = {"names": names, "higher": tuple(map(_double, self.higher)), "weight": float(self.weight)}
+        for name, value in {**convert, **own}.items():
             object.__setattr__(self, name, value)
         _check_shapes(self)
 
@@ -97,6 +100,8 @@ class Summary:
 
     def __add__(self, other: Summary) -> Summary:
         """The sum of losses over one partition and direction: every derivative adds, and so do the weights."""
+        if not isinstance(other, Summary):
+            return NotImplemented
         self._check_adds(other)
         sums = {key: value + other._tensors()[key] for key, value in self._tensors().items()}
         return self._with(sums, weight=self.weight + other.weight)
@@ -110,24 +115,33 @@ class Summary:
             raise ValueError("summaries of different orders do not add: measure both with the same order and third")
 
     def __mul__(self, factor: float) -> Summary:
-        """The summary of the loss times a number."""
+        """The summary of the loss times a number; :meth:`scale` takes one for each group's direction."""
+        if not hasattr(factor, "__float__") or getattr(factor, "shape", ()) != ():
+            return NotImplemented
         return self._with({key: value * factor for key, value in self._tensors().items()})
 
     __rmul__ = __mul__
 
+    def __radd__(self, other: object) -> Summary:
+        """What Python's ``sum`` begins with: 0 and a summary."""
+        return self if isinstance(other, int) and other == 0 else NotImplemented
+
     @staticmethod
-    def mean(summaries: Sequence[Summary]) -> Summary:
+    def mean(summaries: Iterable[Summary]) -> Summary:
         """The mean of summaries, each counted by its weight: the summary of a mean loss from those of its batches.
 
         Raises:
-            ValueError: there are none.
+            ValueError: there are none, or all their weights are 0.
         """
+        summaries = list(summaries)
         if not summaries:
             raise ValueError("the mean of no summaries is undefined")
         first, *others = summaries
         for other in others:
             first._check_adds(other)
         total = sum(s.weight for s in summaries)
+        if not total > 0:
+            raise ValueError("the mean of summaries whose weights are all 0 is undefined")
         rows = [
             summary._tensors() for summary in summaries
         ]  # summed as they are: making summaries of them takes longer
@@ -194,12 +208,12 @@ class Summary:
     def correlations(self) -> Tensor:
         """H̄_ij / √|H̄_ii H̄_jj|, shape (S, S): the interactions of groups, free of the lengths of their directions.
 
-        Beyond ±1 only where H̄ is not positive semidefinite; 0 where a diagonal entry is 0.
+        Beyond ±1 only where H̄ is not positive semidefinite; 0 where a diagonal entry is 0, NaN where one is NaN.
         """
         hessian = self.tensor(2)
         scale = hessian.diagonal().abs().sqrt()
         product = scale * scale[:, None]
-        return torch.where(product > 0, hessian / product, 0.0)
+        return torch.where(product == 0, 0.0, hessian / product)
 
     def _repr_html_(self) -> str:
         """A table for notebooks: H̄ as correlations, red where two groups do the same work, blue where they help."""
@@ -207,7 +221,7 @@ class Summary:
         rows = [[Cell(name), Cell(f"{g:.3g}")] for name, g in zip(self.names, self.gradient.tolist(), strict=True)]
         header = ["group", "slope ḡ"]
         if self.hessian is not None:
-            shades = self.correlations().tolist()
+            shades = self.correlations().nan_to_num().tolist()
             for i, (row, values) in enumerate(zip(rows, self.hessian.tolist(), strict=True)):
                 shown = range(len(self)) if small else [i]
                 row += [Cell(f"{values[j]:.3g}", shade=shades[i][j] if small else 0.0) for j in shown]
@@ -289,7 +303,8 @@ class Summary:
 
 
 def _double(value: Any) -> Tensor | None:
-    return None if value is None else torch.as_tensor(value, dtype=torch.float64).detach()
+    """A copy without a graph: what a caller goes on to write into is not the summary's."""
+    return None if value is None else torch.as_tensor(value, dtype=torch.float64).detach().clone()
 
 
 def _check_shapes(summary: Summary) -> None:

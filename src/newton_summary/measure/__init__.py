@@ -156,8 +156,8 @@ def summarize(
         "measure by Monitor(model, loss_fn, optimizer=…).measure(batches), which gathers what it needs, and read its "
         "summary",
     )
-    loss = Loss(loss_fn, model)
-    pieces = Pieces(loss, batches, slices, batch_size, progress)
+    loss, order = Loss(loss_fn, model), int(order)
+    pieces = Pieces(loss, batches, int(slices), batch_size, progress)
     with torch.inference_mode(False), _rewinding(batches, partition.device):
         if direction is None:
             direction = _mean_gradient(loss, partition, pieces.each("gradient"))
@@ -260,10 +260,12 @@ def _check_finite(loss: Tensor) -> None:
 
 
 def _warn_of_infinite(summary: Summary) -> None:
-    """Says where a loss that is finite has no derivatives, or a gradient and nothing beyond."""
+    """Says where a loss that is finite has no derivatives, or none beyond some order."""
+    third = summary.third
     kinds = (
         ("derivatives", summary.gradient[:, None], ""),
         ("second derivatives", summary.hessian, ", though the gradient is"),
+        ("third derivatives", None if third is None else third.reshape(len(summary), -1), ", though the second are"),
     )
     for kind, rows, but in kinds:
         finite = [] if rows is None else rows.isfinite().all(1).tolist()
@@ -279,8 +281,7 @@ def _warn_of_infinite(summary: Summary) -> None:
 
 
 def _check_request(order: int, third: str, batches: Iterable[Any], direction: DirectionLike, slices: int) -> None:
-    if order < 1:
-        raise ValueError(f"order must be at least 1, got {order}")
+    check_count("order", order)
     if third not in ("diagonal", "full"):
         raise ValueError(f"third must be 'diagonal' or 'full', got {third!r}")
     check_batches("batches", batches)

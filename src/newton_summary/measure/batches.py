@@ -17,6 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from newton_summary._checks import check_positive
 from newton_summary.measure.attributes import generator_rewind, put_back
 
 SizeOf: TypeAlias = int | Callable[[Any], int] | None
@@ -107,8 +108,7 @@ def batch_size(batch: Any, given: SizeOf = None) -> int:
     """
     if given is not None:
         size = given(batch) if callable(given) else given
-        if not size > 0:
-            raise ValueError(f"batch_size must be positive, got {size}")
+        check_positive("batch_size", size)
         return size
     counted = Counter(n for n in _rows(batch).values() if n > 1)
     return counted.most_common(1)[0][0] if counted else 1

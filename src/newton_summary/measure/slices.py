@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from newton_summary._checks import check_count
 from newton_summary.measure.batches import BatchSizes, SizeOf, batch_size, chosen, cut, fresh, section
 from newton_summary.measure.loss import Loss, gradients_of
 
@@ -37,6 +38,8 @@ class Pieces:
             if self.slices == 1:
                 yield fresh(batch), size
                 continue
+            check_count("batch_size", size)
+            size = int(size)
             parts = cut(fresh(batch), self.slices, size)
             counts = [(i + 1) * size // len(parts) - i * size // len(parts) for i in range(len(parts))]
             self._check(batch, parts, counts, section(fresh(batch), 0, sum(counts[:2]), size))

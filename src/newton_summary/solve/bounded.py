@@ -15,6 +15,7 @@ lengths from the very short to the very long are tried at once, and those at whi
 
 from __future__ import annotations
 
+from collections.abc import Sized
 from dataclasses import dataclass
 
 import numpy as np
@@ -48,10 +49,12 @@ class Box:
         """The box that a solver's arguments ask for; ``None`` where there are no bounds.
 
         Raises:
-            ValueError: a bound has another shape, is NaN, or leaves no room.
+            ValueError: the bounds are no pair; one has another shape, is NaN, or leaves no room.
         """
         if not nonnegative and bounds is None:
             return None
+        if bounds is not None and not (isinstance(bounds, Sized) and len(bounds) == 2):
+            raise ValueError(f"bounds must be a pair, the lower ones and the upper ones, got {bounds!r}")
         low, high = (-np.inf, np.inf) if bounds is None else bounds
         lower, upper = _bound("lower", low, size), _bound("upper", high, size)
         if nonnegative:

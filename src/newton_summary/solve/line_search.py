@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 
 import numpy as np
+from numpy.typing import ArrayLike
 from torch import Tensor
 
 from newton_summary.solve.linear import Array
@@ -13,7 +14,9 @@ from newton_summary.solve.step import Status, Step
 from newton_summary.summary import Summary
 
 
-def line_search(summary: Summary, step: Step | Tensor, regularization: float = 1.0, limit: float = 1.0) -> Step:
+def line_search(
+    summary: Summary, step: Step | Tensor | ArrayLike, regularization: float = 1.0, limit: float = 1.0
+) -> Step:
     """The best multiple t η of a step, 0 ≤ t ≤ limit, in the cubic model of the summary.
 
     It minimises −t ḡᵀη + t²/2 ηᵀH̄η + t³ λ_int/6 ‖Dη‖³ exactly.  Where the model rises from the start (ḡᵀη < 0), or
@@ -46,6 +49,7 @@ def line_search(summary: Summary, step: Step | Tensor, regularization: float = 1
     """
     if not limit >= 0:
         raise ValueError(f"limit must be a number from 0 on, got {limit}")
+    limit = float(limit)
     model = Model.of(summary, regularization)
     if isinstance(step, Step) and not step.ok:
         return step

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
+from numpy.typing import ArrayLike
 from torch import Tensor
 
 from newton_summary._checks import check_not_negative
@@ -44,6 +45,7 @@ class Model:
             ValueError: a derivative that is needed was not measured, or the regularization is not a number from 0 on.
         """
         check_not_negative("regularization", regularization)
+        regularization = float(regularization)
         if summary.hessian is None:
             raise ValueError("a step needs the second order, which was not measured: summarize(..., order=2)")
         if regularization and summary.third is None:
@@ -151,7 +153,7 @@ class Model:
         return Step(torch.from_numpy(x.copy()), decrease)
 
 
-def decrease(summary: Summary, sizes: Tensor, regularization: float = 1.0) -> float:
+def decrease(summary: Summary, sizes: Tensor | ArrayLike, regularization: float = 1.0) -> float:
     """The decrease of the loss that the cubic model predicts for step sizes η, in units of the loss.
 
     It is ḡᵀη − ½ ηᵀH̄η − (λ_int / 6) ‖Dη‖³ with D = Diag(|D^(3)[s, s, s]|^(1/3)) (``docs/method.md``, section 2).
@@ -174,12 +176,13 @@ def decrease(summary: Summary, sizes: Tensor, regularization: float = 1.0) -> fl
     return model.decrease(sizes_of(model, sizes))
 
 
-def sizes_of(model: Model, sizes: Tensor) -> Array:
+def sizes_of(model: Model, sizes: Tensor | ArrayLike) -> Array:
     """Step sizes as an array.
 
     Raises:
         ValueError: they are not one number for each group.
     """
+    sizes = torch.as_tensor(sizes)
     if sizes.shape != (len(model),):
         raise ValueError(f"sizes has shape {tuple(sizes.shape)}; {len(model)} groups need ({len(model)},)")
     return sizes.detach().to("cpu", torch.float64).numpy()

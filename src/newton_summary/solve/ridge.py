@@ -44,5 +44,5 @@ def ridge(summary: Summary, damping: float, *, nonnegative: bool = False, bounds
     """
     check_not_negative("damping", damping)
     model, box = Model.of(summary, 0.0), Box.of(len(summary), nonnegative, bounds)
-    model = replace(model, hessian=model.hessian + damping * np.eye(len(model)))
+    model = replace(model, hessian=model.hessian + float(damping) * np.eye(len(model)))
     return stationary(model) if box is None else solve(model, box)
