@@ -201,10 +201,20 @@ def test_attached_it_measures_within_step_on_clipped_gradients() -> None:
     assert [record.step for record in monitor.records] == [0, 2, 4]
     assert all(0 < abs(r.actual_decrease) < 2e-3 for r in monitor.records)
     monitor.close()
-    train(model, optimizer, batches, 4)
+    train(model, optimizer, batches, 4, monitor)
     assert monitor.counts["measured"] == 3
     assert not optimizer._optimizer_step_pre_hooks
     assert not optimizer._optimizer_step_post_hooks
+
+
+def test_attached_twice_it_measures_once_and_on_the_last_batches() -> None:
+    model, batches = make_model(), make_batches()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    monitor = ns.Monitor(model, loss_fn, optimizer=optimizer, every=1).attach([None]).attach(batches)
+    train(model, optimizer, batches, 3)
+    assert dict(monitor.counts) == {"measured": 3, "failed": 0}
+    monitor.close()
+    assert not optimizer._optimizer_step_pre_hooks
 
 
 @pytest.mark.parametrize("way", ["step", "attach"])

@@ -84,6 +84,13 @@ def test_by_module_groups_submodules_at_a_depth():
     assert Partition.by_module(small(), depth=9).names == ("0", "1", "3.0")
 
 
+def test_by_module_looks_into_what_has_all_parameters():
+    wrapped = nn.ModuleDict({"model": nn.ModuleDict({"body": small()})})
+    assert Partition.by_module(wrapped).names == ("model.body.0", "model.body.1", "model.body.3")
+    assert Partition.by_module(wrapped, depth=2).names == ("model.body",)
+    assert Partition.by_module(nn.Sequential(nn.Sequential(nn.Linear(2, 2)))).names == ("0.0",)
+
+
 def test_by_module_makes_groups_of_parameters_above_its_depth():
     assert members(Partition.by_module(Tempered())) == {
         "temperature": ("temperature",),

@@ -94,16 +94,26 @@ class Partition:
         return cls(_gather((kind_of(name, p), name) for name, p in trainable_parameters(model).items()), model)
 
     @classmethod
-    def by_module(cls, model: nn.Module, depth: int = 1) -> Partition:
+    def by_module(cls, model: nn.Module, depth: int | None = None) -> Partition:
         """One group for each submodule, ``depth`` names deep; parameters above that depth are groups by themselves.
+
+        Args:
+            model: the module whose parameters are split.
+            depth: how many names deep.  Default: 1, or where one submodule has all parameters, such as what a trainer's
+                module wraps, as many as it takes to have several groups.
 
         Raises:
             ValueError: ``depth`` is below 1.
         """
-        if depth < 1:
+        if depth is not None and depth < 1:
             raise ValueError(f"depth must be at least 1, got {depth}")
         names = trainable_parameters(model)
-        return cls(_gather((".".join(_owner(name).split(".")[:depth]) or name, name) for name in names), model)
+        deepest = max(_owner(name).count(".") for name in names) + 1
+        for names_deep in range(1, deepest + 1) if depth is None else [depth]:
+            groups = _gather((".".join(_owner(name).split(".")[:names_deep]) or name, name) for name in names)
+            if len(groups) > 1:
+                break
+        return cls(groups, model)
 
     @classmethod
     def by_optimizer(

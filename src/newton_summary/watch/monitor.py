@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
 from newton_summary._checks import check_count, check_fraction, check_not_negative, check_positive
 from newton_summary._frozen import Frozen
@@ -195,6 +196,7 @@ class Monitor:
         self._awaiting: Measured | None = None
         self._hooks = [member.register_step_pre_hook(self._before_step) for member in self.optimizers]
         self._hooks += [member.register_step_post_hook(self._after_step) for member in self.optimizers]
+        self._attached: list[RemovableHandle] = []
         if all(math.isnan(rate) for rate in self._learning_rates().tolist()):
             raise ValueError("the optimizer holds no parameter of this model: make it from model.parameters()")
 
@@ -225,6 +227,8 @@ class Monitor:
     def attach(self, batches: Iterable[Any], *, repeats: int = 1, seed: int = 0) -> Monitor:
         """From now on, measures by itself within ``optimizer.step()``, just before the step is taken.
 
+        Attached once more, it measures on the new batches alone.
+
         Gradients are then what the optimizer will use: clipped and unscaled.  It measures before the first of several
         optimizers steps; with a gradient scaler, unscale the gradients of all of them before.
 
@@ -252,18 +256,25 @@ class Monitor:
             if not self._stepped and self._is_due() and self._has_gradients():
                 self._attempt(lambda: [stream.next(self.partition.device) for _ in range(repeats)])
 
-        self._hooks += [member.register_step_pre_hook(before_step) for member in self.optimizers]
+        for hook in self._attached:
+            hook.remove()
+        self._attached = [member.register_step_pre_hook(before_step) for member in self.optimizers]
         return self
 
     def close(self) -> None:
-        """Takes the monitor's hooks off the optimizer and writes what is not yet written."""
-        for hook in self._hooks:
+        """Takes the monitor's hooks off the optimizer and writes what is not yet written.
+
+        From then on :meth:`step` does nothing; :meth:`measure` still measures.
+        """
+        for hook in (*self._hooks, *self._attached):
             hook.remove()
         self._hooks.clear()
+        self._attached.clear()
         self._write_last()
 
     def _is_due(self) -> bool:
-        return self.cadence.is_due(self._taken) and not self.counts["disabled"] and self._moves()
+        is_watching = bool(self._hooks) and not self.counts["disabled"]  # closed, it does not hear of steps
+        return is_watching and self.cadence.is_due(self._taken) and self._moves()
 
     def _moves(self) -> bool:
         """Whether some learning rate is not 0, as all are in the first step of a warm-up, which so says nothing."""
