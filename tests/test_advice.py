@@ -112,6 +112,15 @@ def test_scaling_a_group_divides_its_factor_and_interval(scale: float) -> None:
         assert b.alone * factor == pytest.approx(a.alone, rel=1e-12)
 
 
+@pytest.mark.parametrize("scale", [1e-200, 1e-100, 1e100, 1e200])
+def test_advice_does_not_depend_on_the_units_of_the_loss(scale: float) -> None:
+    parts = sampled(4, seed=3)
+    before, after = advise(parts), advise([part * scale for part in parts])
+    for a, b in zip(before.groups, after.groups, strict=True):
+        for key in ("alone", "low", "high"):
+            assert getattr(b, key) == pytest.approx(getattr(a, key), rel=1e-9), (key, a.name)
+
+
 def test_joint_is_the_non_negative_solve_of_the_mean() -> None:
     parts = sampled(4, seed=1)
     advice = advise(parts, regularization=2.0)

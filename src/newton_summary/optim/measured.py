@@ -90,7 +90,9 @@ class MeasuredOptimizer(torch.optim.Optimizer):
         """The learning rate of each group that the next step is taken with, in the units of the direction's optimizer.
 
         It is a product: λ_1, the group's ``lr``, times :attr:`factor`, times the group's entry of
-        :attr:`measured_rates`.  Empty before the first measurement.
+        :attr:`measured_rates`.  Empty before the first measurement.  Where the next step begins with a measurement or
+        a comparison, that may change it yet.  Where the direction's optimizer has several learning rates within a
+        group, all are multiplied alike, and this is that of the group's first tensor.
         """
         scales = self._scales_of_groups().tolist()
         return {name: scale * rate for scale, (name, rate) in zip(scales, self.measured_rates.items(), strict=False)}

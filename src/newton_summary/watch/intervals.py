@@ -25,12 +25,18 @@ _HALVINGS = 55
 def best(summary: Summary, regularization: float) -> Array:
     """The minimiser over η ≥ 0 of each group's cubic model, shape (S,), by a quadratic formula free of cancellation."""
     gradient, curvature, cubic = _own_terms(summary, regularization)
-    root = np.sqrt(curvature**2 + 4 * cubic * np.maximum(gradient, 0))
+    root = _root(curvature, cubic, np.maximum(gradient, 0))
     with np.errstate(divide="ignore", invalid="ignore", over="ignore"):  # where nothing limits a step, infinity
         bent = 2 * gradient / (curvature + root)
         straight = (root - curvature) / (2 * cubic)  # where curvature is negative
     found = np.where(curvature >= 0, bent, straight)
     return np.where(gradient > 0, found, 0.0)
+
+
+def _root(curvature: Array, cubic: Array, slope: Array) -> Array:
+    """The root in the quadratic formula, √(H² + 4 c g), of numbers whose squares may be none any more."""
+    result: Array = np.hypot(curvature, 2 * np.sqrt(cubic) * np.sqrt(slope))
+    return result
 
 
 def _own_terms(summary: Summary, regularization: float) -> tuple[Array, Array, Array]:
@@ -65,6 +71,8 @@ def intervals(slopes: Array, weights: Array, centre: Array, level: float) -> tup
     count = len(slopes)
     if count < 2:
         return np.full_like(centre, np.nan), np.full_like(centre, np.nan)
+    sizes = np.abs(slopes).max(axis=(0, 2), keepdims=True)
+    slopes = np.divide(slopes, sizes, out=np.zeros_like(slopes), where=sizes > 0)  # so that squares are numbers
     shares = weights / weights.sum()
     mean = np.einsum("b,bsi->si", shares, slopes)
     deviations = slopes - mean
@@ -145,6 +153,6 @@ def quantile(level: float, count: int) -> float:
 def _scale(mean: Array, spread: Array) -> Array:
     """A step size for each group that moves with its units: where its slope is used up by curvature, sizes for both."""
     slope, curvature, cubic = (np.abs(mean) + np.sqrt(np.einsum("sii->si", spread))).T
-    bottom = curvature + np.sqrt(curvature**2 + 4 * cubic * slope)
+    bottom = curvature + _root(curvature, cubic, slope)
     result: Array = np.divide(2 * slope, bottom, out=np.full_like(slope, np.inf), where=bottom > 0)
     return result
