@@ -110,6 +110,20 @@ STARTS = {
 }
 
 
+def normalised_without_gradients(h: Tensor) -> Tensor:
+    with torch.no_grad():
+        return 2 * F.layer_norm(h, (3,))
+
+
+@pytest.mark.parametrize("engine", ["forward", "auto"])
+def test_what_is_normalised_without_gradients_is_constant(engine) -> None:
+    torch.manual_seed(0)
+    model, x = nn.Sequential(nn.Linear(3, 3), nn.Tanh()).double(), torch.randn(4, 3, dtype=torch.float64)
+    loss_fn = lambda m, x: (F.layer_norm(m(x), (3,)) * normalised_without_gradients(m(x)).sin()).square().mean()  # noqa: E731
+    got, expected = (ns.summarize(loss_fn, model, [x], engine=chosen) for chosen in (engine, "nested"))
+    torch.testing.assert_close(got.hessian, expected.hessian)
+
+
 @pytest.mark.parametrize("engine", ["forward", "auto"])
 @pytest.mark.parametrize("start", STARTS)
 def test_a_view_of_values_that_a_loss_starts_anew_from_is_constant(start, engine) -> None:

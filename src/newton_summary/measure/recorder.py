@@ -129,11 +129,9 @@ class Recorder(Tracer):
             return self._run_aside(func, args, kwargs, effects)
         if self._may_move(args) or (kwargs and self._may_move(kwargs.values())):
             out = self.run(func, args, kwargs, effects)
-            if func in NORMALISATIONS:
-                self._note_statistics(out[1:])
-            elif self._statistics and not _require(args) and not _require(kwargs.values()):
-                self._note_statistics([out] if isinstance(out, Tensor) else out)
-            if effects.shares and not torch.is_grad_enabled():
+            if torch.is_grad_enabled():
+                self._note_unseen(func, args, kwargs, out)
+            elif effects.shares:
                 self._views.update(map(id, out if isinstance(out, list | tuple) else [out]))
             if func is aten.clone.default and (args[0].is_conj() or args[0].is_neg()):
                 self._resolved.add(id(out))  # by torch, within an operation, where autograd does not look
@@ -158,9 +156,15 @@ class Recorder(Tracer):
                 return True
         return False
 
-    def _note_statistics(self, values: Sequence[Any]) -> None:
-        strided = (v for v in values if isinstance(v, Tensor) and v.layout is torch.strided)
-        self._statistics.update(v.untyped_storage()._cdata for v in strided)
+    def _note_unseen(self, func: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any], out: Any) -> None:
+        """Notes results that move though autograd does not say so."""
+        results: Iterable[Any] = ()
+        if func in NORMALISATIONS:
+            results = out[1:]
+        elif self._statistics and not _require(args) and not _require(kwargs.values()):
+            results = [out] if isinstance(out, Tensor) else out
+        strided = (r for r in results if isinstance(r, Tensor) and r.layout is torch.strided)
+        self._statistics.update(r.untyped_storage()._cdata for r in strided)
 
     def _writes_aside(self, func: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any], effects: Effects) -> bool:
         """Whether moving values are written where autograd does not look: through ``detach`` or without gradients."""
