@@ -65,6 +65,8 @@ def test_infinite_and_unknown_factors_come_back() -> None:
     assert repr(Record.from_dict(json.loads(json.dumps(record.to_dict(), allow_nan=False)))) == repr(record)
     single = dataclasses.replace(record, low=(math.nan, math.nan), high=(math.nan, math.nan), batches=1)
     assert repr(Record.from_dict(single.to_dict())) == repr(single)
+    unlimited = dataclasses.replace(record, low=(math.inf, math.inf), batches=3)
+    assert repr(Record.from_dict(unlimited.to_dict())) == repr(unlimited), "that is no single batch"
 
 
 def test_files_of_before_there_were_headlines_are_read(run, tmp_path) -> None:

@@ -75,7 +75,7 @@ class Record:
         """The record that :meth:`to_dict` made this of; other keys are left aside.
 
         A factor of ``None`` is infinite, but for a joint one, which then has no solution, and for both ends of the
-        intervals where no group has a lower one: they are of a single batch.
+        intervals of a single batch: where the number of batches is not there, one of which no group has a lower one.
 
         Raises:
             KeyError: something is missing.
@@ -91,7 +91,8 @@ class Record:
         for key in required:
             if kinds[key].startswith("tuple") and len(known[key]) != max(len(known["names"]), 1):
                 raise ValueError(f"{len(known[key])} entries in {key!r} for {len(known['names'])} groups")
-        unlimited = ("alone",) if all(math.isnan(low) for low in known["low"]) else ("alone", "low", "high")
+        is_single = known.get("batches", 0) < 2 and all(math.isnan(low) for low in known["low"])
+        unlimited = ("alone",) if is_single else ("alone", "low", "high")
         for key in unlimited:
             known[key] = tuple(math.inf if math.isnan(value) else value for value in known[key])
         return cls(**known)
