@@ -416,6 +416,13 @@ def test_apply_refuses_one_rate_for_several_factors_by_name_and_changes_none() -
 # Telling --------------------------------------------------------------------------------------------------------------
 
 
+def test_apply_refuses_an_optimizer_of_another_model() -> None:
+    a, other = nn.Parameter(torch.ones(1)), torch.optim.SGD([nn.Parameter(torch.ones(1))], lr=0.1)
+    with pytest.raises(ValueError, match="holds no parameter that was rehearsed"):
+        made([3.0], parameters=[(a,)]).apply(other)
+    assert other.param_groups[0]["lr"] == 0.1
+
+
 def test_the_words_say_what_to_do() -> None:
     from newton_summary.watch.rehearsed_advice import _told
 

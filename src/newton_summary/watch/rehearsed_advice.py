@@ -107,9 +107,16 @@ class RehearsedAdvice:
             optimizer: that which was rehearsed, or another one over the same parameters; or several.
 
         Raises:
-            ValueError: a parameter group holds groups whose factors differ; no rate was changed then.
+            ValueError: a parameter group holds groups whose factors differ, or none holds a tensor that was rehearsed;
+                no rate was changed then.
         """
         param_groups = together(optimizer).param_groups
+        rehearsed = {id(p) for own in self._parameters for p in own}
+        if not any(id(p) in rehearsed for group in param_groups for p in group["params"]):
+            raise ValueError(
+                "the optimizer holds no parameter that was rehearsed: make it from those of the model that the monitor "
+                "watches"
+            )
         factors = [self._factor_of(number, group) for number, group in enumerate(param_groups)]
         if any("initial_lr" in group for group, factor in zip(param_groups, factors, strict=True) if factor != 1):
             warnings.warn(
