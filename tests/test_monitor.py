@@ -327,6 +327,49 @@ def test_gradients_that_are_still_scaled_are_found_when_the_step_is_taken(attach
     assert [warning.filename for warning in caught] == [__file__]
 
 
+@pytest.mark.parametrize("accumulates", [True, False])
+def test_where_no_step_is_heard_of_it_says_so_and_measures_no_more(accumulates: bool) -> None:
+    model, batches = make_model(), make_batches()
+    optimizers = [torch.optim.SGD(model.parameters(), lr=0.1) for _ in range(2)]
+    monitor = ns.Monitor(model, loss_fn, optimizer=optimizers[accumulates], every=2)
+
+    def loop() -> None:
+        for t, batch in enumerate(batches):
+            (loss_fn(model, batch) / 4).backward()
+            monitor.step(batch)
+            if t % 4 == 3:
+                optimizers[1].step()
+                optimizers[1].zero_grad()
+
+    with pytest.warns(UserWarning, match=r"has measured 3 times since a step of SGD: call .* after the last") as caught:
+        loop()
+    told = [str(warning.message) for warning in caught]
+    assert told[0].startswith("the Monitor has measured")
+    assert monitor.counts["measured"] == 3
+    assert monitor._taken == 2 * accumulates
+
+
+def test_gradients_of_a_closure_are_not_those_of_the_step_before() -> None:
+    model, batches = make_model(), make_batches()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    monitor = ns.Monitor(model, loss_fn, optimizer=optimizer, every=1).attach(batches)
+
+    def closure() -> torch.Tensor:
+        optimizer.zero_grad()
+        loss = loss_fn(model, batches[0])
+        loss.backward()
+        return loss
+
+    closure()
+    with pytest.warns(UserWarning, match=r"nothing before step 1: SGD\.step\(closure\) computes .*") as caught:
+        optimizer.step(closure)
+    optimizer.step(closure=closure)
+    assert len(caught) == 1
+    assert monitor.counts["measured"] == 0
+    optimizer.step()
+    assert [record.step for record in monitor.records] == [2]
+
+
 def test_another_step_than_was_measured_is_warned_of_once() -> None:
     model, batches = make_model(), make_batches()
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)

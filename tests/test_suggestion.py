@@ -316,6 +316,18 @@ def test_the_groups_are_ready_for_the_optimizers_class(kind, options) -> None:
     new.step()
 
 
+def test_what_the_partition_leaves_out_stays_in_the_optimizer_as_it_was() -> None:
+    model, critic = make_model(), nn.Linear(2, 2)
+    model[0].requires_grad_(False)
+    groups = [{"params": [*model.parameters(), critic.weight]}, {"params": [critic.bias], "lr": 0.3}]
+    optimizer = torch.optim.Adam(groups, lr=0.02)
+    suggested = ns.suggest_rates(loss_fn, model, make_batches(), optimizer, partition="trivial", steps=6)
+    new = torch.optim.Adam(suggested.param_groups)
+    assert [(g["name"], g["lr"]) for g in new.param_groups[1:]] == [("not suggested", 0.02), ("not suggested", 0.3)]
+    assert [len(g["params"]) for g in new.param_groups] == [2, 3, 1]
+    assert list(suggested.rates) == ["all"]
+
+
 def test_the_search_goes_on_from_smaller_multiples_where_the_first_diverge() -> None:
     multiple, seen = search(lambda m: torch.tensor([math.inf if m > 0.05 else 1 + abs(math.log(m / 0.02))]))
     assert 0.02 / 1.2 < multiple < 0.02 * 1.2

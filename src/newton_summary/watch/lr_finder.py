@@ -34,6 +34,7 @@ _SHORTEST, _LONGEST = 8, 120  # of trials, in steps
 _SURER = 50  # steps of a trial, below which suggestions of some trainings are far too long
 _NORMAL = 1.4826  # the standard deviation of a normal distribution in its median deviations
 _OF_OTHERS = {"param_names", "initial_lr", "max_lr", "min_lr"}  # names of another grouping, and what schedulers keep
+_LEFT_OUT = "not suggested"  # the name of groups of what the partition leaves out
 _HORIZON = 1 / 4  # the power of the length of a training with which its best constant rate falls
 
 
@@ -45,7 +46,8 @@ class SuggestedRates:
         rates: the suggested learning rate of each group.
         before: what the optimizer had.
         param_groups: ready for ``type(optimizer)(param_groups)``: the groups with their names, the suggested rates and
-            the optimizer's other hyperparameters.  Of several optimizers, the groups of all of them.
+            the optimizer's other hyperparameters.  Of several optimizers, the groups of all of them.  Tensors that the
+            partition leaves out, frozen ones or another model's, are in groups named ``"not suggested"``, as they were.
         trials: the loss that short trainings came to, by the factor on the suggested rates; infinite where one
             diverged.
         chosen: the factor of the trial that the rates are from: they are shorter than its, for a training is longer.
@@ -318,7 +320,8 @@ def _param_groups(
 ) -> list[dict[str, Any]]:
     """The partition's groups with these rates and the optimizer's other hyperparameters.
 
-    A group whose tensors had several sets of hyperparameters becomes several.
+    A group whose tensors had several sets of hyperparameters becomes several.  What the partition leaves out, such as
+    frozen tensors and those of another model, keeps the rate that it has.
     """
     result: list[dict[str, Any]] = []
     group_of = {
@@ -326,10 +329,11 @@ def _param_groups(
         for p, label in zip(partition.parameters, partition.labels, strict=True)
         if isinstance(label, int)
     }
-    for name in partition.names:
+    for name in (*partition.names, None):
         for group in optimizer.param_groups:
             members = [p for p in group["params"] if group_of.get(id(p)) == name]
             if members:
                 options = {key: value for key, value in group.items() if key not in _OF_OTHERS}
-                result.append({**options, "name": name, "params": members, "lr": rates[name]})
+                told = {"name": _LEFT_OUT} if name is None else {"name": name, "lr": rates[name]}
+                result.append({**options, **told, "params": members})
     return result

@@ -179,6 +179,8 @@ class Monitor:
         self.counts = Counter({"measured": 0, "failed": 0})
         self._errors = 0  # in a row
         self._told_of_no_gradients = self._told_of_another_step = False
+        self._told_of_silence = self._told_of_closures = False
+        self._unheard = 0  # measurements since the last step, but the first
         self._loss = Loss(loss_fn, model)
         self._frozen = Frozen(self._loss.model, "measured by this Monitor")
         self._processes = Processes(model, process_group)
@@ -222,6 +224,8 @@ class Monitor:
         if not self._has_gradients():
             self._warn_of_no_gradients()
             return None
+        if self._awaiting is not None and not self._hears_of_steps():
+            return None
         return self._attempt(lambda: [batch])
 
     def attach(self, batches: Iterable[Any], *, repeats: int = 1, seed: int = 0) -> Monitor:
@@ -252,8 +256,12 @@ class Monitor:
             self._stream_state = None
         self._stream = stream
 
-        def before_step(*_: Any) -> None:
-            if not self._stepped and self._is_due() and self._has_gradients():
+        def before_step(optimizer: torch.optim.Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            if self._stepped or not self._is_due():
+                return
+            if any(map(callable, (*args[1:], *kwargs.values()))):
+                self._warn_of_a_closure(type(optimizer).__name__)
+            elif self._has_gradients():
                 self._attempt(lambda: [stream.next(self.partition.device) for _ in range(repeats)])
 
         for hook in self._attached:
@@ -289,6 +297,28 @@ class Monitor:
             warn(
                 f"the Monitor measured nothing before step {self._taken + 1}, for there are no gradients: call "
                 "backward() before monitor.step()"
+            )
+
+    def _hears_of_steps(self) -> bool:
+        """Whether some optimizer may step yet: not where it has measured several times since the last one did."""
+        self._unheard += 1
+        if self._unheard == _PATIENCE and not self._told_of_silence:
+            self._told_of_silence = True
+            names = " or ".join(dict.fromkeys(type(member).__name__ for member in self.optimizers))
+            warn(
+                f"the Monitor has measured {_PATIENCE} times since a step of {names}: call monitor.step() once for "
+                "each step, after the last backward() where gradients are accumulated, and give the Monitor the "
+                "optimizer that takes the steps"
+            )
+        return self._unheard < _PATIENCE
+
+    def _warn_of_a_closure(self, name: str) -> None:
+        if not self._told_of_closures:
+            self._told_of_closures = True
+            warn(
+                f"the Monitor measured nothing before step {self._taken + 1}: {name}.step(closure) computes the "
+                "gradients only then; call backward() before, and step() without it, or monitor.step(batch) at the end "
+                "of the closure"
             )
 
     def _attempt(self, batches: Callable[[], list[Any]]) -> Advice | None:
@@ -536,6 +566,7 @@ class Monitor:
     def _end_of_step(self) -> None:
         """Counts the step."""
         self._taken += 1
+        self._unheard = 0
         self._stepped.clear()
         if self._awaiting is not None:
             with self.cadence.spending():
