@@ -161,6 +161,29 @@ def test_partitions(name, build, monkeypatch):
     assert_close(measure(ForwardEngine(), case, partition), nested(case, monkeypatch, partition=partition))
 
 
+@pytest.mark.parametrize("joined", [torch.cat, torch.stack])
+@pytest.mark.parametrize("curve", [torch.tanh, lambda h: F.layer_norm(h, h.shape[-1:])])
+@pytest.mark.parametrize(
+    "groups", [{"x": ["0", "2"], "y": ["1"]}, {"x": ["1"], "y": ["2", "0"]}, {"x": ["2", "1"], "y": ["0"]}]
+)
+def test_tangents_that_bend_before_they_meet_others(joined, curve, groups) -> None:
+    """The first piece is straight along its group, so that second derivatives come in another order than first ones."""
+    torch.manual_seed(0)
+    model = nn.ParameterList([torch.randn(3, dtype=torch.float64) for _ in range(3)])
+    u, weights = [torch.randn_like(p) for p in model], torch.arange(1.0, 10, dtype=torch.float64)
+
+    def loss_fn(m, _):
+        joint = joined([m[0] * 1, m[1].sin(), m[2].sin() * m[0]])
+        return (curve(joint).flatten().square() * weights).sum()
+
+    partition = ns.Partition(groups, model)
+    got, expected = (
+        ns.summarize(loss_fn, model, [1], partition=partition, direction=u, engine=e) for e in ("forward", "nested")
+    )
+    torch.testing.assert_close(got.hessian, expected.hessian)
+    torch.testing.assert_close(got.third, expected.third)
+
+
 @pytest.mark.parametrize("name", CASES)
 def test_all_of_the_third_order(name, monkeypatch):
     case = CASES[name]()

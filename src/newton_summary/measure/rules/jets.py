@@ -20,7 +20,8 @@ class Jet:
     """The derivatives of a value by the rates of the groups that reach it.
 
     Args:
-        second: the groups whose second derivative ẍ is known and not zero.  Each is in ``first``, too.
+        second: the groups whose second derivative ẍ is known and not zero.  Each is in ``first``, too, and in the same
+            order where these are as many.
         first: the groups that the value depends on.
         rows: ẍ of every group of ``second``, then ẋ of every group of ``first``: shape (rows, *value).
     """

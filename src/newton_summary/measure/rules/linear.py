@@ -265,8 +265,8 @@ class Concatenation(Linear):
     def push(self, call: Call, adjoint: Any, sums: Sums) -> Any:
         stack = call.op is aten.stack.default
         dim = (call.args[1] if len(call.args) > 1 else 0) % call.out.dim()
-        second = tuple(dict.fromkeys(g for jet in call.jets.values() for g in jet.second))
         first = tuple(dict.fromkeys(g for jet in call.jets.values() for g in jet.first))
+        second = tuple(g for g in first if any(g in jet.second for jet in call.jets.values()))
         rows = empty((len(second) + len(first), *call.out.shape), call.out).zero_()
         start = 0
         for i, value in enumerate(call.args[0]):
