@@ -427,6 +427,36 @@ def test_directions_that_do_not_fit(direction, message):
     refused(message, direction=direction)
 
 
+@pytest.mark.parametrize(
+    ("direction", "message"),
+    [
+        (1.0, "direction must be tensors or an optimizer, got float"),
+        (torch.optim.SGD, "direction must be tensors or an optimizer, got the class SGD"),
+        (changed(**{"0.bias": None}), "direction for '0.bias' must be a tensor, got NoneType"),
+        (changed(**{"0.bias": np.ones(4)}), "direction for '0.bias' must be a tensor, got ndarray"),
+    ],
+)
+def test_directions_of_another_kind(direction, message):
+    refused(message, direction=direction, error=TypeError)
+
+
+def test_a_complex_direction_of_real_parameters():
+    refused("direction for '0.bias' is complex", direction=changed(**{"0.bias": torch.ones(4) * 1j}))
+
+
+def test_a_sparse_direction_is_measured():
+    case = make("mlp")
+    sparse = {name: u.to_sparse() for name, u in case.direction().items()}
+    same(summarize(case, direction=sparse), summarize(case, direction=case.direction()))
+
+
+def test_a_direction_that_the_parameters_type_cannot_hold():
+    case = make("mlp", torch.float16)
+    for size, message in ((1e6, "not finite in float16"), (1e-9, "all 0 in float16")):
+        u = {name: torch.full_like(p, size, dtype=torch.float64) for name, p in case.model.named_parameters()}
+        refused(message, case, direction=u)
+
+
 def test_an_optimizer_without_gradients():
     case = make("mlp")
     refused("have no gradients: call backward", case, direction=torch.optim.SGD(case.model.parameters(), lr=1.0))

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import warnings
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
-from typing import Any, Literal, Protocol, TypeAlias, cast
+from typing import Any, Literal, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -15,6 +15,7 @@ from newton_summary._checks import check_batches, check_count
 from newton_summary.measure.attributes import generator_rewind, generators_behind
 from newton_summary.measure.auto import AUTO, FORWARD, NESTED, AutoEngine
 from newton_summary.measure.batches import SizeOf
+from newton_summary.measure.direction import DirectionLike, resolve_direction
 from newton_summary.measure.forward import ForwardEngine
 from newton_summary.measure.loss import (
     Loss,
@@ -24,11 +25,9 @@ from newton_summary.measure.loss import (
     preserved_randomness,
 )
 from newton_summary.measure.nested import NestedEngine, taylor
-from newton_summary.measure.next_step import next_step
 from newton_summary.measure.record import Refusal
 from newton_summary.measure.rules import register_rule
 from newton_summary.measure.slices import Pieces
-from newton_summary.measure.together import OneOrSeveral, are_optimizers
 from newton_summary.parallel.sharding import check_whole
 from newton_summary.partition import Partition, resolve_partition
 from newton_summary.summary import Summary
@@ -47,9 +46,6 @@ __all__ = [
     "summarize",
     "taylor",
 ]
-
-DirectionLike: TypeAlias = Sequence[Tensor] | Mapping[str, Tensor] | OneOrSeveral | None
-"""What :func:`summarize` takes for a direction."""
 
 
 class Engine(Protocol):
@@ -175,50 +171,6 @@ def summarize(
     return summary
 
 
-def resolve_direction(direction: DirectionLike, partition: Partition) -> list[Tensor]:
-    """A direction in any of the forms that :func:`summarize` takes, as tensors in the partition's order.
-
-    Raises:
-        ValueError: a tensor is missing, unknown, of another shape or device, or not finite.
-    """
-    if isinstance(direction, str):
-        raise ValueError(f"direction must be tensors or an optimizer, got {direction!r}: names are for NewtonSummary")
-    if are_optimizers(direction):
-        direction = next_step(direction, partition.parameters)
-    if isinstance(direction, Mapping):
-        kinds = [type(key).__name__ for key in direction if not isinstance(key, str)]
-        if kinds:
-            names = f"names of parameters, such as {partition.parameter_names[0]!r}"
-            raise ValueError(f"direction: its keys must be {names}; one is a {kinds[0]}")
-        unknown = [name for name in direction if name not in partition.parameter_names]
-        missing = [name for name in partition.parameter_names if name not in direction]
-        if unknown or missing:
-            what = f"has no parameter {unknown[0]!r}" if unknown else f"needs a direction for {missing[0]!r}"
-            raise ValueError(f"direction: the partition {what}")
-        direction = [direction[name] for name in partition.parameter_names]
-    tensors = [direction] if isinstance(direction, Tensor) else list(cast(Sequence[Tensor], direction or ()))
-    if len(tensors) != len(partition.parameters):
-        raise ValueError(f"direction has {len(tensors)} tensors, the partition {len(partition.parameters)} parameters")
-    for name, parameter, tensor in zip(partition.parameter_names, partition.parameters, tensors, strict=True):
-        if tensor.shape != parameter.shape:
-            raise ValueError(
-                f"direction for {name!r} has shape {tuple(tensor.shape)}, the parameter {tuple(parameter.shape)}"
-            )
-        if tensor.device != parameter.device:
-            raise ValueError(f"direction for {name!r} is on {tensor.device}, the parameter on {parameter.device}")
-        if not _is_finite(tensor):
-            raise ValueError(f"direction for {name!r}, of shape {tuple(tensor.shape)}, has entries that are not finite")
-    return [
-        _ordinary(tensor.detach().to(parameter.dtype))
-        for tensor, parameter in zip(tensors, partition.parameters, strict=True)
-    ]
-
-
-def _is_finite(tensor: Tensor) -> bool:
-    """Whether all entries are: their sum, which is quick, tells unless it overflows."""
-    return bool(tensor.sum().isfinite()) or bool(tensor.isfinite().all())
-
-
 def _mean_gradient(loss: Loss, partition: Partition, pieces: Iterable[tuple[Any, int]]) -> list[Tensor]:
     """The gradient of the mean loss over all samples, from batches and their sizes."""
     total = [torch.zeros_like(p, requires_grad=False) for p in partition.parameters]
@@ -236,11 +188,6 @@ def _mean_gradient(loss: Loss, partition: Partition, pieces: Iterable[tuple[Any,
         raise ValueError("there are no batches to measure on")
     torch._foreach_div_(total, weight)
     return total
-
-
-def _ordinary(value: Any) -> Any:
-    """The same, where it is a tensor made in inference mode as one that autograd takes."""
-    return value.clone() if isinstance(value, Tensor) and value.is_inference() else value
 
 
 @contextlib.contextmanager
