@@ -142,6 +142,10 @@ def test_rows_by_frequency():
     assert partition.labels[0][:, 0].tolist() == [1, 2, 0, 1, 1, 2]
     with pytest.raises(ValueError, match=r"'0.weight' has 6 rows, but counts have shape \(5,\)"):
         Partition.by_frequency(model, "0.weight", counts[:5])
+    with pytest.raises(ValueError, match=r"no trainable parameter '0': is it '0.weight'\?"):
+        Partition.by_frequency(model, "0", counts)
+    listed = Partition.by_frequency(model, "0.weight", counts.tolist(), bins=2, rest="rest")
+    assert listed.names == partition.names
     with pytest.raises(ValueError, match=r"counts must not all be zero"):
         Partition.by_frequency(model, "0.weight", 0 * counts)
 

@@ -70,6 +70,18 @@ def test_the_true_loss_along_groups() -> None:
             p += 0.1 * u[group]
 
 
+def test_the_true_loss_along_what_a_summary_takes_as_direction() -> None:
+    model, (batch, *_) = make_model(), make_batches()
+    loss_fn(model, batch).backward()
+    optimizers = [torch.optim.SGD(layer.parameters(), lr=lr) for layer, lr in ((model[0], 0.1), (model[2], 0.2))]
+    u = {name: p.grad * (0.1 if name.startswith("0") else 0.2) for name, p in model.named_parameters()}
+    expected = losses_along(loss_fn, model, batch, [0.5], direction=list(u.values()))
+    assert_rounded(losses_along(loss_fn, model, batch, [0.5], direction=u), expected)
+    assert_rounded(losses_along(loss_fn, model, batch, [0.5], direction=optimizers), expected)
+    with pytest.raises(ValueError, match=r"direction for '0.weight' has shape \(1,\), the parameter \(8, 1\)"):
+        losses_along(loss_fn, model, batch, [0.5], direction=[p.grad.flatten()[:1] for p in model.parameters()])
+
+
 def penalised(model, batch):
     """A gradient penalty: of a convolution's backward pass only the gradient of its input is asked for."""
     x = batch.requires_grad_()

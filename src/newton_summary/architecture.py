@@ -216,7 +216,9 @@ def frequencies(table: str, counts: Tensor, bins: int, trainable: Mapping[str, T
     """
     weight = trainable.get(table)
     if weight is None:
-        raise ValueError(f"no trainable parameter {table!r}")
+        meant = f"{table}.weight"
+        raise ValueError(f"no trainable parameter {table!r}{f': is it {meant!r}?' * (meant in trainable)}")
+    counts = torch.as_tensor(counts)  # or a list, or numpy's
     if counts.shape != weight.shape[:1]:
         raise ValueError(f"{table!r} has {len(weight)} rows, but counts have shape {tuple(counts.shape)}")
     counts = counts.double().cpu()

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from newton_summary.measure import Loss, LossFunction
-from newton_summary.measure.next_step import next_step
+from newton_summary.measure import Loss, LossFunction, resolve_direction
+from newton_summary.measure.together import OneOrSeveral
 from newton_summary.parallel.sharding import UNSHARDED, check_whole
 from newton_summary.partition import Partition, resolve_partition
 
@@ -20,7 +20,7 @@ def losses_along(
     batch: Any,
     factors: Sequence[float],
     *,
-    direction: Sequence[Tensor] | torch.optim.Optimizer,
+    direction: Sequence[Tensor] | Mapping[str, Tensor] | OneOrSeveral,
     partition: Partition | str | None = None,
 ) -> Tensor:
     """The loss after each group alone has taken a multiple of its step, L(θ − η u_s): S · n forward passes.
@@ -33,11 +33,15 @@ def losses_along(
         model: any module.
         batch: what the loss is computed on.
         factors: η, n numbers.
-        direction: u, one tensor for each parameter of the partition; or an optimizer, whose next step it is.
+        direction: u, one tensor for each parameter of the partition, in its order or by name; or an optimizer, or
+            several, whose next step it is.
         partition: S groups, or the name of a constructor.  Default: one for each tensor.
 
     Returns:
         Losses, shape (S, n), float64 on the host.
+
+    Raises:
+        ValueError: the direction does not fit the partition, or is not finite; a parameter is sharded.
 
     Example:
         >>> model = nn.Linear(2, 1, bias=False)
@@ -49,8 +53,7 @@ def losses_along(
     """
     partition = resolve_partition(partition, model)
     check_whole(partition, "losses_along()", UNSHARDED)
-    if isinstance(direction, torch.optim.Optimizer):
-        direction = next_step(direction, partition.parameters)
+    direction = resolve_direction(direction, partition)
     loss, result = Loss(loss_fn, model), torch.empty(len(partition), len(factors), dtype=torch.float64)
     for group in range(len(partition)):
         for column, eta in enumerate(factors):
