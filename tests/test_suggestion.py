@@ -410,6 +410,16 @@ def test_short_trials_are_said_to_be_short() -> None:
     assert told(400, 50) == told(20, 20) == ""
 
 
+def test_rates_from_one_batch_are_said_to_be() -> None:
+    def told(batches) -> str:
+        model = make_model()
+        adam = torch.optim.Adam(model.parameters(), lr=1e-3)
+        return repr(ns.suggest_rates(loss_fn, model, batches, adam, partition="trivial", steps=2, trial_steps=2))
+
+    assert "  from one batch, which trainings fit at almost any rate: pass several" in told(make_batches()[:1])
+    assert "one batch" not in told(make_batches()[:2])
+
+
 def test_an_argument_that_is_refused_is_called_by_its_name() -> None:
     model = make_model()
     with pytest.raises(ValueError, match=r"^batches is empty"):

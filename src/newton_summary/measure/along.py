@@ -8,7 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from newton_summary.measure import Loss, LossFunction, resolve_direction
+from newton_summary.measure import Loss, LossFunction
+from newton_summary.measure.direction import resolve_direction
 from newton_summary.measure.together import OneOrSeveral
 from newton_summary.parallel.sharding import UNSHARDED, check_whole
 from newton_summary.partition import Partition, resolve_partition

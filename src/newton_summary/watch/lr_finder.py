@@ -55,6 +55,7 @@ class SuggestedRates:
         trial_steps: that of a trial.
         by_optimizer: ``param_groups`` by the optimizer that they are for, in the order in which these were given:
             ``Muon(suggested.by_optimizer[0])``, ``AdamW(suggested.by_optimizer[1])``.
+        batches: how many there were; ``None`` where the data does not tell.
     """
 
     rates: dict[str, float]
@@ -65,6 +66,7 @@ class SuggestedRates:
     steps: int
     trial_steps: int
     by_optimizer: list[list[dict[str, Any]]]
+    batches: int | None = None
 
     def __repr__(self) -> str:
         return "\n".join([self._title, *aligned([_HEADER, *self._rows()]), *(f"  {note}" for note in self._notes())])
@@ -79,10 +81,13 @@ class SuggestedRates:
         return f"Suggested learning rates for {_counted(self.steps)}, from {trials}"
 
     def _notes(self) -> list[str]:
-        """What to do where trials were short."""
-        if self.trial_steps >= min(_SURER, self.steps):
-            return []
-        return [f"trials of {_counted(self.trial_steps)} are short: trial_steps={min(_SURER, self.steps)} is surer"]
+        """What to do where trials were short, or say nothing of other data."""
+        surer, notes = min(_SURER, self.steps), []
+        if self.batches == 1:
+            notes.append("from one batch, which trainings fit at almost any rate: pass several, such as parts of it")
+        if self.trial_steps < surer:
+            notes.append(f"trials of {_counted(self.trial_steps)} are short: trial_steps={surer} is surer")
+        return notes
 
     def _rows(self) -> list[tuple[str, str, str, str]]:
         return [
@@ -168,6 +173,7 @@ def suggest_rates(
     check_whole(partition, "suggest_rates()", UNSHARDED)
     before = _rates_of(optimizer, partition)
     batches = list(batches) if isinstance(batches, Iterator) else batches
+    count = len(batches) if is_sized(batches) else None
     training = _length(batches) if steps is None else int(steps)
     trial = trial_steps or min(max(round(_TRIAL * training), _SHORTEST), _LONGEST, training)
     trials_of = _Trials(Loss(loss_fn, model), optimizer, partition, batches, seed)
@@ -178,7 +184,7 @@ def suggest_rates(
     trials = {tried / factor: loss for tried, loss in losses.items()}
     groups = [_param_groups(member, partition, rates) for member in members]
     every = [group for own in groups for group in own]
-    return SuggestedRates(rates, before, every, trials, multiple / factor, training, trial, groups)
+    return SuggestedRates(rates, before, every, trials, multiple / factor, training, trial, groups, count)
 
 
 def _counted(steps: int) -> str:
