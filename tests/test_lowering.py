@@ -10,6 +10,7 @@ from zoo_reference import by_differences, direction_of, error
 
 import newton_summary as ns
 from newton_summary.measure import Refusal
+from newton_summary.measure.loss import Loss
 
 EYE = torch.eye(6, dtype=torch.float64)
 INDEX = torch.tensor([[0, 2, 2], [1, 1, 0], [5, 4, 3], [2, 2, 2], [0, 1, 0], [3, 3, 5]])
@@ -80,6 +81,8 @@ def written_conjugate(z):
 
 
 FUNCTIONS = {
+    "masked_scatter": lambda x: x.sin().masked_scatter(x > 0, x.cos()),
+    "masked_scatter of rows": lambda x: x[:4].masked_scatter((torch.arange(4) % 3 > 0).view(4, 1), x[4:]),
     "solve": lambda x: torch.linalg.solve(x + 3 * EYE, x.cos()),
     "solve for a vector": lambda x: torch.linalg.solve(x + 3 * EYE, x[0]),
     "solve from the right": lambda x: torch.linalg.solve(x + 3 * EYE, x.cos(), left=False),
@@ -444,6 +447,26 @@ def test_products_of_values_of_two_types():
     got, expected = (ns.summarize(loss, model, batches, direction=direction, engine=e) for e in ("forward", "nested"))
     assert error(got.hessian, expected.hessian) < 1e-5
     assert error(got.third, expected.third) < 1e-5
+
+
+def test_entries_in_the_places_of_a_mask_are_looked_up():
+    """Images in a text: the general rule is right, and slow."""
+    model, engine = Entries(), ns.measure.ForwardEngine()
+    loss = Loss(lambda m, b: FUNCTIONS["masked_scatter"](m()).square().sum(), model)
+    u = [torch.ones_like(p) for p in model.parameters()]
+    engine.measure(loss, torch.zeros(1), ns.Partition.canonical(model), u, 3, "diagonal")
+    assert "general" not in engine.kinds(loss).values()
+
+
+@pytest.mark.parametrize(("dtype", "coarse"), [(torch.float64, torch.float32), (torch.float32, torch.bfloat16)])
+def test_quotients_by_a_constant_of_a_coarser_type(dtype, coarse):
+    """A count, say, in the type that a library made it in: its reciprocal would have fewer digits than the quotient."""
+    model, count = nn.ParameterList([torch.linspace(-1, 1, 5, dtype=dtype)]), torch.tensor(7.0, dtype=coarse)
+    loss = lambda model, batch: (model[0].sin() / count).sum() + model[0].cos().sum() / count  # noqa: E731
+    u = [torch.ones_like(model[0])]
+    got, expected = (ns.summarize(loss, model, [torch.zeros(1)], direction=u, engine=e) for e in ("forward", "nested"))
+    assert error(got.hessian, expected.hessian) < 10 * torch.finfo(dtype).eps
+    assert error(got.third, expected.third) < 10 * torch.finfo(dtype).eps
 
 
 def test_what_does_not_move_may_have_slopes_without_bound():

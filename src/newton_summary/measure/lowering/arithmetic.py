@@ -26,6 +26,8 @@ def _div(x: Tensor, y: Any) -> Any:
         return NotImplemented
     if not y.is_floating_point() and not y.is_complex():
         y = y.to(x.dtype if x.is_floating_point() else torch.get_default_dtype())
+    if not y.is_complex():
+        y = y.to(torch.result_type(x, y).to_real())  # its reciprocal has as many digits as the quotient
     return x * y.reciprocal()
 
 

@@ -42,6 +42,15 @@ def _embedding(
     return torch.where((indices == padding_idx).unsqueeze(-1), CONSTANT(rows), rows)
 
 
+@lowers(aten.masked_scatter.default)
+def _masked_scatter(x: Tensor, mask: Tensor, source: Tensor) -> Tensor:
+    """The next entry of the source wherever the mask holds, as where images take their tokens' places in a text."""
+    shape = torch.broadcast_shapes(x.shape, mask.shape)
+    mask = mask.expand(shape)
+    number = (mask.flatten().cumsum(0) - 1).clamp(min=0)
+    return torch.where(mask, source.flatten().index_select(0, number).view(shape), x) if source.numel() else x.clone()
+
+
 @lowers(aten._embedding_bag.default, aten._embedding_bag_forward_only.default)
 def _embedding_bag(
     weight: Tensor,
