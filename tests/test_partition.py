@@ -312,6 +312,16 @@ def test_reduce_is_the_transposed_partition_matrix_and_spread_the_matrix(builder
     assert torch.equal(spread, matrix @ values)
 
 
+@pytest.mark.parametrize("size", [300.0, 1e-4])
+@pytest.mark.parametrize("split", [False, True])
+def test_inner_products_of_half_precision_leave_its_range(size, split):
+    model = nn.Linear(4, 1, bias=False, dtype=torch.float16)
+    halves = {"a": [("weight", (0, slice(0, 2)))], "b": [("weight", (0, slice(2, 4)))]}
+    partition = Partition(halves, model) if split else Partition.trivial(model)
+    vector = torch.full((1, 4), size, dtype=torch.float16)
+    assert sum(partition.dot([vector], [vector])).item() == pytest.approx(4 * size**2, rel=1e-2)
+
+
 def test_reduce_takes_none_for_zeros_and_sums_in_float64():
     model = nn.Linear(3, 1)
     partition = Partition({"a": [("weight", (0, 0))], "b": [("weight", (0, slice(1, 3))), "bias"]}, model)

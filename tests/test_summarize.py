@@ -76,6 +76,19 @@ def test_the_default_direction_is_the_gradient_over_all_batches():
     same(summarize(case, parts), summarize(case), 1e-12)
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_the_default_direction_over_many_batches_of_half_precision(dtype):
+    """In which a sum of so many gradients no longer grows, or is no number."""
+    model = nn.Linear(3, 1, dtype=dtype)
+    batch = torch.randn(8, 3, dtype=dtype), torch.randn(8, 1, dtype=dtype)
+
+    def loss_fn(model, batch):
+        return 10 * (model(batch[0]) - batch[1]).square().mean()
+
+    one, many = (ns.summarize(loss_fn, model, [batch] * count, order=1) for count in (1, 400))
+    assert_close(many.gradient, one.gradient, 1e-2)
+
+
 def test_the_default_direction_is_zero_on_unused_parameters():
     summary = summarize(make("unused"))
     spare = summary.names.index("spare")

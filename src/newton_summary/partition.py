@@ -399,7 +399,8 @@ class Partition:
     def dot(self, left: Iterable[Tensor | None], right: Iterable[Tensor]) -> list[Tensor]:
         """The inner product of two vectors of parameters, group by group: S scalars.  ``None`` stands for zeros.
 
-        One product of two tensors is there at a time.  Complex numbers count as pairs of real ones.
+        One product of two tensors is there at a time, in single precision at least.  Complex numbers count as pairs of
+        real ones.
         """
         return self.sums(
             None if a is None else _product(a, b) if isinstance(label, Tensor) else _partial_sums(a, b)
@@ -549,6 +550,7 @@ def kind_of(name: str, parameter: Tensor) -> str:
 
 
 def _product(a: Tensor, b: Tensor) -> Tensor:
+    a, b = (t.to(torch.promote_types(t.dtype, torch.float32)) for t in (a, b))  # half precision has few numbers
     return (a.conj() * b).real if a.is_complex() or b.is_complex() else a * b
 
 

@@ -172,8 +172,15 @@ def summarize(
 
 
 def _mean_gradient(loss: Loss, partition: Partition, pieces: Iterable[tuple[Any, int]]) -> list[Tensor]:
-    """The gradient of the mean loss over all samples, from batches and their sizes."""
-    total = [torch.zeros_like(p, requires_grad=False) for p in partition.parameters]
+    """The gradient of the mean loss over all samples, from batches and their sizes.
+
+    Half precision would stop to count after some hundred batches: the sum is in single precision at least.
+    """
+    kinds = [torch.promote_types(p.dtype, torch.float32) for p in partition.parameters]
+    total = [
+        torch.zeros_like(p, dtype=kind, requires_grad=False)
+        for p, kind in zip(partition.parameters, kinds, strict=True)
+    ]
     weight = 0
     for batch, size in pieces:
         with loss.undisturbed(), loss.evaluated(batch) as value:
@@ -187,7 +194,7 @@ def _mean_gradient(loss: Loss, partition: Partition, pieces: Iterable[tuple[Any,
     if not weight:
         raise ValueError("there are no batches to measure on")
     torch._foreach_div_(total, weight)
-    return total
+    return [mean.to(p.dtype) for mean, p in zip(total, partition.parameters, strict=True)]
 
 
 @contextlib.contextmanager
