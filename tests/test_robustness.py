@@ -69,6 +69,9 @@ def train(model, optimizer, steps: int, start: int = 0, scheduler=None) -> None:
             {"loss_fn": lambda batch: 0.0},
             r"loss_fn must be a function of the model and a batch, got \(batch\): too many",
         ),
+        ({"loss_fn": nn.CrossEntropyLoss()}, r"got CrossEntropyLoss, one of outputs .*: criterion\(model\(batch\[0"),
+        ({"loss_fn": nn.MSELoss}, "got MSELoss, one of outputs and targets: pass lambda model, batch:"),
+        ({"loss_fn": nn.functional.mse_loss}, "got mse_loss, one of outputs and targets"),
         ({"model": list(make_model().parameters())}, "got list: pass the model itself, not its parameters"),
     ],
 )

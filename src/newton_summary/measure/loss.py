@@ -184,6 +184,12 @@ def _check_takes_model_and_batch(loss_fn: object) -> None:
     """Raises unless this can be called with a model and a batch, as far as that can be told."""
     if not callable(loss_fn):
         raise TypeError(f"loss_fn must be a function of the model and a batch, got {type(loss_fn).__name__}")
+    named: Any = loss_fn if inspect.isroutine(loss_fn) or inspect.isclass(loss_fn) else type(loss_fn)
+    if named.__module__ in ("torch.nn.functional", "torch.nn.modules.loss"):
+        raise TypeError(
+            f"loss_fn must be a function of the model and a batch, got {named.__name__}, one of outputs and targets: "
+            "pass lambda model, batch: criterion(model(batch[0]), batch[1])"
+        )
     try:
         signature = inspect.signature(loss_fn)
     except (ValueError, TypeError):  # some are written in C
