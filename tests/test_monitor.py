@@ -388,6 +388,22 @@ def test_another_step_than_was_measured_is_warned_of_once() -> None:
     assert len(caught) == 1
 
 
+def test_weights_that_are_taken_away_after_a_measurement_end_no_training() -> None:
+    """What was measured cannot be compared with the step then: the monitor says so, and training goes on."""
+    model, batches = make_model(), make_batches()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    monitor = ns.Monitor(model, loss_fn, optimizer=optimizer, every=1)
+    optimizer.zero_grad()
+    loss_fn(model, batches[0]).backward()
+    monitor.step(batches[0])
+    first = next(model.parameters())
+    kept, first.data, first.grad = first.data, torch.empty(0), None
+    with pytest.warns(UserWarning, match="a measurement of the Monitor"):
+        optimizer.step()
+    first.data = kept
+    assert monitor.counts["errors"] == 1
+
+
 def test_a_failure_within_a_step_is_warned_of_where_the_step_is_taken() -> None:
     model, batches = make_model(), make_batches()
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)

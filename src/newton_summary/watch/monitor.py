@@ -578,9 +578,11 @@ class Monitor:
     def _look_back(self, waiting: Measured) -> None:
         """What the loss did on the batches that the last measurement was made on."""
         self._awaiting = None
-        self._warn_of_another_step(waiting.step)
+        others: Sequence[tuple[int, float]] = ()
         weights, losses, error = [part.weight for part in waiting.own], [], None
         try:
+            if not self._told_of_another_step:
+                others = waiting.step.others()
             for batch in waiting.batches:
                 with measurable(self._loss.model, self.partition, []), self._loss.undisturbed():
                     waiting.randomness.restore()
@@ -591,15 +593,15 @@ class Monitor:
             self._fail(error)
             return
         self._errors = 0
+        self._warn_of_another_step(others)
         total = sum(weights)
         own = sum(w * loss for w, loss in zip(weights, losses, strict=True)) / total
         after = self._processes.mean([own], [total], self.partition.device)[0]
         self.records[-1] = replace(self.records[-1], actual_decrease=self.records[-1].loss - after)
         self._write(self.records[-1])
 
-    def _warn_of_another_step(self, step: StepTaken) -> None:
-        """Says, once, where an optimizer has not taken the step that was measured."""
-        others = [] if self._told_of_another_step else step.others()
+    def _warn_of_another_step(self, others: Sequence[tuple[int, float]]) -> None:
+        """Says, once, which optimizer has not taken the step that was measured, if one has not."""
         for number, ratio in others[:1]:
             self._told_of_another_step = True
             which = f"{type(self.optimizers[number]).__name__}{f' {number + 1}' * (len(self.optimizers) > 1)}"
