@@ -136,6 +136,23 @@ def test_what_is_normalised_without_gradients_is_constant(engine) -> None:
     torch.testing.assert_close(got.hessian, expected.hessian)
 
 
+def test_a_deviation_that_a_loss_reads_as_a_number_is_one() -> None:
+    """As for a log.  It had ended the loss, by an error of this package's."""
+    torch.manual_seed(0)
+    model, x = nn.Linear(4, 3, dtype=torch.float64), torch.randn(5, 4, dtype=torch.float64)
+    seen = []
+
+    def reading(model, x):
+        normal, _, deviation = torch.native_layer_norm(model(x), [3], None, None, 1e-5)
+        seen.append(deviation.mean().item())
+        return normal.pow(3).sum()
+
+    plain = lambda model, x: F.layer_norm(model(x), [3]).pow(3).sum()  # noqa: E731
+    read, expected = (ns.summarize(f, model, [x], engine="forward") for f in (reading, plain))
+    assert seen[0] > 0
+    assert torch.allclose(read.hessian, expected.hessian)
+
+
 @pytest.mark.parametrize("engine", ["forward", "auto"])
 @pytest.mark.parametrize("start", STARTS)
 def test_a_view_of_values_that_a_loss_starts_anew_from_is_constant(start, engine) -> None:

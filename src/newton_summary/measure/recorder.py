@@ -45,9 +45,7 @@ class Recorder(Tracer):
                 self.name(parameter, leaf.slot)
         self._resolved: set[int] = set()
         self._views: set[int] = set()  # that were made since gradients were last on: leaves, for autograd
-        self._statistics: set[int] = (
-            set()
-        )  # memory of normalisations' means and deviations, and of what is made of them
+        self._statistics: set[int] = set()  # memory of means and deviations of norms, and of what is made of them
         self._apart: set[Any] = set()  # nodes of autograd that lead to no parameter
         self._towards: set[Any] = set()  # some that do
 
@@ -162,7 +160,7 @@ class Recorder(Tracer):
         if func in NORMALISATIONS:
             results = out[1:]
         elif self._statistics and not _require(args) and not _require(kwargs.values()):
-            results = [out] if isinstance(out, Tensor) else out
+            results = out if isinstance(out, list | tuple) else [out]
         strided = (r for r in results if isinstance(r, Tensor) and r.layout is torch.strided)
         self._statistics.update(r.untyped_storage()._cdata for r in strided)
 
