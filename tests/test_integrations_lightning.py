@@ -194,6 +194,30 @@ def test_a_monitor_changes_nothing_and_says_what_it_says_in_a_plain_loop(own_dat
     assert shown == pytest.approx(finite)
 
 
+@pytest.mark.parametrize("by_hand", [False, True])
+def test_a_monitor_measures_the_step_of_gradients_that_the_trainer_has_clipped(by_hand, tmp_path):
+    """It warns of no other step, and a decrease is as predicted: also where the module steps by itself."""
+    from newton_summary.integrations.lightning import MonitorCallback
+
+    def sgd(module):
+        return torch.optim.SGD(module.parameters(), lr=0.1)
+
+    def by_itself(batch, number=0):
+        optimizer = module.optimizers()
+        optimizer.zero_grad()
+        module.manual_backward(100 * loss_fn(module, batch))
+        module.clip_gradients(optimizer, gradient_clip_val=0.01)
+        optimizer.step()
+
+    module, callback = make_module(sgd), MonitorCallback(loss_fn, every=1)
+    if by_hand:
+        module.automatic_optimization, module.training_step = False, by_itself
+    make_trainer(tmp_path, [callback], **({} if by_hand else {"gradient_clip_val": 0.01})).fit(module, make_loader())
+    assert len(callback.monitor.records) == len(make_loader())
+    for record in callback.monitor.records:
+        assert record.actual_decrease == pytest.approx(record.predicted_decrease, rel=0.05)
+
+
 def test_tensorboard_gets_pictures(tmp_path):
     from pytorch_lightning.loggers import TensorBoardLogger
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator

@@ -21,7 +21,9 @@ from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
 import newton_summary as ns
+from newton_summary.measure.next_step import next_step
 from newton_summary.watch.advice import advise
+from newton_summary.watch.step_taken import StepTaken
 
 
 def make_model(dtype=torch.float64, noisy: bool = False) -> nn.Sequential:
@@ -349,25 +351,31 @@ def test_where_no_step_is_heard_of_it_says_so_and_measures_no_more(accumulates: 
     assert monitor._taken == 2 * accumulates
 
 
-def test_gradients_of_a_closure_are_not_those_of_the_step_before() -> None:
-    model, batches = make_model(), make_batches()
-    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
-    monitor = ns.Monitor(model, loss_fn, optimizer=optimizer, every=1).attach(batches)
+@pytest.mark.parametrize("by_name", [False, True])
+def test_attached_it_measures_along_the_gradients_that_a_closure_computes(by_name: bool) -> None:
+    """And returns what the closure does, which is called as often as without."""
+    batches, calls, monitors = make_batches(), [], []
+    for has_closure in (False, True):
+        model = make_model()
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
+        monitors.append(ns.Monitor(model, loss_fn, optimizer=optimizer, every=2).attach(batches))
+        for batch in batches[:4]:
 
-    def closure() -> torch.Tensor:
-        optimizer.zero_grad()
-        loss = loss_fn(model, batches[0])
-        loss.backward()
-        return loss
+            def closure(batch=batch, model=model, optimizer=optimizer) -> torch.Tensor:
+                calls.append(batch)
+                optimizer.zero_grad()
+                loss = loss_fn(model, batch)
+                loss.backward()
+                return loss
 
-    closure()
-    with pytest.warns(UserWarning, match=r"nothing before step 1: SGD\.step\(closure\) computes .*") as caught:
-        optimizer.step(closure)
-    optimizer.step(closure=closure)
-    assert len(caught) == 1
-    assert monitor.counts["measured"] == 0
-    optimizer.step()
-    assert [record.step for record in monitor.records] == [2]
+            if has_closure:
+                assert (optimizer.step(closure=closure) if by_name else optimizer.step(closure)).ndim == 0
+            else:
+                closure()
+                optimizer.step()
+    assert len(calls) == 8
+    assert [record.step for record in monitors[1].records] == [0, 2]
+    assert [record.to_dict() for record in monitors[1].records] == [record.to_dict() for record in monitors[0].records]
 
 
 def test_another_step_than_was_measured_is_warned_of_once() -> None:
@@ -386,6 +394,28 @@ def test_another_step_than_was_measured_is_warned_of_once() -> None:
     with pytest.warns(UserWarning, match="step 3 of SGD was 5 times as long as the one that the Monitor") as caught:
         train(model, optimizer, batches, 3, monitor)
     assert len(caught) == 1
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.complex64])
+@pytest.mark.parametrize("lr", [1e-3, 1e-7])
+def test_the_step_that_was_measured_is_no_other_one_however_coarse_weights_are(lr: float, dtype: torch.dtype) -> None:
+    """Adam's first step is as long in every entry: what rounding makes of equal weights does not cancel."""
+    for size in (1.0, 0.7, 1e3, 1e-30):
+        weight = torch.full((1000,), size, dtype=dtype, requires_grad=True)
+        weight.grad = torch.ones_like(weight)
+        optimizer = torch.optim.AdamW([weight], lr=lr * size)
+        taken = StepTaken([optimizer], [weight], next_step(optimizer, [weight]))
+        optimizer.step()
+        assert not taken.others(), size
+
+
+def test_of_steps_whose_squares_are_no_numbers_nothing_is_said() -> None:
+    torch.manual_seed(0)
+    weight = (1e-17 * torch.rand(1000)).requires_grad_()
+    after = weight.detach() - 1e-23
+    taken = StepTaken([torch.optim.SGD([weight])], [weight], [weight.detach() - after])
+    weight.data.copy_(after)
+    assert not taken.others()
 
 
 def test_weights_that_are_taken_away_after_a_measurement_end_no_training() -> None:

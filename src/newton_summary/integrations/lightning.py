@@ -38,9 +38,9 @@ class MonitorCallback(Callback):
     """Logs, to the trainer's loggers, how every group's learning rate should change, in numbers and in words.
 
     It puts a :class:`~newton_summary.Monitor` beside the module's optimizer and measures where it is time to, before
-    the step, on gradients before they are clipped.  Where a measurement fails it warns, and training goes on.  Where
-    the optimizer is a :class:`~newton_summary.NewtonSummary`, which measures by itself, it logs that optimizer's rates
-    instead.  A training that is resumed from a checkpoint is watched as if it had not stopped.
+    the step, on gradients as the optimizer will use them.  Where a measurement fails it warns, and training goes on.
+    Where the optimizer is a :class:`~newton_summary.NewtonSummary`, which measures by itself, it logs that optimizer's
+    rates instead.  A training that is resumed from a checkpoint is watched as if it had not stopped.
 
     Args:
         loss_fn: ``loss_fn(module, batch)`` gives a scalar.  It must not log: it is called while measuring.  Not needed
@@ -95,21 +95,18 @@ class MonitorCallback(Callback):
             if self._state is not None:
                 self.monitor.load_state_dict(self._state)
                 self._state = None
+            self.monitor._measure_within_steps(self._batches)
         self._news = News(source)
 
     def on_train_batch_start(self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int) -> None:
         """Keeps the batch at hand."""
         self._batch = batch
 
-    def on_before_optimizer_step(self, trainer: Any, pl_module: Any, optimizer: Any) -> None:
-        """Measures, where it is time to."""
-        monitor = self.monitor
-        if monitor is None or optimizer is not monitor.optimizers[0] or not monitor._is_due():
-            return
-        device, stream = monitor.partition.device, self._stream
-        monitor._attempt(
-            lambda: [self._batch] if stream is None else [stream.next(device) for _ in range(self.repeats)]
-        )
+    def _batches(self) -> list[Any]:
+        """What to measure on now."""
+        if self._stream is None or self.monitor is None:
+            return [self._batch]
+        return [self._stream.next(self.monitor.partition.device) for _ in range(self.repeats)]
 
     def on_train_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
         """Logs what is new."""

@@ -31,6 +31,7 @@ from newton_summary.partition import Partition, one_for_each, resolve_partition
 from newton_summary.summary import Summary
 from newton_summary.watch.advice import Advice, advise
 from newton_summary.watch.cadence import Affordable, Cadence, Fixed
+from newton_summary.watch.closures import after_closure
 from newton_summary.watch.measured import Counts, Measured, Randomness, record_of
 from newton_summary.watch.output import Output, Writer, check_path, check_writer, frame_of
 from newton_summary.watch.progress import Progress
@@ -179,7 +180,7 @@ class Monitor:
         self.counts = Counter({"measured": 0, "failed": 0})
         self._errors = 0  # in a row
         self._told_of_no_gradients = self._told_of_another_step = False
-        self._told_of_silence = self._told_of_closures = False
+        self._told_of_silence = False
         self._unheard = 0  # measurements since the last step, but the first
         self._loss = Loss(loss_fn, model)
         self._frozen = Frozen(self._loss.model, "measured by this Monitor")
@@ -233,8 +234,9 @@ class Monitor:
 
         Attached once more, it measures on the new batches alone.
 
-        Gradients are then what the optimizer will use: clipped and unscaled.  It measures before the first of several
-        optimizers steps; with a gradient scaler, unscale the gradients of all of them before.
+        Gradients are then what the optimizer will use: clipped and unscaled, and of ``optimizer.step(closure)`` those
+        that the closure computes.  It measures before the first of several optimizers steps; with a gradient scaler,
+        unscale the gradients of all of them before.
 
         Args:
             batches: what to measure on, iterated for ever by an independent sampler
@@ -256,18 +258,22 @@ class Monitor:
             self._stream_state = None
         self._stream = stream
 
-        def before_step(optimizer: torch.optim.Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            if self._stepped or not self._is_due():
-                return
-            if any(map(callable, (*args[1:], *kwargs.values()))):
-                self._warn_of_a_closure(type(optimizer).__name__)
-            elif self._has_gradients():
-                self._attempt(lambda: [stream.next(self.partition.device) for _ in range(repeats)])
+        self._measure_within_steps(lambda: [stream.next(self.partition.device) for _ in range(repeats)])
+        return self
+
+    def _measure_within_steps(self, batches: Callable[[], list[Any]]) -> None:
+        """From now on, measures within the optimizers' steps, as soon as the gradients are there."""
+
+        def measure() -> None:
+            if self._has_gradients():
+                self._attempt(batches)
+
+        def before_step(_: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, Any] | None:
+            return after_closure(args, kwargs, measure) if not self._stepped and self._is_due() else None
 
         for hook in self._attached:
             hook.remove()
         self._attached = [member.register_step_pre_hook(before_step) for member in self.optimizers]
-        return self
 
     def close(self) -> None:
         """Takes the monitor's hooks off the optimizer and writes what is not yet written.
@@ -311,15 +317,6 @@ class Monitor:
                 "optimizer that takes the steps"
             )
         return self._unheard < _PATIENCE
-
-    def _warn_of_a_closure(self, name: str) -> None:
-        if not self._told_of_closures:
-            self._told_of_closures = True
-            warn(
-                f"the Monitor measured nothing before step {self._taken + 1}: {name}.step(closure) computes the "
-                "gradients only then; call backward() before, and step() without it, or monitor.step(batch) at the end "
-                "of the closure"
-            )
 
     def _attempt(self, batches: Callable[[], list[Any]]) -> Advice | None:
         """Measures; what fails is a measurement, in all processes, and not the training."""
@@ -608,9 +605,9 @@ class Monitor:
             how = f"{1 / ratio:.3g} times shorter than" if 0 < ratio < 1 else f"{ratio:.3g} times as long as"
             warn(
                 f"step {self._taken} of {which} was {how} the one that the Monitor measured, so its advice is about "
-                "another: gradients were changed after it had measured. With a gradient scaler, call "
-                "scaler.unscale_(optimizer) for every optimizer before it measures, which is in monitor.step(), or "
-                "attached when the first of them steps; clip before that, too"
+                "another: gradients, or learning rates, were changed after it had measured. With a gradient scaler, "
+                "call scaler.unscale_(optimizer) for every optimizer before it measures, which is in monitor.step(), "
+                "or attached when the first of them steps; clip, and set rates, before that, too"
             )
 
     # Resuming ---------------------------------------------------------------------------------------------------------

@@ -48,13 +48,13 @@ class StepTaken:
     def others(self) -> list[tuple[int, float]]:
         """The numbers of the optimizers that took another step, and how much longer it was.
 
-        One that took no step is none of them.
+        One that took no step is none of them, nor is one whose steps are so short that their squares are no numbers.
         """
         found = []
         for number, (pairs, (before, spread)) in enumerate(zip(self._pairs, self._before, strict=True)):
             measured = sum(float(_products(u, u).sum(dtype=torch.float64)) for _, u in pairs)
             taken = before - _along(pairs)[0]
-            is_clear = taken != 0 and abs(taken - measured) > spread
+            is_clear = measured > 0 and taken != 0 and abs(taken - measured) > spread
             if is_clear and not 1 / _ANOTHER < taken / measured < _ANOTHER:
                 found.append((number, taken / measured))
         return found
