@@ -445,6 +445,7 @@ def test_directions_that_do_not_fit(direction, message):
     [
         (1.0, "direction must be tensors or an optimizer, got float"),
         (torch.optim.SGD, "direction must be tensors or an optimizer, got the class SGD"),
+        (np.ones((4, 3)), "direction for '0.weight' must be a tensor, got ndarray"),
         (changed(**{"0.bias": None}), "direction for '0.bias' must be a tensor, got NoneType"),
         (changed(**{"0.bias": np.ones(4)}), "direction for '0.bias' must be a tensor, got ndarray"),
     ],

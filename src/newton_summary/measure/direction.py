@@ -33,7 +33,8 @@ def resolve_direction(direction: DirectionLike, partition: Partition) -> list[Te
     if not isinstance(direction, Iterable | None):
         kind = f"the class {direction.__name__}" if isinstance(direction, type) else type(direction).__name__
         raise TypeError(f"direction must be tensors or an optimizer, got {kind}")
-    tensors = [direction] if isinstance(direction, Tensor) else list(cast(Sequence[Tensor], direction or ()))
+    given = () if direction is None else direction
+    tensors = [given] if isinstance(given, Tensor) else list(cast(Sequence[Tensor], given))
     if len(tensors) != len(partition.parameters):
         raise ValueError(f"direction has {len(tensors)} tensors, the partition {len(partition.parameters)} parameters")
     named = zip(partition.parameter_names, partition.parameters, tensors, strict=True)
@@ -67,7 +68,7 @@ def _like(name: str, parameter: Tensor, given: Any) -> Tensor:
         raise ValueError(f"direction for {name!r} is complex, the parameter is not: pass real numbers")
     tensor = given.detach() if given.layout is torch.strided else given.detach().to_dense()
     cast_ = tensor.to(parameter.dtype)
-    for value in (tensor, cast_):
+    for value in (tensor,) if cast_ is tensor else (tensor, cast_):
         if not _is_finite(value):
             within = "" if value is tensor else f" in {str(value.dtype)[6:]}, the parameter's type"
             raise ValueError(
