@@ -378,7 +378,10 @@ def test_attached_it_measures_along_the_gradients_that_a_closure_computes(by_nam
     assert [record.to_dict() for record in monitors[1].records] == [record.to_dict() for record in monitors[0].records]
 
 
-def test_another_step_than_was_measured_is_warned_of_once() -> None:
+@pytest.mark.parametrize(
+    ("other", "words"), [(5, "5 times as long as"), (0.01, "100 times shorter than"), (-1, "against")]
+)
+def test_another_step_than_was_measured_is_warned_of_once(other: float, words: str) -> None:
     model, batches = make_model(), make_batches()
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     monitor = ns.Monitor(model, loss_fn, optimizer=optimizer, every=1)
@@ -390,8 +393,8 @@ def test_another_step_than_was_measured_is_warned_of_once() -> None:
 
     optimizer.register_step_pre_hook(before_step)
     train(model, optimizer, batches, 2, monitor)
-    factor = 5
-    with pytest.warns(UserWarning, match="step 3 of SGD was 5 times as long as the one that the Monitor") as caught:
+    factor = other
+    with pytest.warns(UserWarning, match=f"step 3 of SGD was {words} the one that the Monitor") as caught:
         train(model, optimizer, batches, 3, monitor)
     assert len(caught) == 1
 

@@ -37,7 +37,7 @@ from newton_summary.watch.output import Output, Writer, check_path, check_writer
 from newton_summary.watch.progress import Progress
 from newton_summary.watch.record import Record
 from newton_summary.watch.rehearsed_advice import RehearsedAdvice, rehearse
-from newton_summary.watch.step_taken import StepTaken
+from newton_summary.watch.step_taken import StepTaken, compared
 
 logger = logging.getLogger(__name__)
 
@@ -602,12 +602,11 @@ class Monitor:
         for number, ratio in others[:1]:
             self._told_of_another_step = True
             which = f"{type(self.optimizers[number]).__name__}{f' {number + 1}' * (len(self.optimizers) > 1)}"
-            how = f"{1 / ratio:.3g} times shorter than" if 0 < ratio < 1 else f"{ratio:.3g} times as long as"
             warn(
-                f"step {self._taken} of {which} was {how} the one that the Monitor measured, so its advice is about "
-                "another: gradients, or learning rates, were changed after it had measured. With a gradient scaler, "
-                "call scaler.unscale_(optimizer) for every optimizer before it measures, which is in monitor.step(), "
-                "or attached when the first of them steps; clip, and set rates, before that, too"
+                f"step {self._taken} of {which} was {compared(ratio)} the one that the Monitor measured, so its advice "
+                "is about another: gradients, or learning rates, were changed after it had measured. With a gradient "
+                "scaler, call scaler.unscale_(optimizer) for every optimizer before it measures, which is in "
+                "monitor.step(), or attached when the first of them steps; clip, and set rates, before that, too"
             )
 
     # Resuming ---------------------------------------------------------------------------------------------------------

@@ -60,6 +60,18 @@ class StepTaken:
         return found
 
 
+def compared(ratio: float) -> str:
+    """How long a step was, in words that another step follows.
+
+    Example:
+        >>> [compared(ratio) for ratio in (0.1, 5.0, -0.1)]
+        ['10 times shorter than', '5 times as long as', 'against']
+    """
+    if ratio < 0:
+        return "against"
+    return f"{1 / ratio:.3g} times shorter than" if ratio < 1 else f"{ratio:.3g} times as long as"
+
+
 def _tells(parameter: Tensor) -> bool:
     """Whether the rounding of a parameter is finer than the steps that it takes."""
     return parameter.layout is torch.strided and torch.finfo(parameter.dtype).bits >= 32
