@@ -412,6 +412,30 @@ def test_the_step_that_was_measured_is_no_other_one_however_coarse_weights_are(l
         assert not taken.others(), size
 
 
+class Langevin(torch.optim.SGD):
+    """Draws noise in every step."""
+
+    @torch.no_grad()
+    def step(self, closure=None):
+        for group in self.param_groups:
+            for p in group["params"]:
+                p.sub_(group["lr"] * p.grad + 0.01 * torch.randn_like(p))
+
+
+@pytest.mark.parametrize("way", ["step", "attach"])
+def test_a_step_that_draws_noise_is_measured_with_that_noise_and_taken_as_without(way: str) -> None:
+    steps, batches = [], make_batches()
+    for watched in (False, True):
+        model = make_model()
+        optimizer = Langevin(model.parameters(), lr=1e-3)
+        monitor = ns.Monitor(model, loss_fn, optimizer=optimizer, every=1) if watched else None
+        if monitor is not None and way == "attach":
+            monitor.attach(batches)
+        train(model, optimizer, batches, 3, monitor if way == "step" else None)
+        steps.append(model[0].weight.detach().clone())
+    assert torch.equal(*steps)
+
+
 def test_of_steps_whose_squares_are_no_numbers_nothing_is_said() -> None:
     torch.manual_seed(0)
     weight = (1e-17 * torch.rand(1000)).requires_grad_()

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from newton_summary.measure.loss import preserved_randomness
 from newton_summary.measure.together import OneOrSeveral, members_of, take_step, together
 
 
@@ -18,7 +19,8 @@ def next_step(optimizer: OneOrSeveral, parameters: Sequence[nn.Parameter]) -> li
 
     Args:
         optimizer: any optimizer whose ``step()`` needs no closure, after ``backward()``; or several.  They are left as
-            they are: copies take the step, without hooks.
+            they are: copies take the step, without hooks.  Random numbers that it draws are those that the optimizer
+            draws if it steps now.
         parameters: the tensors to give the step for.  Those that the optimizer does not hold get zeros.
 
     Raises:
@@ -30,7 +32,8 @@ def next_step(optimizer: OneOrSeveral, parameters: Sequence[nn.Parameter]) -> li
     if all(p.grad is None for p in held):
         raise ValueError("the optimizer's parameters have no gradients: call backward() before its step is measured")
     twin = {p: _twin_of(p) for p in held}
-    take_step(shadow_of(optimizer, {id(p): copied for p, copied in twin.items()}))
+    with preserved_randomness({p.device for p in held}):  # what it draws is drawn again when the step is taken
+        take_step(shadow_of(optimizer, {id(p): copied for p, copied in twin.items()}))
     return [p.detach() - twin[p].detach() if p in twin else torch.zeros_like(p.detach()) for p in parameters]
 
 
