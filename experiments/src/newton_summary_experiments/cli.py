@@ -286,13 +286,13 @@ def add_commands(commands: Commands) -> None:
         command.add_argument("--data", type=Path, metavar="DIR", help="the folder of the data files")
 
     def add_budget(command: argparse.ArgumentParser) -> None:
-        text = "the paper's sizes, its networks for three hours, or smaller ones (default: full)"
+        text = "the paper's sizes, its networks for a few epochs, or smaller ones (default: full)"
         command.add_argument("--budget", choices=BUDGETS, help=text)
 
     def add_study(command: argparse.ArgumentParser) -> None:
         command.add_argument("tasks", metavar="TASK", nargs="*", help="the paper's tasks (default: all five)")
         add_data(command)
-        text = "the paper's sizes, its networks for three hours, or smaller ones (default: quick)"
+        text = "the paper's sizes, its networks for a few epochs, or smaller ones (default: quick)"
         command.add_argument("--budget", choices=BUDGETS, default="quick", help=text)
         text = "where results are kept; what is there is not computed again (default: results/reproduction)"
         command.add_argument("--results", type=Path, metavar="DIR", default=_RESULTS, help=text)

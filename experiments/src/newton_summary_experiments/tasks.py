@@ -148,7 +148,7 @@ TASKS = {
 }
 
 BUDGETS = ("quick", "hours", "full")
-"""The paper's sizes (``"full"``), its networks in as many epochs as two cores do in three hours (``"hours"``; the same
+"""The paper's sizes (``"full"``), its networks in as many epochs as a core does in some hours (``"hours"``; the same
 but for VGG-11' and BigMLP), and less of everything, for minutes (``"quick"``)."""
 
 _FEW: dict[str, Any] = {"images": 5000, "epochs": 12}
