@@ -604,9 +604,10 @@ class Monitor:
             which = f"{type(self.optimizers[number]).__name__}{f' {number + 1}' * (len(self.optimizers) > 1)}"
             warn(
                 f"step {self._taken} of {which} was {compared(ratio)} the one that the Monitor measured, so its advice "
-                "is about another: gradients, or learning rates, were changed after it had measured. With a gradient "
+                "is about another: gradients, rates or weights were changed after it had measured. With a gradient "
                 "scaler, call scaler.unscale_(optimizer) for every optimizer before it measures, which is in "
-                "monitor.step(), or attached when the first of them steps; clip, and set rates, before that, too"
+                "monitor.step(), or attached when the first of them steps; clip, set rates and, with SAM, put weights "
+                "back before that, too"
             )
 
     # Resuming ---------------------------------------------------------------------------------------------------------
