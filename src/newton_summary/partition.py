@@ -403,7 +403,7 @@ class Partition:
         real ones.
         """
         return self.sums(
-            None if a is None else _product(a, b) if isinstance(label, Tensor) else _partial_sums(a, b)
+            None if a is None else products(a, b) if isinstance(label, Tensor) else _partial_sums(a, b)
             for label, a, b in zip(self.labels, left, right, strict=True)
         )
 
@@ -549,7 +549,8 @@ def kind_of(name: str, parameter: Tensor) -> str:
     return "weights" if parameter.dim() >= 2 else "others"
 
 
-def _product(a: Tensor, b: Tensor) -> Tensor:
+def products(a: Tensor, b: Tensor) -> Tensor:
+    """What sums to the inner product of two tensors; complex numbers count as pairs of real ones."""
     a, b = (t.to(torch.promote_types(t.dtype, torch.float32)) for t in (a, b))  # half precision has few numbers
     return (a.conj() * b).real if a.is_complex() or b.is_complex() else a * b
 
@@ -563,9 +564,9 @@ def _partial_sums(a: Tensor, b: Tensor) -> Tensor:
         type(t) in (Tensor, nn.Parameter) and t.layout is torch.strided and not t.requires_grad for t in (a, b)
     )
     if not is_plain or a.device.type != "cpu" or a.numel() <= 2 * PIECE:
-        return _product(a, b)
+        return products(a, b)
     pairs = zip(a.reshape(-1).split(PIECE), b.reshape(-1).split(PIECE), strict=True)
-    return torch.stack([_product(x, y).sum(dtype=torch.float64) for x, y in pairs])
+    return torch.stack([products(x, y).sum(dtype=torch.float64) for x, y in pairs])
 
 
 def _gather(pairs: Iterable[tuple[str, str]]) -> dict[str, list[str]]:

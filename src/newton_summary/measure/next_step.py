@@ -13,6 +13,9 @@ from torch import Tensor, nn
 from newton_summary.measure.loss import preserved_randomness
 from newton_summary.measure.together import OneOrSeveral, members_of, take_step, together
 
+OF_SCHEDULES = ("initial_lr", "max_lr", "min_lr")
+"""The rates that schedulers keep in parameter groups: OneCycleLR goes by all, made anew with last_epoch, too."""
+
 
 def next_step(optimizer: OneOrSeveral, parameters: Sequence[nn.Parameter]) -> list[Tensor]:
     """The step that an optimizer would take now, u = θ − θ', without taking it.

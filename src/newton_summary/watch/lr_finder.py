@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from newton_summary._checks import check_count
 from newton_summary._html import Cell, aligned, table
 from newton_summary.measure import Engine, Loss, LossFunction, resolve_engine
-from newton_summary.measure.next_step import check_needs_no_closure, next_step, rates_held
+from newton_summary.measure.next_step import OF_SCHEDULES, check_needs_no_closure, next_step, rates_held
 from newton_summary.measure.stream import BatchStream, is_sized
 from newton_summary.measure.together import OneOrSeveral, members_of, together
 from newton_summary.optim import MeasuredOptimizer
@@ -33,7 +33,7 @@ _TRIAL = 1 / 100  # of the training, which is the length of a trial: some six or
 _SHORTEST, _LONGEST = 8, 120  # of trials, in steps
 _SURER = 50  # steps of a trial, below which suggestions of some trainings are far too long
 _NORMAL = 1.4826  # the standard deviation of a normal distribution in its median deviations
-_OF_OTHERS = {"param_names", "initial_lr", "max_lr", "min_lr"}  # names of another grouping, and what schedulers keep
+_OF_OTHERS = {"param_names", *OF_SCHEDULES}  # names of another grouping, and rates of another training
 _LEFT_OUT = "not suggested"  # the name of groups of what the partition leaves out
 _HORIZON = 1 / 4  # the power of the length of a training with which its best constant rate falls
 

@@ -22,11 +22,11 @@ from torch import Tensor
 from newton_summary._checks import check_count
 from newton_summary._html import Cell, aligned, table
 from newton_summary.measure import Loss
-from newton_summary.measure.next_step import rates_held
+from newton_summary.measure.next_step import OF_SCHEDULES, rates_held
 from newton_summary.measure.stream import BatchStream, is_sized
 from newton_summary.measure.together import OneOrSeveral, together
 from newton_summary.parallel.sharding import UNSHARDED, check_whole
-from newton_summary.partition import Partition
+from newton_summary.partition import Partition, products
 from newton_summary.watch.rate_search import FACTOR, Levels, Outcome, Trial, confirmed, follow
 from newton_summary.watch.rehearsal import rehearsal
 
@@ -35,9 +35,6 @@ SHORTEST = 8
 
 HELD_OUT = 20
 """Batches, beyond those of the training, that the average of the weights is judged on."""
-
-_RATES = {"lr", "initial_lr", "max_lr", "min_lr"}
-"""What of a parameter group is a learning rate: OneCycleLR goes by its last three, made anew with last_epoch, too."""
 
 _HEADER = ("group", "learning rate", "factor", "advised")
 
@@ -125,7 +122,7 @@ class RehearsedAdvice:
                 stacklevel=2,
             )
         for group, factor in zip(param_groups, factors, strict=True):
-            for key in _RATES & group.keys() if factor != 1 else ():
+            for key in {"lr", *OF_SCHEDULES} & group.keys() if factor != 1 else ():
                 if isinstance(group[key], Tensor):
                     group[key].mul_(factor)  # a captured graph reads it where it is
                 else:
@@ -351,8 +348,7 @@ def _wide(tensor: Tensor) -> Tensor:
 
 
 def _dot(a: Tensor, b: Tensor) -> Tensor:
-    product = (a.conj() * b).real if a.is_complex() else a * b
-    return product.sum(dtype=torch.float64)
+    return products(a, b).sum(dtype=torch.float64)
 
 
 def _rates_of(optimizer: torch.optim.Optimizer, partition: Partition) -> dict[Tensor, float]:

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from newton_summary.parallel.sharding import local
+from newton_summary.partition import products
 
 _ANOTHER = 3.0
 """A step that is this many times longer or shorter than the one measured is another one."""
@@ -88,6 +89,5 @@ def _along(pairs: _Pairs) -> tuple[float, float]:
 
 
 def _products(a: Tensor, b: Tensor) -> Tensor:
-    """Those of the entries; of complex numbers the real parts."""
-    a, b = local(a.detach()), local(b.detach())
-    return (a.conj() * b).real if a.is_complex() else a * b
+    """Those of the entries that this process has."""
+    return products(local(a.detach()), local(b.detach()))
