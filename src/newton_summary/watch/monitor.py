@@ -42,6 +42,7 @@ from newton_summary.watch.step_taken import StepTaken, compared
 logger = logging.getLogger(__name__)
 
 _PATIENCE = 3  # failures in a row: one may be a batch's, or that of a moment without memory
+_ANOTHER_STEP = "another step"  # than was measured, which is warned of
 
 
 class Monitor:
@@ -179,8 +180,7 @@ class Monitor:
         self.records: deque[Record] = deque(maxlen=history)
         self.counts = Counter({"measured": 0, "failed": 0})
         self._errors = 0  # in a row
-        self._told_of_no_gradients = self._told_of_another_step = False
-        self._told_of_silence = False
+        self._told: set[str] = set()  # what was warned of
         self._unheard = 0  # measurements since the last step, but the first
         self._loss = Loss(loss_fn, model)
         self._frozen = Frozen(self._loss.model, "measured by this Monitor")
@@ -298,23 +298,27 @@ class Monitor:
         return any(p.grad is not None for group in self.optimizer.param_groups for p in group["params"])
 
     def _warn_of_no_gradients(self) -> None:
-        if not self._told_of_no_gradients:
-            self._told_of_no_gradients = True
-            warn(
-                f"the Monitor measured nothing before step {self._taken + 1}, for there are no gradients: call "
-                "backward() before monitor.step()"
-            )
+        self._warn_once(
+            "no gradients",
+            f"the Monitor measured nothing before step {self._taken + 1}, for there are no gradients: call "
+            "backward() before monitor.step()",
+        )
+
+    def _warn_once(self, of: str, message: str) -> None:
+        if of not in self._told:
+            self._told.add(of)
+            warn(message)
 
     def _hears_of_steps(self) -> bool:
         """Whether some optimizer may step yet: not where it has measured several times since the last one did."""
         self._unheard += 1
-        if self._unheard == _PATIENCE and not self._told_of_silence:
-            self._told_of_silence = True
+        if self._unheard == _PATIENCE:
             names = " or ".join(dict.fromkeys(type(member).__name__ for member in self.optimizers))
-            warn(
+            self._warn_once(
+                "silence",
                 f"the Monitor has measured {_PATIENCE} times since a step of {names}: call monitor.step() once for "
                 "each step, after the last backward() where gradients are accumulated, and give the Monitor the "
-                "optimizer that takes the steps"
+                "optimizer that takes the steps",
             )
         return self._unheard < _PATIENCE
 
@@ -497,7 +501,7 @@ class Monitor:
         """
         moving = torch.nan_to_num(rates)
         moving[self._frozen_groups()] = 0.0
-        stood_still = [bool(((moving != 0) & (then.nan_to_num() == 0)).any()) for _, then in self._window]
+        stood_still = [bool(((moving != 0) & (then == 0)).any()) for _, then in self._window]
         kept = [entry for entry, still in zip(self._window, stood_still, strict=True) if not still]
         self._window.clear()
         self._window.extend([*kept, *((part, moving) for part in parts)])
@@ -578,7 +582,7 @@ class Monitor:
         others: Sequence[tuple[int, float]] = ()
         weights, losses, error = [part.weight for part in waiting.own], [], None
         try:
-            if not self._told_of_another_step:
+            if _ANOTHER_STEP not in self._told:
                 others = waiting.step.others()
             for batch in waiting.batches:
                 with measurable(self._loss.model, self.partition, []), self._loss.undisturbed():
@@ -600,14 +604,14 @@ class Monitor:
     def _warn_of_another_step(self, others: Sequence[tuple[int, float]]) -> None:
         """Says, once, which optimizer has not taken the step that was measured, if one has not."""
         for number, ratio in others[:1]:
-            self._told_of_another_step = True
             which = f"{type(self.optimizers[number]).__name__}{f' {number + 1}' * (len(self.optimizers) > 1)}"
-            warn(
+            self._warn_once(
+                _ANOTHER_STEP,
                 f"step {self._taken} of {which} was {compared(ratio)} the one that the Monitor measured, so its advice "
                 "is about another: gradients, rates or weights were changed after it had measured. With a gradient "
                 "scaler, call scaler.unscale_(optimizer) for every optimizer before it measures, which is in "
                 "monitor.step(), or attached when the first of them steps; clip, set rates and, with SAM, put weights "
-                "back before that, too"
+                "back before that, too",
             )
 
     # Resuming ---------------------------------------------------------------------------------------------------------
