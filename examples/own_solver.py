@@ -40,7 +40,7 @@ def decrease(summary, sizes):
 try:
     check_solver(safe, decrease)
 except AssertionError as error:
-    print(str(error).partition("[")[0])
+    print(str(error).partition("[")[0] + "another one")
 
 
 # %%

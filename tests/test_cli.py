@@ -2,7 +2,10 @@
 
 import dataclasses
 import json
+import os
 import signal
+import subprocess
+import sys
 from importlib.metadata import entry_points
 
 import pytest
@@ -76,6 +79,26 @@ def test_help_is_there(command, run):
     assert code == 0
     assert "Exit codes" in out
     assert "130" in out
+
+
+def test_letters_that_the_output_lacks_end_nothing():
+    told = subprocess.run(
+        [sys.executable, "-m", "newton_summary.cli", "interactions", "--help"],
+        env={**os.environ, "PYTHONIOENCODING": "ascii"},
+        capture_output=True,
+        check=True,
+    )
+    assert b"over the training set" in told.stdout
+
+
+def test_nobody_reading_the_output_is_no_error():
+    reading, writing = os.pipe()
+    os.close(reading)
+    command = [sys.executable, "-m", "newton_summary.cli", "data", "digits"]
+    told = subprocess.run(command, stdout=writing, stderr=subprocess.PIPE, check=False)
+    os.close(writing)
+    assert told.returncode == cli.UNREAD
+    assert not told.stderr
 
 
 # train ----------------------------------------------------------------------------------------------------------------
@@ -157,6 +180,9 @@ MISTAKES = {
     "train": "name a task: digits",
     "train tiny --optimizer lion": "unknown optimizer 'lion': choose one of adam, sgd, kfac, newton-summary",
     "train tiny --lr 0": "learning rate must be above 0",
+    "train tiny --optimizer kfac --set damping=-1": "damping must be a number that is not negative, got -1.0",
+    "train tiny --optimizer kfac --set damping=0": "damping must be above 0",
+    "train tiny --optimizer newton-summary-paper --set regularization=nan": "regularization must be a number",
     "train tiny --epochs 0": "epochs must be at least 1",
     "train tiny --threads 0": "must be a number, at least 1, got '0'",
     "train --resume nowhere": "there is no run in nowhere",
@@ -172,10 +198,14 @@ MISTAKES = {
     "compare --resume run": "there is no comparison in run",
     "interactions": "TASK",
     "interactions nothing": "unknown task",
+    "interactions mlp-mnist --run run": "holds a run of task 'tiny', not 'mlp-mnist'",
     "interactions digits --run run": "holds a run of task 'tiny', not 'digits'",
     "interactions tiny --run nowhere": "there is no run in nowhere",
     "data nothing": "unknown task",
     "data mlp-mnist --data nowhere": "nowhere/mnist.npz",
+    "search mlp-mnist --optimizers lion": "'lion' is no optimizer of the paper's experiments here: choose from adam",
+    "figures --again lion": "'lion' is no optimizer",
+    "figures --again adam --draw-only": "leave out --draw-only",
     "fly": "invalid choice",
 }
 
@@ -195,7 +225,6 @@ def test_mistakes_are_explained_and_nothing_is_lost(line, run, workplace):
 
 
 def test_a_missing_extra_is_named(run, monkeypatch):
-    import sys
 
     for name in list(sys.modules):
         if name.startswith(("newton_summary.plots", "newton_summary_experiments.figures")):

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import argparse
+import io
+import os
 import sys
 from collections.abc import Callable, Sequence
 from importlib.metadata import entry_points
@@ -17,6 +19,9 @@ _EPILOG = "Exit codes: 0 done, 1 the run diverged, 2 a mistake that the message 
 
 INTERRUPTED = 130
 """The exit code after Ctrl-C."""
+
+UNREAD = 141
+"""The exit code where nobody reads the output any more, as a shell has it of commands that this ends."""
 
 GROUP = "newton_summary.commands"
 """The entry points of packages that add commands: each is a function ``add(commands)`` of the subparsers."""
@@ -35,6 +40,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         The exit code.
     """
     arguments = sys.argv[1:] if arguments is None else arguments
+    _print_what_can_be()
     parser, known = _parser()
     if arguments and arguments[0] in _ELSEWHERE and arguments[0] not in known:
         print(
@@ -46,13 +52,18 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     command: Callable[[argparse.Namespace], int] = options.command
     try:
-        return command(options)
+        code = command(options)
+        sys.stdout.flush()
+        return code
     except (UsageError, ImportError) as error:
         print(f"newton-summary: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print("newton-summary: interrupted", file=sys.stderr)
         return INTERRUPTED
+    except BrokenPipeError:  # whoever read the output, such as head, has gone
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or Python complains once more at its end
+        return UNREAD
 
 
 def add_command(
@@ -71,6 +82,13 @@ def add_command(
     return command
 
 
+def _print_what_can_be() -> None:
+    """A stream that lacks a letter, such as the bar of H̄ in a pipe of Windows, gets a question mark, and no error."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="replace")
+
+
 def tell_paths(paths: Sequence[Path]) -> None:
     """Says what was written."""
     print("wrote")
@@ -82,7 +100,7 @@ def _parser() -> tuple[argparse.ArgumentParser, set[str]]:
     """The parser, and the names of its commands."""
     parser = argparse.ArgumentParser(
         prog="newton-summary",
-        description="Train networks with one measured learning rate for every group of parameters.",
+        description="How the layers of a network interact in its loss, a rate for each, and training by them.",
         epilog=_EPILOG,
     )
     commands = parser.add_subparsers(required=True, metavar="COMMAND")

@@ -90,12 +90,12 @@ def _interactions(options: argparse.Namespace) -> int:
     state = files.load_checkpoint(options.run) if options.run else None
     budget = options.budget or ("full" if state is None else state["config"].get("budget", "full"))
     task = get_task(options.task, budget, state is not None and state["config"].get("ntk", False))
+    if state is not None and state["config"]["task"] != task.name:
+        raise UsageError(f"{options.run} holds a run of task {state['config']['task']!r}, not {task.name!r}")
     _set_threads(options.threads or task.threads)
     data = _read(task, options)
     model, when = task.make_model(options.seed), f"at initialisation, seed {options.seed}"
     if state is not None:
-        if state["config"]["task"] != task.name:
-            raise UsageError(f"{options.run} holds a run of task {state['config']['task']!r}, not {task.name!r}")
         model.load_state_dict(state["model"])
         when = f"after {len(state['rows']) - 1} epochs of {state['config']['optimizer']}"
     folder = _new_folder(options.out, f"interactions-{task.name}")
@@ -111,9 +111,10 @@ def _search(options: argparse.Namespace) -> int:
     from newton_summary_experiments import paper
     from newton_summary_experiments.reproduction import SEARCHED
 
+    chosen = _of_these(options.optimizers, SEARCHED) or SEARCHED
     torch.set_num_threads(options.threads or 1)
     study = _study(options, options.tasks)
-    for name in options.optimizers or SEARCHED:
+    for name in chosen:
         paper.search_all(study, [name], options.workers)
         for task in study.tasks:
             found = study.searches[task, name]
@@ -125,12 +126,15 @@ def _search(options: argparse.Namespace) -> int:
 
 
 def _figures(options: argparse.Namespace) -> int:
-    from newton_summary_experiments import paper
+    from newton_summary_experiments import paper, reproduction
 
+    again = _of_these(options.again, reproduction.OPTIMIZERS)
+    if again and options.draw_only:
+        raise UsageError("--again deletes runs so that they are run once more: leave out --draw-only")
     torch.set_num_threads(options.threads or 1)
     study = _study(options, options.tasks)
     images = options.images or study.folder / "figures"
-    tell_paths(paper.reproduce(study, images, options.page, options.again or (), options.draw_only))
+    tell_paths(paper.reproduce(study, images, options.page, again, options.draw_only))
     return 0
 
 
@@ -209,6 +213,16 @@ def _required_task(options: argparse.Namespace) -> str:
     if options.task is None:
         raise UsageError(f"name a task: {', '.join(TASKS)}; or a run to go on with: --resume RUN")
     return str(options.task)
+
+
+def _of_these(given: Sequence[str] | None, known: Sequence[str]) -> tuple[str, ...]:
+    """The optimizers that the user names, each of which must be among those that the paper's experiments have."""
+    for name in given or ():
+        if name not in known:
+            raise UsageError(
+                f"{name!r} is no optimizer of the paper's experiments here: choose from {', '.join(known)}"
+            )
+    return tuple(given or ())
 
 
 def _new_folder(wanted: Path | None, name: str) -> Path:

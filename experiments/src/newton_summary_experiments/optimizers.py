@@ -90,6 +90,8 @@ def _kfac(setting: Setting) -> torch.optim.Optimizer:
         raise UsageError(f"kfac is for the cross-entropy of a classifier; task {setting.task.name} has another loss")
     if setting.task.ntk:
         raise UsageError("kfac does not know layers with a scale: leave out --ntk")
+    if setting.options["damping"] == 0:
+        raise UsageError("kfac inverts matrices that may be singular: damping must be above 0")
     return KFAC(setting.model, setting.lr, setting.options["damping"], setting.task.batch_size, setting.seed)
 
 

@@ -45,6 +45,9 @@ class Config:
             raise UsageError(f"the number of epochs must be at least 1, got {self.epochs}")
         if self.seed < 0:
             raise UsageError(f"the seed must be at least 0, got {self.seed}")
+        for name, value in self.options.items():
+            if not (math.isfinite(value) and value >= 0):
+                raise UsageError(f"{name} must be a number that is not negative, got {value}")
 
 
 @dataclass(frozen=True)
