@@ -621,6 +621,45 @@ def test_a_loop_that_skips_backward_goes_on() -> None:
     assert [record.step for record in monitor.records] == [0, 2, 4, 5]
 
 
+@pytest.mark.parametrize("to_none", [True, False])
+def test_measured_after_the_step_it_says_where_to_measure(to_none: bool) -> None:
+    model, batches = make_model(), make_batches()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+
+    def loop(monitor: ns.Monitor, late: bool) -> None:
+        for t, batch in enumerate(batches):
+            optimizer.zero_grad(set_to_none=to_none)
+            loss_fn(model, batch).backward()
+            if not late and t > 1:  # the first steps are not watched
+                monitor.step(batch)
+            optimizer.step()
+            if late:
+                monitor.step(batch)
+
+    loop(ns.Monitor(model, loss_fn, optimizer=optimizer, every=3), late=False)
+    monitor = ns.Monitor(model, loss_fn, optimizer=optimizer, every=3)
+    with pytest.warns(UserWarning, match=r"step 3 has used already: call monitor\.step\(\) between") as caught:
+        loop(monitor, late=True)
+    assert len(caught) == 1
+
+
+def test_gradients_of_another_optimizer_that_waits_are_not_called_used() -> None:
+    model, batches = make_model(), make_batches()
+    first, second = (torch.optim.SGD(model[i].parameters(), lr=0.1) for i in (0, -1))
+    monitor = ns.Monitor(model, loss_fn, optimizer=[first, second], every=1)
+    loss_fn(model, batches[0]).backward()
+    first.step()
+    for batch in batches:  # the gradients of the first one stay what they were
+        second.zero_grad()
+        for p, gradient in zip(
+            model[-1].parameters(), torch.autograd.grad(loss_fn(model, batch), model[-1].parameters()), strict=True
+        ):
+            p.grad = gradient
+        monitor.step(batch)
+        second.step()
+    assert monitor.counts["measured"] > 1
+
+
 def test_a_path_that_takes_no_records_is_refused_when_the_monitor_is_made(tmp_path, monkeypatch) -> None:
     model = make_model()
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)

@@ -1017,7 +1017,9 @@ def test_a_parameter_that_comes_later_is_named() -> None:
     steps(1)
     model[0].extra = nn.Linear(2, 2).double().requires_grad_(False)
     model[0].bias = nn.Parameter(torch.zeros(3, dtype=torch.float64))
-    with pytest.warns(UserWarning, match="'0.bias'.*did not have it when that was made; make a new one") as caught:
+    with pytest.warns(
+        UserWarning, match="'0.bias'.*it was not in the model when that was made; make a new one"
+    ) as caught:
         steps(10)
     found = {str(w.message).split(" is not ")[1].split(":")[0] for w in caught}
     assert found == {"measured by this Monitor", "trained by this optimizer"}
@@ -1027,6 +1029,10 @@ def test_a_parameter_that_comes_later_is_named() -> None:
     with pytest.warns(UserWarning, match="'0.extra.weight'.*: it was frozen when that was made") as caught:
         steps(1)
     assert len(caught) == 2
+    model[0].more = nn.ParameterList(torch.zeros(2, dtype=torch.float64) for _ in range(3))
+    with pytest.warns(UserWarning, match=r"'0.more.0'.* and 2 more are not .*: they were not in the model") as caught:
+        steps(10)
+    assert len(caught) == 2  # and not one for each
     twin_model, twin = copy.deepcopy((model, optimizer))
     twin.zero_grad()
     squared_error(twin_model, batches[0]).backward()

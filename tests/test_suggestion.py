@@ -463,6 +463,10 @@ def test_misuse_is_refused() -> None:
         ns.suggest_rates(loss_fn, model, [], adam)
     with pytest.raises(ValueError, match="not finite"):
         ns.suggest_rates(loss_fn, model, [(make_data()[0] * math.nan, make_data()[1])], adam)
+    spoiled = make_batches()
+    spoiled[3] = (spoiled[3][0] * math.nan, spoiled[3][1])
+    with pytest.raises(ValueError, match=r"not finite on \d of \d batches: look for it in the data$"):
+        ns.suggest_rates(loss_fn, model, spoiled, adam)
     ns.suggest_rates(loss_fn, model, iter(make_batches()), adam, steps=4)  # a one-shot iterator is kept
 
 

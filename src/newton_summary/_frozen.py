@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 from torch import nn
 
 from newton_summary._warned import warn
@@ -36,24 +38,29 @@ class Frozen:
     def warn(self) -> None:
         """Says, once, which of those that were frozen take gradients now."""
         found = [name for name, p in self._parameters.items() if p.requires_grad]
-        for name in found:
-            self._say(name, self._parameters.pop(name), "it was frozen when that was made")
+        self._say({name: self._parameters.pop(name) for name in found}, "frozen when that was made")
 
     def warn_of_new(self) -> None:
         """Says, once, which parameters the model has got, too; this goes through the model, and takes a while."""
         self.warn()
         known = {id(p) for p in self._known}
+        new = {}
         for name, p in self._model.named_parameters():
             if id(p) in known:
                 continue
             self._known.append(p)
             if p.requires_grad:
-                self._say(name, p, "the model did not have it when that was made")
+                new[name] = p
             else:
                 self._parameters[name] = p
+        self._say(new, "not in the model when that was made")
 
-    def _say(self, name: str, parameter: nn.Parameter, why: str) -> None:
-        warn(
-            f"parameter {name!r}, of shape {tuple(parameter.shape)}, is not {self.who}: {why}; make a new one to take "
-            "it in"
-        )
+    def _say(self, found: Mapping[str, nn.Parameter], why: str) -> None:
+        """One warning for all that are found at once, as where the body of a network thaws."""
+        for name, parameter in list(found.items())[:1]:
+            more = f" and {len(found) - 1} more are" if len(found) > 1 else " is"
+            it, was = ("them", "they were") if len(found) > 1 else ("it", "it was")
+            warn(
+                f"parameter {name!r}, of shape {tuple(parameter.shape)},{more} not {self.who}: {was} {why}; make a new "
+                f"one to take {it} in"
+            )

@@ -246,7 +246,9 @@ def search(run: Callable[[float], Tensor]) -> tuple[float, dict[float, float]]:
         best += stride
     lowest = best = min((best, best + 1, best - 1), key=at)
     if math.isinf(at(lowest)):
-        raise ValueError("every trial diverged: the loss is not finite on these batches")
+        raise ValueError(
+            "every trial diverged: the loss is not finite on some of these batches at any rate; look for it in them"
+        )
     while best < 2 * _MOST_DOUBLINGS and math.isfinite(at(best + 1)) and is_as_good(losses[best + 1], losses[lowest]):
         best += 1
     return 2 ** (best / 2), {2 ** (half / 2): at(half) for half in sorted(losses)}
@@ -279,12 +281,14 @@ class _Trials:
             trained.backward(stream.next(device))
             along = next_step(trained.optimizer, self.partition.parameters)
             others = (stream.next(device) for _ in range(_MEASURED))
-            summary = Summary.mean(
-                [engine.measure(self.loss, batch, self.partition, along, 3, "diagonal").cpu() for batch in others]
+            parts = [engine.measure(self.loss, batch, self.partition, along, 3, "diagonal").cpu() for batch in others]
+        failed = sum(not part.is_finite() for part in parts)
+        if failed:
+            raise ValueError(
+                f"the loss or its derivatives are not finite on {failed} of {len(parts)} batches: look for it in the "
+                f"data{' or the model' * (failed == len(parts))}"
             )
-        if not summary.is_finite():
-            raise ValueError("the loss or its derivatives are not finite: look for it in the data or the model")
-        return summary
+        return Summary.mean(parts)
 
     def run(self, rates: list[float], steps: int) -> Tensor:
         """The losses of the second half of a short training; infinite where it diverged."""

@@ -37,7 +37,7 @@ from newton_summary.watch.output import Output, Writer, check_path, check_writer
 from newton_summary.watch.progress import Progress
 from newton_summary.watch.record import Record
 from newton_summary.watch.rehearsed_advice import RehearsedAdvice, rehearse
-from newton_summary.watch.step_taken import StepTaken, compared
+from newton_summary.watch.step_taken import StepTaken, UsedGradients, compared
 
 logger = logging.getLogger(__name__)
 
@@ -197,6 +197,7 @@ class Monitor:
         self._taken = 0
         self._stepped: set[int] = set()  # which of several optimizers have stepped in this round
         self._awaiting: Measured | None = None
+        self._used = UsedGradients()
         self._hooks = [member.register_step_pre_hook(self._before_step) for member in self.optimizers]
         self._hooks += [member.register_step_post_hook(self._after_step) for member in self.optimizers]
         self._attached: list[RemovableHandle] = []
@@ -225,6 +226,12 @@ class Monitor:
         if not self._has_gradients():
             self._warn_of_no_gradients()
             return None
+        if not self.counts["measured"] and self._used.are_all_of(self.optimizer):
+            self._warn_once(
+                "used gradients",
+                f"the Monitor measures along gradients that step {self._taken} has used already: call monitor.step() "
+                "between backward() and optimizer.step()",
+            )
         if self._awaiting is not None and not self._hears_of_steps():
             return None
         return self._attempt(lambda: [batch])
@@ -561,6 +568,8 @@ class Monitor:
 
     def _after_step(self, optimizer: torch.optim.Optimizer, *_: Any) -> None:
         self._stepped.add(id(optimizer))
+        if not self.counts["measured"]:  # what is known of the first measurement holds for a loop
+            self._used.note(self.optimizer)
         if len(self._stepped) == len(self.optimizers):
             self._end_of_step()
 
