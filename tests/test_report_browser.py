@@ -196,6 +196,8 @@ def test_a_narrow_screen_scrolls_tables_not_the_page(browser, page, tmp_path):
     for path in (page[0], made, log):
         show(browser, path, width=380)
         assert browser.execute_script("return document.documentElement.scrollWidth") <= 380
+    letters = "return document.querySelector('.factors text').getBoundingClientRect().height"
+    assert browser.execute_script(letters) > 9  # of the last page
 
 
 def test_a_monitors_page_shows_its_last_measurement_and_the_others_by_the_slider(browser, tmp_path):

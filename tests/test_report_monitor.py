@@ -281,6 +281,14 @@ def test_the_command_writes_beside_the_file(run, tmp_path, capsys) -> None:
     assert write(path, tmp_path / "other.html", 1) == tmp_path / "other.html"
 
 
+def test_a_file_of_records_is_not_overwritten_by_its_page(run, tmp_path) -> None:
+    path = tmp_path / "run.html"
+    path.write_text(run[1].read_text())
+    with pytest.raises(UsageError, match=r"would take the place of .*choose another one with --out"):
+        write(path)
+    assert path.read_text() == run[1].read_text()
+
+
 # The same words elsewhere ---------------------------------------------------------------------------------------------
 
 

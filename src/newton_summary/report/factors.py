@@ -6,7 +6,7 @@ import math
 from collections.abc import Sequence
 
 from newton_summary.report.charts import Scale
-from newton_summary.report.text import escape, number, times
+from newton_summary.report.text import escape, number, scrolling, times
 from newton_summary.watch.record import Record
 from newton_summary.watch.words import DISTINCT, tells
 
@@ -17,6 +17,7 @@ _LETTER = 6.9  # the width of a letter of a label
 _LONGEST = 44
 _MOST_DECADES = 6.0  # that the axis spans: what lies beyond is drawn at its ends
 _MOST = 60
+_LEAST_SCALE = 0.75  # below which names cannot be read: a narrow screen scrolls
 
 
 def picture(record: Record) -> str:
@@ -46,10 +47,14 @@ def picture(record: Record) -> str:
     ]
     told = "; ".join(f"{record.names[row]}: {times(record.alone[row])}" for row in rows)
     left = f'<p class="note">The {len(rows)} groups that differ most, of {len(record.names)}.</p>'
+    style = f"max-width:{width:.0f}px;min-width:{_LEAST_SCALE * width:.0f}px"
+    drawn = (
+        f'<svg viewBox="0 0 {width:.0f} {height}" style="{style}" role="img" aria-label="{escape(told)}">'
+        f"{''.join(marks)}</svg>"
+    )
     return (
         '<figure class="chart factors"><figcaption>Factor on each group&#x27;s learning rate, all others standing '
-        f'still</figcaption><svg viewBox="0 0 {width:.0f} {height}" style="max-width:{width:.0f}px" role="img" '
-        f'aria-label="{escape(told)}">{"".join(marks)}</svg>{left if len(rows) < len(record.names) else ""}</figure>'
+        f"still</figcaption>{scrolling('Factors', drawn)}{left if len(rows) < len(record.names) else ''}</figure>"
     )
 
 

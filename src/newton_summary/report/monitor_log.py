@@ -97,7 +97,9 @@ def _entry(path: Path, number: int, line: str) -> Entry:
     try:
         values = json.loads(line)
     except ValueError as error:
-        raise UsageError(f"{path}, line {number} is not JSON ({error}): take the line out") from error
+        raise UsageError(
+            f"{path}, line {number} is not JSON ({error}): take the line out, or name the file of Monitor(path=…)"
+        ) from error
     try:
         if not isinstance(values, dict):
             raise TypeError(f"a record was expected, not a {type(values).__name__}")

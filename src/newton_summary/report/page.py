@@ -43,8 +43,11 @@ def write(run: Path, path: Path | None = None, number: int | None = None) -> Pat
     else:
         folder = run.parent if run.is_file() else run
         content, place = render(read(folder)), folder / "report.html"
-    write_text(path or place, content)
-    return path or place
+    place = path or place
+    if place.exists() and run.is_file() and place.samefile(run):
+        raise UsageError(f"the page would take the place of {run}: choose another one with --out")
+    write_text(place, content)
+    return place
 
 
 def render_log(log: MonitorLog) -> str:
