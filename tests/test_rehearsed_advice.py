@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import itertools
 import json
 import math
 import warnings
@@ -461,6 +462,21 @@ def test_tables_and_dictionaries() -> None:
         advice.words = "others"
 
 
+def test_of_batches_without_an_end_some_are_read() -> None:
+    read, model = [], make_model()
+
+    def forever():
+        for batch in itertools.cycle(make_batches()):
+            read.append(None)
+            assert len(read) <= 3 * 8 + 2 * HELD_OUT
+            yield batch
+
+    optimizer = torch.optim.SGD(model.parameters(), lr=1e-3)
+    monitor = ns.Monitor(model, loss_fn, optimizer=optimizer, partition="trivial")
+    assert monitor.rehearse(forever(), steps=8).trials
+    assert len(read) > 8 + HELD_OUT
+
+
 def test_misuse_is_refused() -> None:
     model, batches = make_model(), make_batches()
     adam = torch.optim.Adam(model.parameters(), lr=1e-3)
@@ -472,7 +488,7 @@ def test_misuse_is_refused() -> None:
     with pytest.raises(ValueError, match="empty"):
         monitor.rehearse([])
     detached = ns.Monitor(model, lambda m, b: loss_fn(m, b).detach(), optimizer=adam)
-    with pytest.raises(ValueError, match="the loss does not depend on the parameters"):
+    with pytest.raises(ValueError, match=r"the loss does not depend on the parameters: .* neither detach it nor"):
         detached.rehearse(batches)
     split = ns.Monitor(model, loss_fn, optimizer=adam, partition="discrete")
     with pytest.raises(ValueError, match=r"'0.weight', of shape \(8, 5\), is split between groups"):

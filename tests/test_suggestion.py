@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import itertools
 import math
 import re
 import warnings
@@ -424,6 +425,23 @@ def test_an_argument_that_is_refused_is_called_by_its_name() -> None:
     model = make_model()
     with pytest.raises(ValueError, match=r"^batches is empty"):
         ns.suggest_rates(loss_fn, model, [], torch.optim.Adam(model.parameters(), lr=1e-3), steps=4)
+
+
+def test_of_batches_without_an_end_some_are_read() -> None:
+    read = []
+
+    def forever():
+        for batch in itertools.cycle(make_batches()):
+            read.append(None)
+            assert len(read) <= 120
+            yield batch
+
+    model = make_model()
+    suggested = ns.suggest_rates(loss_fn, model, forever(), torch.optim.Adam(model.parameters()))
+    assert suggested.steps == 1000
+    read.clear()
+    ns.suggest_rates(loss_fn, model, forever(), torch.optim.Adam(model.parameters()), trial_steps=8)
+    assert len(read) == 8
 
 
 def test_the_table_is_readable() -> None:

@@ -400,5 +400,6 @@ def check_dependence(gradients: Iterable[Tensor | None]) -> None:
     """Raises where a loss has no gradient: ``None`` for every parameter."""
     if all(gradient is None for gradient in gradients):
         raise ValueError(
-            "the loss does not depend on the parameters: compute it with the model that the loss function is given"
+            "the loss does not depend on the parameters: compute it with the model that the loss function is given, "
+            "and neither detach it nor switch gradients off"
         )

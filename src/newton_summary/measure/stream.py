@@ -6,6 +6,7 @@ import contextlib
 import copy
 import random
 from collections.abc import Callable, Iterable, Iterator, Sized
+from itertools import islice
 from typing import Any, TypeGuard, cast
 
 import numpy as np
@@ -270,6 +271,11 @@ def _iterates_its_own_way(loader: DataLoader[Any]) -> bool:
         kind.__module__.partition(".")[0] != "accelerate" and {"__iter__", "_get_iterator"} & vars(kind).keys()
         for kind in above
     )
+
+
+def kept(batches: Iterable[Any], most: int) -> Iterable[Any]:
+    """Batches that can be read over and over: of a one-shot iterator, which may have no end, the first ones."""
+    return list(islice(batches, most)) if isinstance(batches, Iterator) else batches
 
 
 def is_sized(data: Any) -> TypeGuard[Sized]:

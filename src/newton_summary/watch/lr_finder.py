@@ -14,7 +14,7 @@ from newton_summary._checks import check_count
 from newton_summary._html import Cell, aligned, table
 from newton_summary.measure import Engine, Loss, LossFunction, resolve_engine
 from newton_summary.measure.next_step import OF_SCHEDULES, check_needs_no_closure, next_step, rates_held
-from newton_summary.measure.stream import BatchStream, is_sized
+from newton_summary.measure.stream import BatchStream, is_sized, kept
 from newton_summary.measure.together import OneOrSeveral, members_of, together
 from newton_summary.optim import MeasuredOptimizer
 from newton_summary.parallel.sharding import UNSHARDED, check_whole
@@ -131,7 +131,8 @@ def suggest_rates(
     Args:
         loss_fn: ``loss_fn(model, batch)`` gives a scalar, the mean over the batch.
         model: the module that is to be trained, in the mode that it is trained in.
-        batches: training batches: a ``DataLoader`` or a list.  They are read over and over where they are few.
+        batches: training batches: a ``DataLoader`` or a list.  They are read over and over where they are few.  Of a
+            one-shot iterator no more are read than a trial is long.
         optimizer: any ``torch.optim.Optimizer`` over the model's parameters whose ``step()`` needs no closure; or
             several over different parameters, such as Muon for matrices and AdamW for the rest.
         partition: the groups, of whole tensors, or the name of a constructor.  Default: one for each tensor, coarser
@@ -172,9 +173,11 @@ def suggest_rates(
     partition.check_is_of(model)
     check_whole(partition, "suggest_rates()", UNSHARDED)
     before = _rates_of(optimizer, partition)
-    batches = list(batches) if isinstance(batches, Iterator) else batches
+    most = max(trial_steps or _LONGEST, 1 + _MEASURED)
+    is_one_shot, batches = isinstance(batches, Iterator), kept(batches, most)
     count = len(batches) if is_sized(batches) else None
-    training = _length(batches) if steps is None else int(steps)
+    is_cut = is_one_shot and count == most  # and does not tell its length
+    training = int(steps) if steps is not None else _STEPS if is_cut else _length(batches)
     trial = trial_steps or min(max(round(_TRIAL * training), _SHORTEST), _LONGEST, training)
     trials_of = _Trials(Loss(loss_fn, model), optimizer, partition, batches, seed)
     measured = profile(trials_of.measure(resolve_engine(engine)))

@@ -12,7 +12,7 @@ from __future__ import annotations
 import math
 import warnings
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -23,7 +23,7 @@ from newton_summary._checks import check_count
 from newton_summary._html import Cell, aligned, table
 from newton_summary.measure import Loss
 from newton_summary.measure.next_step import OF_SCHEDULES, rates_held
-from newton_summary.measure.stream import BatchStream, is_sized
+from newton_summary.measure.stream import BatchStream, is_sized, kept
 from newton_summary.measure.together import OneOrSeveral, together
 from newton_summary.parallel.sharding import UNSHARDED, check_whole
 from newton_summary.partition import Partition, products
@@ -199,7 +199,7 @@ def rehearse(
         raise ValueError(f"steps must be at least {SHORTEST}, got {steps}: from shorter trials nothing is sure")
     check_whole(partition, "rehearse()", UNSHARDED)
     rates = _rates_of(optimizer, partition)
-    batches = list(batches) if isinstance(batches, Iterator) else batches
+    batches = kept(batches, 3 * steps + 2 * HELD_OUT)  # as many as trials and the confirmation read
     _check_judges(batches, steps)
     stage = _Stage(loss, optimizer, partition, batches, rates, before_step)
     groups = _groups_of(partition, rates)
