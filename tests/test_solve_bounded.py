@@ -14,7 +14,7 @@ from scipy.optimize import lsq_linear, nnls
 from solve_reference import KINDS, Problem, objective, problem
 
 from newton_summary import Summary
-from newton_summary.solve import Status, cubic, decrease, line_search, newton, ridge
+from newton_summary.solve import Status, bounded, cubic, decrease, line_search, newton, ridge
 
 INF = math.inf
 CONVEX = ("definite", "singular", "wide_definite", "all_flat")
@@ -363,6 +363,33 @@ def test_a_step_that_lands_where_the_curvature_is_0_is_not_the_last():
     step = cubic(summary, bounds=([0.0, 0.0, -INF], [1.0, INF, 1.0]))
     assert step.ok
     assert step.sizes.numpy() == pytest.approx([0.0, 0.0, -2 - math.sqrt(6)], rel=1e-12)
+
+
+def test_curvatures_over_twelve_decades_are_solved_as_scipy_has_them():
+    """Newton's steps from a wall bend back into it at once: alone, a thousand of them got nowhere in one case of 15."""
+    rng = np.random.default_rng(0)
+    for _ in range(60):
+        factor = rng.standard_normal((8, 8)) * 10 ** rng.uniform(-6, 0, 8)
+        target = factor.T @ rng.standard_normal(8)
+        step = newton(summary_of(factor @ target, factor @ factor.T), nonnegative=True)
+        assert step.ok
+        expected = target @ target / 2 - nnls(factor.T, target)[1] ** 2 / 2
+        assert step.predicted_decrease == pytest.approx(expected, rel=1e-9)
+
+
+def test_solves_end_when_steps_are_rounding_errors(monkeypatch):
+    """Ever shorter steps were surely downhill, and changed nothing, for a thousand rounds in one solve of twenty."""
+    rounds, find = [], bounded._directions
+    monkeypatch.setattr(bounded, "_directions", lambda *args: rounds.append(args) or find(*args))
+    for seed in range(30):
+        rng = np.random.default_rng(seed)
+        a, third = rng.standard_normal((40, 40)), rng.standard_normal(40)
+        third[::3] = 0
+        summary = summary_of(rng.standard_normal(40), (a + a.T) / math.sqrt(40) + 3 * np.eye(40), third)
+        for how in ({"nonnegative": True}, {"bounds": (-0.5, 0.7)}):
+            rounds.clear()
+            assert cubic(summary, **how).ok
+            assert len(rounds) < 60
 
 
 @pytest.mark.parametrize("decades", [5, 50, 150, 300])

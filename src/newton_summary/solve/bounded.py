@@ -9,8 +9,9 @@ The model may be nonconvex, and finding its global minimiser in a box is then ha
 * lies no higher than the unconstrained solution does after clipping, or after clipping and a line search.
 
 Each step takes the coordinates whose slope does not hold them at a bound, and bends their Newton step along the walls
-of the box (Bertsekas 1982); where curvature is not positive it also tries the lowest eigenvector, both ways.  All
-lengths from the very short to the very long are tried at once, and those at which a wall is met.
+of the box (Bertsekas 1982); so it does with those strictly inside.  Where curvature is not positive it also tries the
+lowest eigenvector, both ways.  All lengths from the very short to the very long are tried at once, and those at which a
+wall is met.
 """
 
 from __future__ import annotations
@@ -19,12 +20,13 @@ from collections.abc import Sized
 from dataclasses import dataclass
 
 import numpy as np
+import torch
 from numpy.typing import ArrayLike
 from torch import Tensor
 
 from newton_summary.solve import secular
 from newton_summary.solve.line_search import best_length
-from newton_summary.solve.linear import Array, backward, cholesky, eigh, equilibrate, forward, rounding
+from newton_summary.solve.linear import EPSILON, Array, backward, cholesky, eigh, equilibrate, forward, rounding
 from newton_summary.solve.model import ACCEPTED_ERROR, Model
 from newton_summary.solve.step import Status, Step
 
@@ -104,7 +106,7 @@ class Box:
 
 def _bound(what: str, value: float | Tensor | ArrayLike, size: int) -> Array:
     if isinstance(value, Tensor):
-        value = value.detach().cpu().numpy()
+        value = value.detach().to("cpu", torch.float64).numpy()
     array = np.asarray(value, dtype=float)
     if array.shape not in ((), (size,)):
         raise ValueError(f"the {what} bound has shape {array.shape}; {size} groups need () or ({size},)")
@@ -180,6 +182,7 @@ def _descend(model: Model, box: Box, x: Array) -> tuple[Array, Status]:
         changes, sizes = model.change(x, points - x), np.abs(points - x)
         terms = sizes @ model.magnitude(x) + np.sum((sizes @ np.abs(model.hessian)) * sizes, axis=1) / 2
         surely = changes < -rounding(len(x)) * terms  # along a flat valley, a long step changes much by rounding
+        surely &= sizes.max(axis=1) > EPSILON * np.abs(x).max()  # shorter ones creep on, round after round
         if not surely.any():
             break
         best = int(np.argmin(np.where(surely, changes, np.inf)))
@@ -188,24 +191,28 @@ def _descend(model: Model, box: Box, x: Array) -> tuple[Array, Status]:
 
 
 def _directions(model: Model, box: Box, x: Array, free: Array) -> list[Array]:
-    """Newton's direction in the free coordinates; where the curvature is not positive, several that may go downhill."""
-    curvature, pull = model.curvature(x), -model.slope(x)
-    block = curvature[np.ix_(free, free)]
+    """Directions in the free coordinates, and in those of them that are strictly inside.
+
+    What is free at a wall may be pushed back into it by the others' steps: without the second kind, steps may zigzag.
+    """
+    inside = free & (x > box.lower) & (x < box.upper)
+    masks = [free, inside] if (inside != free).any() else [free]
+    return [direction for mask in masks if mask.any() for direction in _directions_in(model, x, mask)]
+
+
+def _directions_in(model: Model, x: Array, mask: Array) -> list[Array]:
+    """Newton's direction in some coordinates; where the curvature is not positive, several that may go downhill."""
+    block, pull = model.curvature(x)[np.ix_(mask, mask)], -model.slope(x)[mask]
     factor = cholesky(block)
-    terms = np.abs(np.diag(model.hessian)) + model.radius(x) * model.cubic**2
-    is_regular = cholesky(block - rounding(len(block)) * np.diag(terms[free])) is not None  # else its inverse is noise
+    terms = (np.abs(np.diag(model.hessian)) + model.radius(x) * model.cubic**2)[mask]
+    is_regular = cholesky(block - rounding(len(block)) * np.diag(terms)) is not None  # else its inverse is noise
     if factor is not None and is_regular:
-        return _widened(backward(factor, forward(factor, pull[free]))[None], free)
+        return _widened(backward(factor, forward(factor, pull))[None], mask)
     values, vectors = eigh(block)
     smallest = rounding(len(values)) * max(float(np.max(np.abs(values))), 1.0)
-    newton = vectors @ (vectors.T @ pull[free] / np.maximum(np.abs(values), smallest))
+    newton = vectors @ (vectors.T @ pull / np.maximum(np.abs(values), smallest))
     lowest = vectors[:, 0]
-    found = _widened(np.array([newton, lowest, -lowest]), free)
-    inside = free & (x > box.lower) & (x < box.upper)
-    if (inside != free).any() and inside.any():
-        lowest = eigh(curvature[np.ix_(inside, inside)])[1][:, 0]
-        found += _widened(np.array([lowest, -lowest]), inside)
-    return found
+    return _widened(np.array([newton, lowest, -lowest]), mask)
 
 
 def _widened(rows: Array, mask: Array) -> list[Array]:
