@@ -194,6 +194,7 @@ def test_bounds_are_numbers_arrays_or_tensors():
         (-1.0, [2.0, 2.0]),
         (np.array([-1.0, -1.0]), np.float64(2)),
         (torch.tensor([-1.0, -1.0]), torch.tensor(2.0)),
+        (torch.tensor([-1.0, -1.0], dtype=torch.bfloat16), torch.tensor(2.0, requires_grad=True)),
     ):
         assert newton(summary, bounds=bounds).sizes.tolist() == [2.0, -1.0]
 

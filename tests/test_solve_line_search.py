@@ -118,6 +118,8 @@ def test_sizes_and_numbers_of_other_kinds():
     for kind in (list, np.array, torch.tensor):
         assert line_search(one_group(1.0, 1.0), kind([2.0])).sizes.tolist() == [1.0]
         assert decrease(one_group(1.0, 1.0), kind([1.0])) == decrease(one_group(1.0, 1.0), sizes(1.0))
+    assert decrease(one_group(1.0, 1.0), [0.1]) == decrease(one_group(1.0, 1.0), sizes(0.1))  # all of its digits
+    assert line_search(one_group(1.0, 1.0), [1e-100], limit=math.inf).sizes.item() == pytest.approx(1.0)
     one = torch.tensor(1.0)
     assert line_search(one_group(1.0, 1.0), sizes(2.0), one, one).sizes.tolist() == [1.0]
 

@@ -148,6 +148,12 @@ def test_the_damping_is_a_number_from_0_on(damping):
         ridge(summary_of([1.0], [[1.0]]), damping)
 
 
+@pytest.mark.parametrize("damping", [torch.ones(2), np.ones(2)])
+def test_the_damping_is_one_number(damping):
+    with pytest.raises(TypeError, match="damping must be a number, got"):
+        ridge(summary_of([1.0, 1.0], np.eye(2)), damping)
+
+
 @pytest.mark.parametrize("solver", [newton, lambda s: ridge(s, 1.0)])
 def test_the_second_order_is_asked_for(solver):
     with pytest.raises(ValueError, match=r"second order, which was not measured: summarize\(\.\.\., order=2\)"):

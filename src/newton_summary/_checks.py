@@ -11,7 +11,7 @@ from torch import Tensor
 
 def _check_number(what: str, value: object) -> None:
     """Raises unless the value is a number, which what a configuration file has as text is not."""
-    if not hasattr(value, "__float__"):
+    if not hasattr(value, "__float__") or math.prod(getattr(value, "shape", ())) != 1:
         raise TypeError(f"{what} must be a number, got {value!r}, of type {type(value).__name__}")
 
 

@@ -182,7 +182,7 @@ def sizes_of(model: Model, sizes: Tensor | ArrayLike) -> Array:
     Raises:
         ValueError: they are not one number for each group.
     """
-    sizes = torch.as_tensor(sizes)
+    sizes = torch.as_tensor(sizes, dtype=torch.float64, device="cpu")  # of a list by itself torch would make float32
     if sizes.shape != (len(model),):
         raise ValueError(f"sizes has shape {tuple(sizes.shape)}; {len(model)} groups need ({len(model)},)")
-    return sizes.detach().to("cpu", torch.float64).numpy()
+    return sizes.detach().numpy()
