@@ -89,6 +89,14 @@ def test_models_without_attention_are_named():
         Partition.experts(nn.Sequential(nn.Linear(2, 2)))
 
 
+def test_an_order_that_is_not_known_is_not_guessed():
+    """Falcon's: the keys and values that all queries share lie behind these, or, in groups, among them."""
+    layer = nn.Module()
+    layer.query_key_value, layer.dense, layer.num_heads = nn.Linear(8, 12), nn.Linear(8, 8), 4
+    with pytest.raises(ValueError, match=r"attention: where heads share keys and values, query_key_value has no order"):
+        Partition.heads(nn.ModuleDict({"attention": layer}))
+
+
 def test_frozen_projections_are_left_out():
     layer = nn.MultiheadAttention(4, 2)
     layer.in_proj_weight.requires_grad_(False)
@@ -146,8 +154,9 @@ def test_rows_by_frequency():
         Partition.by_frequency(model, "0", counts)
     listed = Partition.by_frequency(model, "0.weight", counts.tolist(), bins=2, rest="rest")
     assert listed.names == partition.names
-    with pytest.raises(ValueError, match=r"counts must not all be zero"):
-        Partition.by_frequency(model, "0.weight", 0 * counts)
+    for wrong in (0 * counts, counts - 1, counts / 0):
+        with pytest.raises(ValueError, match=r"counts must not be negative nor all zero"):
+            Partition.by_frequency(model, "0.weight", wrong)
 
 
 def test_partitions_by_name():

@@ -801,6 +801,8 @@ def test_default_partition_is_canonical_until_there_are_very_many_tensors() -> N
     assert len(default_partition(deep)) == 80
     deeper = nn.Sequential(*(nn.Linear(2, 2) for _ in range(160)))
     assert len(default_partition(deeper)) == 100
+    own = torch.nn.ParameterList(torch.ones(2) for _ in range(101))  # all of one module
+    assert default_partition(own).sizes == (202,)
 
 
 # Failure is data ------------------------------------------------------------------------------------------------------

@@ -387,12 +387,23 @@ def test_a_frozen_parameter():
 def test_a_part_that_does_not_exist():
     message = refused({"a": [("weight", 7), "bias"]})
     assert message.startswith("group 'a': no such part of parameter 'weight', of shape (3, 4): index 7")
+    for index in (slice(None, None, -1), "x", 0.5):
+        assert "group 'a': no such part of parameter 'weight'" in refused({"a": [("weight", index), "bias"]})
 
 
-@pytest.mark.parametrize("groups", [{"a": "weight"}, {"a": [3]}, {"a": [nn.Linear(1, 1)]}, {"a": [(3, 0)]}])
+@pytest.mark.parametrize(
+    "groups",
+    [{"a": "weight"}, {"a": [3]}, {"a": [nn.Linear(1, 1)]}, {"a": [(3, 0)]}, {"a": [("weight", 0, 1)]}],
+)
 def test_what_is_no_group(groups):
     assert "group 'a'" in refused(groups, error=TypeError)
     assert "group 'a' is Parameter, not a list" in refused({"a": nn.Linear(1, 1).weight}, error=TypeError)
+    assert "group 'a' is Linear, not a list" in refused({"a": nn.Linear(1, 1)}, error=TypeError)
+
+
+def test_what_are_no_groups():
+    assert refused(["weight"], error=TypeError).endswith("such as {'body': ['0.weight', '0.bias']}, got list")
+    assert refused({0: ["weight", "bias"]}, error=TypeError) == "the name of a group must be text, got 0, of type int"
 
 
 def test_a_pattern_that_matches_nothing():

@@ -41,8 +41,15 @@ class Assignment:
                 frozen.
             TypeError: a group or a member is of the wrong kind.
         """
+        if not isinstance(groups, Mapping):
+            raise TypeError(
+                "groups must say by the name of each group what is in it, such as {'body': ['0.weight', '0.bias']}, "
+                f"got {type(groups).__name__}"
+            )
         for number, (group, members) in enumerate(groups.items()):
-            if isinstance(members, str | Tensor):
+            if not isinstance(group, str):
+                raise TypeError(f"the name of a group must be text, got {group!r}, of type {type(group).__name__}")
+            if isinstance(members, str | Tensor) or not isinstance(members, Iterable):
                 raise TypeError(f"group {group!r} is {type(members).__name__}, not a list of parameters or their names")
             count = sum(self._put(number, group, member, list(groups)) for member in members)
             if not count:
@@ -58,6 +65,10 @@ class Assignment:
         )
 
     def _put(self, number: int, group: str, member: str | nn.Parameter | Part, names: list[str]) -> int:
+        if isinstance(member, tuple) and len(member) != 2:
+            raise TypeError(
+                f"group {group!r} holds a tuple of {len(member)}: a part is a parameter and one index into it"
+            )
         parameter, index = member if isinstance(member, tuple) else (member, ...)
         if not isinstance(parameter, str | Tensor):
             raise TypeError(f"group {group!r} holds a {type(parameter).__name__}: give parameters or their names")
@@ -65,7 +76,7 @@ class Assignment:
         label = self.labels[position]
         try:
             taken = label[index]
-        except IndexError as error:
+        except (IndexError, TypeError, ValueError) as error:  # torch's, of what it has not and of what it does not take
             raise ValueError(
                 f"group {group!r}: no such part of parameter {self.names[position]!r}, of shape {tuple(label.shape)}: "
                 f"{error}"

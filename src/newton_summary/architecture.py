@@ -111,6 +111,11 @@ def _heads_of(model: nn.Module, name: str, module: nn.Module) -> Iterator[tuple[
     if width is None or queries % width or keys % width:
         raise ValueError(f"{name}: {queries} outputs for queries and {keys} for keys are not a whole number of heads")
     is_shared = keys != queries
+    if is_shared and fused in _INTERLEAVED:
+        raise ValueError(
+            f"{name}: where heads share keys and values, {fused} has no order that is known: name each head's parts in "
+            "Partition(groups, model)"
+        )
     for number, (projection, rows) in enumerate(zip(projections, (queries, keys, keys), strict=True)):
         for head in range(rows // width):
             start = head * width
@@ -223,8 +228,10 @@ def frequencies(table: str, counts: Tensor, bins: int, trainable: Mapping[str, T
         raise ValueError(f"{table!r} has {len(weight)} rows, but counts have shape {tuple(counts.shape)}")
     counts = counts.double().cpu()
     total = float(counts.sum())
-    if total <= 0 or bins < 1:
-        raise ValueError(f"counts must not all be zero, and bins be at least 1; got a sum of {total} and {bins} bins")
+    if not (total > 0 and (counts >= 0).all() and bins >= 1):
+        raise ValueError(
+            f"counts must not be negative nor all zero, and bins be at least 1; got a sum of {total} and {bins} bins"
+        )
     order = counts.argsort(descending=True, stable=True)
     before = counts[order].cumsum(0) - counts[order]
     number = (before / total * bins).long().clamp(max=bins - 1)

@@ -480,7 +480,10 @@ def default_partition(model: nn.Module) -> Partition:
     while len(partition) > _MOST_GROUPS and depth > 0:
         partition = Partition.by_module(model, depth)
         depth -= 1
-    return partition if len(partition) <= _MOST_GROUPS else Partition.chunks(model, _MOST_GROUPS // 2)
+    if len(partition) <= _MOST_GROUPS:
+        return partition
+    layers = {_owner(name) for name in partition.parameter_names}
+    return Partition.chunks(model, min(len(layers), _MOST_GROUPS // 2))
 
 
 def one_for_each(
