@@ -279,6 +279,22 @@ def test_the_sentence_that_nothing_is_off_agrees_with_the_intervals_beside_it() 
     assert overall(0.5, 0.5, 1.0, 1.0, 2.0) == f"{leave} 2 groups move too far and `g4` moves too little"
 
 
+def test_no_number_is_said_of_steps_that_nothing_limits() -> None:
+    """Groups without a limit rank as if their factor were 1000, which is no finding."""
+    small = "the rates in the middle of the groups are too small, "
+    assert advise([one(1, -1)]).overall == f"{small}nothing in the model limits them (from one batch)"
+    assert advise([one(1, -1), one(1.1, -1)]).overall == f"{small}nothing in the model limits them"
+    limited = [Summary(1.0, [1.0, g, g], torch.diag(torch.tensor([1 / 40, 1 / 50, -1.0]))) for g in (1.0, 1.01)]
+    assert advise(limited).overall.startswith(f"{small}at least 2.")
+    assert advise(limited[:1]).overall == f"{small}at least 2.6× (50× for one step, from one batch)"
+
+
+def test_an_unsure_middle_has_no_end() -> None:
+    """Where the intervals in the middle reach 0, so does what is said of it."""
+    parts = [Summary(1.0, [0.1 + e, 0.1 - e, 1.0], torch.diag(torch.tensor([1.0, 1.0, 10.0]))) for e in (0.2, -0.2)]
+    assert advise([*parts, *parts]).overall.endswith("too large for the next step, 10× (at least 2.7×)")
+
+
 def test_what_is_said_of_the_middle_is_not_said_of_all_where_groups_differ() -> None:
     def headline(*factors: float) -> str:
         count = len(factors)

@@ -39,6 +39,8 @@ def test_of_many_groups_and_of_first_order_there_are_columns_only() -> None:
     assert many[-1] == ["g59", "1", "2"]
     first = ns.Summary(1.0, [0.5], None, None, ["all"])
     assert cells(first._repr_html_()) == [["group", "slope ḡ"], ["all", "0.5"]]
+    assert "Summary of 1 group, loss" in first._repr_html_()
+    assert "from 1 batch<" in advise([summary(1.0)])._repr_html_()
 
 
 def test_names_are_escaped() -> None:

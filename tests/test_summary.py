@@ -147,6 +147,11 @@ def test_shapes_that_do_not_fit(changes, message):
         Summary(**{"loss": 1.0, "gradient": [1.0, 2.0], **changes})
 
 
+def test_names_are_text():
+    with pytest.raises(TypeError, match=r"the names of groups must be text, got \(0, 'a'\)"):
+        Summary(1.0, [1.0, 2.0], names=[0, "a"])
+
+
 # Algebra --------------------------------------------------------------------------------------------------------------
 
 

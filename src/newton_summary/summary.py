@@ -226,7 +226,7 @@ class Summary:
                 shown = range(len(self)) if small else [i]
                 row += [Cell(f"{values[j]:.3g}", shade=shades[i][j] if small else 0.0) for j in shown]
             header += [f"H̄ {name}" for name in self.names] if small else ["H̄ of it alone"]
-        return table(f"Summary of {len(self)} groups, loss {float(self.loss):.4g}", header, rows)
+        return table(f"Summary of {len(self)} group{'s' * (len(self) != 1)}, loss {float(self.loss):.4g}", header, rows)
 
     def cpu(self) -> Summary:
         """The same on the host, moved there in one transfer."""
@@ -320,6 +320,8 @@ def _check_shapes(summary: Summary) -> None:
         if tuple(value.shape) not in allowed[key]:
             expected = " or ".join(map(str, sorted(allowed[key])))
             raise ValueError(f"{key} has shape {tuple(value.shape)}; {size} groups need {expected}")
+    if not all(isinstance(name, str) for name in summary.names):
+        raise TypeError(f"the names of groups must be text, got {summary.names}")
     if len(summary.names) != size:
         raise ValueError(f"{len(summary.names)} names for {size} groups")
     if len(set(summary.names)) != size:

@@ -156,6 +156,10 @@ class Advice:
         }
         return flat | {"batches": self.batches, "status": self.status.name, "words": "; ".join(self.sentences())}
 
+    @property
+    def _counted(self) -> str:
+        return f"{self.batches} batch{'es' if self.batches != 1 else ''}"
+
     def _repr_html_(self) -> str:
         """A table for notebooks, with all sentences; groups that they do not single out are grey."""
         rows = [
@@ -163,7 +167,7 @@ class Advice:
             for g in self.groups
             for interval, joint in [(between(g.low, g.high), times(g.joint))]
         ]
-        caption = f"Factors on the learning rates, for one step; from {self.batches} batches"
+        caption = f"Factors on the learning rates, for one step; from {self._counted}"
         header = ("group", "alone", f"{self.level:.0%} interval", "jointly")
         return table(caption, header, rows, self.sentences())
 
@@ -171,7 +175,7 @@ class Advice:
         interval = f"{self.level:.0%} interval"
         rows = [("group", "alone", interval, "jointly")]
         rows += [(g.name, times(g.alone), between(g.low, g.high), times(g.joint)) for g in self.groups]
-        lines = [f"Advice from {self.batches} batch{'es' if self.batches != 1 else ''}: factors on the learning rates"]
+        lines = [f"Advice from {self._counted}: factors on the learning rates"]
         return "\n".join([*lines, *aligned(rows), *(f"  {sentence}" for sentence in self.sentences())])
 
 
@@ -244,7 +248,7 @@ def advise(
         level=level,
         middle=middle,
         overall=overall(
-            Factor(middle, _middle(low[falls]), _middle(high[falls])),
+            Factor(_median(alone[falls]), _median(low[falls]), _median(high[falls], np.inf)),
             _common(parts, mean, level),
             stands_out,
             too_far,
@@ -301,12 +305,24 @@ def _strong_pairs(parts: Sequence[Summary], mean: Summary, level: float) -> tupl
     return tuple(sorted(found, key=lambda pair: -abs(pair.correlation))[:_MOST_PAIRS])
 
 
-def _middle(factors: Array, low: Array | None = None, high: Array | None = None) -> float:
+def _middle(factors: Array, low: Array, high: Array) -> float:
     """The median of factors, in decades; of their intervals' ends where they are 0 or infinite; NaN if none is left."""
-    unknown = np.full_like(factors, np.nan)
-    rows = zip(factors, unknown if low is None else low, unknown if high is None else high, strict=True)
+    rows = zip(factors, low, high, strict=True)
     decades = [decade for row in rows if not math.isnan(decade := _clear_decades(*row))]
     return float(10 ** np.median(decades)) if decades else math.nan
+
+
+def _median(values: Array, unclear: float = 0.0) -> float:
+    """The median, in decades, of numbers that may be 0 or infinite; NaN if there are none.
+
+    Where that leaves a choice, between a number and 0 or infinity, it is the one that is nearer to ``unclear``.
+    """
+    if not len(values):
+        return math.nan
+    below, above = (float(np.quantile(values, 0.5, method=side)) for side in ("lower", "higher"))
+    if below > 0 and not math.isinf(above):
+        return math.sqrt(below) * math.sqrt(above)
+    return above if unclear else below
 
 
 def _clear_decades(factor: float, low: float, high: float) -> float:

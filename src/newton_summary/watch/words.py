@@ -113,7 +113,10 @@ def overall(
     single = math.isnan(middle.low)
     whose = "the rates in the middle of the groups" if stands_out else "all rates"
     best, low, high = _nearer(middle.best, common.best), min(middle.low, common.low), max(middle.high, common.high)
+    best = low if math.isinf(best) and not single else best  # what is sure, where nothing in the mean limits a step
     if best > NOTABLE * SHARED_NOISE and (single or low > SHARED_NOISE):
+        if math.isinf(best):
+            return f"{whose} are too small, nothing in the model limits them{_FROM_ONE * single}"
         amount = f"at least {_short(best / SHARED_NOISE)}× ({_short(best)}× for one step"
         return f"{whose} are too small, {amount}{', from one batch' * single})"
     if best < 1 / NOTABLE and (single or high < 1):
