@@ -84,6 +84,9 @@ def test_the_strongest_interactions_are_ranked_and_signed():
     assert [label.get_text() for label in ax.get_yticklabels()] == ["a × c", "b × c"]
     assert [to_hex(bar.get_facecolor()).upper() for bar in ax.patches] == ["#D55E00", "#0072B2"]
     assert ax.get_ylim()[0] > ax.get_ylim()[1]  # the strongest is at the top
+    apart = plots.strongest(summary_of([[1.0, 0.0], [0.0, math.nan]]))
+    assert [bar.get_width() for bar in apart.patches] == [0.0]
+    assert apart.get_xlim() == pytest.approx((0.0, 1.05))
     with pytest.raises(ValueError, match="one group"):
         plots.strongest(summary_of([[1.0]]))
 
@@ -113,6 +116,7 @@ def test_the_models_are_drawn_over_the_curve():
     advised = (-2 + math.sqrt(4 + 4 * 3 * 3)) / 6  # 3 = 2 η + 3 η²
     assert lines["advised"].get_xdata()[0] == pytest.approx(advised)
     assert lines["advised"].get_ydata()[0] == pytest.approx(math.cos(advised), abs=0.02)
+    assert plots.loss_along(summary, "layer0", x, 0 * x).get_ylim() == pytest.approx((-0.35, 0.35))
     with pytest.raises(ValueError, match="no group is called 'x'"):
         plots.loss_along(summary, "x", x, x)
     with pytest.raises(ValueError, match="give as many"):

@@ -264,6 +264,20 @@ def test_gaps_dots_and_ends():
     assert drawn[-1][0] == pytest.approx(340, abs=0.1)
 
 
+def test_what_may_be_negative_is_drawn_to_a_linear_scale():
+    """Losses of densities cross 0; on a logarithmic axis, all that follows would be missing."""
+    line = charts.Line("a", [(0, 3.0), (5, 0.0), (10, -6.0), (11, math.nan)], "red")
+    markup = charts.chart("title", "x", "loss", [line], signed=True)
+    (_, y0), (_, y1), (_, y2) = path_of(markup)
+    assert y2 - y1 == pytest.approx(2 * (y1 - y0), abs=0.21)
+    ticks = dict(re.findall(r'y="([\d.]+)" text-anchor="end">([^<]*)<', markup))
+    heights = {label: float(y) - 4 for y, label in ticks.items()}
+    assert heights["0"] == pytest.approx(y1, abs=0.11)
+    assert heights["−6"] == pytest.approx(y2, abs=0.11)
+    positive = [charts.Line("a", [(0, 1.0), (1, 100.0)], "red")]
+    assert charts.chart("t", "x", "y", positive, signed=True) == charts.chart("t", "x", "y", positive)
+
+
 @pytest.mark.parametrize("high", [1e-6, 0.03, 1, 3, 7.5, 75, 1199, 2e6])
 def test_ticks_are_round_and_inside(high):
     ticks, x = charts._linear([0, high], 360)

@@ -235,6 +235,18 @@ def test_dots_lie_where_the_factors_are() -> None:
 RECORD = Record(0, 1.0, 0.1, 0.1, (), (), (), (), (), (), ())
 
 
+@pytest.mark.parametrize("furthest", [30.0, 1e7, 1e16, 1e200])
+def test_numbers_below_the_factors_do_not_run_into_each_other(furthest) -> None:
+    names = ("a", "b")
+    one = dict.fromkeys(("alone", "low", "high"), (1.0, furthest))
+    markup = factors.picture(dataclasses.replace(RECORD, names=names, words=("",) * 2, middle=1.0, **one))
+    places = {label: float(x) for x, label in re.findall(r'<text x="([\d.]+)" y="[\d.]+"[^>]*>([^<]*)×</text>', markup)}
+    assert 2 <= len(places) <= 8
+    assert "1" in places
+    steps = np.diff(sorted(places.values()))
+    assert steps.min() > 7 * max(map(len, places))
+
+
 def test_of_very_many_groups_those_are_drawn_that_matter() -> None:
     count = 100
     record = dataclasses.replace(

@@ -105,7 +105,7 @@ def loss_along(
         ax.axvline(at, color="0.6", linewidth=0.8, linestyle=":", zorder=0)
     finite = y[y.isfinite()]
     if len(finite):  # the models may leave; the true curve decides what is seen
-        margin = 0.35 * max(float(finite.max() - finite.min()), 1e-12 * abs(float(finite.max())))
+        margin = 0.35 * (max(float(finite.max() - finite.min()), 1e-12 * abs(float(finite.max()))) or 1.0)
         ax.set_ylim(float(finite.min()) - margin, float(finite.max()) + margin)
     ax.set_title(group, fontsize=10)
     ax.set_xlabel("factor on the group's step")
@@ -145,8 +145,9 @@ def strongest(
     ax.axvline(0.0, color="black", linewidth=0.8)
     ax.set_yticks(range(len(names)), names, fontsize=8)
     ax.invert_yaxis()
-    largest = max(*(abs(value) for value in shown), 1e-12)
-    ax.set_xlim(-1.05 * largest if min(shown) < 0 else 0.0, 1.05 * largest if max(shown) > 0 else 0.0)
+    largest = max(map(abs, shown)) or 1.0  # none interacts
+    left = -1.05 * largest if min(shown) < 0 else 0.0
+    ax.set_xlim(left, 1.05 * largest if max(shown) > 0 or not left else 0.0)
     ax.set_xlabel("> 0: each makes the other's best step shorter;  < 0: longer;  1: the same work", fontsize=8)
     ax.set_title(title)
     quiet(ax)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 from newton_summary.report.text import escape, number
@@ -19,7 +19,7 @@ class Line:
 
     Args:
         name: what it shows.
-        points: (x, y); a y of ``None``, or one that has no place on a logarithmic axis, leaves a gap.
+        points: (x, y); a y of ``None``, or one that has no place on the axis, leaves a gap.
         colour: a CSS colour.
         dashed: whether it is dashed.
         ends_in_cross: whether its end is marked: a run that diverged.
@@ -32,17 +32,24 @@ class Line:
     ends_in_cross: bool = False
 
 
-def chart(title: str, x_label: str, y_label: str, lines: Sequence[Line], width: int = 360) -> str:
-    """A figure with a logarithmic y axis: its title is read out, and so is what each line ends at."""
-    heights = [y for line in lines for _, y in line.points if _drawable(y)]
+def chart(
+    title: str, x_label: str, y_label: str, lines: Sequence[Line], width: int = 360, *, signed: bool = False
+) -> str:
+    """A figure whose title is read out, and so is what each line ends at.
+
+    The y axis is logarithmic; of what is ``signed`` only where all of it is above 0.
+    """
+    heights = [y for line in lines for _, y in line.points if y is not None and math.isfinite(y)]
+    is_linear = signed and min(heights, default=1.0) <= 0
+    heights = [y for y in heights if is_linear or y > 0]
     if not heights:
         return f'<figure class="chart"><figcaption>{escape(title)}</figcaption><p>Nothing to draw.</p></figure>'
     x_ticks, x = _linear([p[0] for line in lines for p in line.points], width)
-    y_ticks, y = _logarithmic([h for h in heights if h is not None])
+    y_ticks, y = _upwards(heights) if is_linear else _logarithmic(heights)
     marks = [
         _x_axis(x_ticks, x, x_label, width),
-        _y_axis(y_ticks, y, y_label, width),
-        *(_path(line, x, y) for line in lines),
+        _y_axis({t: number(t) if is_linear else _power(t) for t in y_ticks}, y, y_label, width),
+        *(_path(line, x, y, -math.inf if is_linear else 0.0) for line in lines),
     ]
     ends = "; ".join(f"{line.name}: {_end(line)}" for line in lines)
     return (
@@ -69,6 +76,14 @@ def _linear(values: Sequence[float], width: int) -> tuple[list[float], Scale]:
     """Ticks at round numbers from 0 on, and where a number lies across the chart."""
     high = max(*values, 1e-9)
     return _round_numbers(0.0, high), lambda value: _LEFT + value / high * (width - _LEFT - _RIGHT)
+
+
+def _upwards(values: Sequence[float]) -> tuple[list[float], Scale]:
+    """Ticks at round numbers, and how far down a number of any sign lies."""
+    low, high = min(values), max(values)
+    margin = max(0.04 * (high - low), 1e-3 * max(abs(low), abs(high)), 1e-9)
+    low, high = low - margin, high + margin
+    return _round_numbers(low, high), lambda value: _TOP + (high - value) / (high - low) * (_HEIGHT - _TOP - _BOTTOM)
 
 
 def _logarithmic(values: Sequence[float]) -> tuple[list[float], Scale]:
@@ -102,18 +117,18 @@ def _x_axis(ticks: Sequence[float], x: Scale, label: str, width: int) -> str:
     return f'{"".join(marks)}<text x="{middle}" y="{_HEIGHT - 5}" text-anchor="middle">{escape(label)}</text>'
 
 
-def _y_axis(ticks: Sequence[float], y: Scale, label: str, width: int) -> str:
+def _y_axis(ticks: Mapping[float, str], y: Scale, label: str, width: int) -> str:
     marks = [
         f'<path class="grid" d="M{_LEFT} {y(t):.1f}H{width - _RIGHT}"/>'
-        f'<text x="{_LEFT - 6}" y="{y(t) + 4:.1f}" text-anchor="end">{_tick(t)}</text>'
-        for t in ticks
+        f'<text x="{_LEFT - 6}" y="{y(t) + 4:.1f}" text-anchor="end">{words}</text>'
+        for t, words in ticks.items()
     ]
     middle = (_TOP + _HEIGHT - _BOTTOM) / 2
     turned = f'transform="translate(12 {middle}) rotate(-90)"'
     return f'{"".join(marks)}<text {turned} text-anchor="middle">{escape(label)}</text>'
 
 
-def _tick(value: float) -> str:
+def _power(value: float) -> str:
     """A power of ten with a raised exponent, other numbers as they are."""
     power = math.log10(value)
     if abs(power - round(power)) > 1e-9 or -2 <= round(power) <= 3:
@@ -121,20 +136,23 @@ def _tick(value: float) -> str:
     return number(value).removeprefix("1×")
 
 
-def _path(line: Line, x: Scale, y: Scale) -> str:
-    """Pieces between gaps; a point between two gaps becomes a dot, by the round ends of the line."""
+def _path(line: Line, x: Scale, y: Scale, above: float) -> str:
+    """Pieces between gaps, where a height is not above a bound; a point between two gaps becomes a dot.
+
+    It does so by the round ends of the line.
+    """
     every = -(-len(line.points) // _MOST_POINTS)
     points = [*line.points[:-1:every], *line.points[-1:]]
     pieces, pen = [], "M"
     for at, height in points:
-        if height is not None and _drawable(height):
+        if height is not None and above < height < math.inf:
             dot = "h0" if pen == "M" else ""
             pieces.append(f"{pen}{x(at):.1f} {y(height):.1f}{dot}")
             pen = "L"
         else:
             pen = "M"
     cross = ""
-    last = next(((at, h) for at, h in reversed(line.points) if h is not None and _drawable(h)), None)
+    last = next(((at, h) for at, h in reversed(line.points) if h is not None and above < h < math.inf), None)
     if line.ends_in_cross and last is not None:
         cross = f'<path d="M{x(last[0]) - 4:.1f} {y(last[1]) - 4:.1f}l8 8m0 -8l-8 8" style="stroke:{line.colour}"/>'
     return f'<path d="{"".join(pieces)}" {_stroke(line)}><title>{escape(line.name)}</title></path>{cross}'
@@ -147,7 +165,3 @@ def _stroke(line: Line) -> str:
 
 def _end(line: Line) -> str:
     return number(line.points[-1][1]) if line.points else "–"
-
-
-def _drawable(height: float | None) -> bool:
-    return height is not None and height > 0 and math.isfinite(height)

@@ -16,6 +16,7 @@ _PLOT = 420
 _LETTER = 6.9  # the width of a letter of a label
 _LONGEST = 44
 _MOST_DECADES = 6.0  # that the axis spans: what lies beyond is drawn at its ends
+_MOST_TICKS = 7
 _MOST = 60
 _LEAST_SCALE = 0.75  # below which names cannot be read: a narrow screen scrolls
 
@@ -38,7 +39,7 @@ def picture(record: Record) -> str:
     width, height = label + _PLOT + _RIGHT, bottom + _BOTTOM
     marks = [
         *_band(record.middle, x, bottom),
-        *(_tick(10.0**power, x, bottom) for power in range(math.ceil(low), math.floor(high) + 1)),
+        *(_tick(10.0**power, x, bottom) for power in _powers(low, high)),
         f'<path class="one" d="M{x(1):.1f} {_TOP}V{bottom}"/>',
         f'<text x="{x(1):.1f}" y="{_TOP - 8}" text-anchor="middle">as it is</text>',
         *(_row(record, row, x, _TOP + _ROW * (i + 0.5), label) for i, row in enumerate(rows)),
@@ -81,6 +82,12 @@ def _ends(record: Record, rows: Sequence[int]) -> tuple[float, float]:
     spare = max(_MOST_DECADES - (high - low), 0.0) / 2
     low, high = max(min([low, *wide]), low - spare), min(max([high, *wide]), high + spare)
     return low - 0.15, high + 0.15
+
+
+def _powers(low: float, high: float) -> list[int]:
+    """The powers of ten to number, 0 among them, no more than there is room for."""
+    powers = range(math.ceil(low), math.floor(high) + 1)
+    return [power for power in powers if power % -(-len(powers) // _MOST_TICKS) == 0]
 
 
 def _band(middle: float, x: Scale, bottom: float) -> list[str]:

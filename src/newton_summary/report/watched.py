@@ -110,7 +110,7 @@ def _training(records: Sequence[Record]) -> str:
     lines = _lines(records)
     loud = [line for line in lines if line.colour != _GREY]
     charts = (
-        chart("Loss on the measured batches", "step", "loss", [losses]),
+        chart("Loss on the measured batches", "step", "loss", [losses], signed=True),
         chart("Factor on each group's learning rate", "step", "factor", lines),
         chart("Decrease of the loss in one step", "step", "decrease", [model, actual]),
     )
