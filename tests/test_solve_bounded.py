@@ -393,6 +393,19 @@ def test_solves_end_when_steps_are_rounding_errors(monkeypatch):
             assert len(rounds) < 60
 
 
+@pytest.mark.parametrize("factor", [1 / 1024, 1024.0])
+def test_the_unit_of_the_loss_decides_on_no_minimum(factor):
+    """Of several local ones: lengths along eigenvectors follow the unit, too."""
+    rng = np.random.default_rng(0)
+    for case in range(150):
+        a, third = rng.standard_normal((4, 4)), rng.standard_normal(4)
+        gradient = rng.standard_normal(4) * (case % 5 > 0)
+        summary = summary_of(gradient, a + a.T, third)
+        step, twin = (cubic(s, nonnegative=True) for s in (summary, summary * factor))
+        assert twin.sizes.numpy() == pytest.approx(step.sizes.numpy(), rel=1e-9)
+        assert twin.predicted_decrease == pytest.approx(step.predicted_decrease * factor, rel=1e-9)
+
+
 @pytest.mark.parametrize("decades", [5, 50, 150, 300])
 def test_numbers_of_all_sizes_are_solved_or_fail_with_a_status(decades):
     rng = np.random.default_rng(decades)

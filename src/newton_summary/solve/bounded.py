@@ -138,15 +138,23 @@ def minimise(model: Model, box: Box) -> tuple[Array, Status]:
         seen = model.seen()
         part, room, target = model.restricted(seen), box.restricted(seen), target[seen]
         units = equilibrate(np.abs(part.hessian) + np.diag(secular.guess(part) * part.cubic**2))
+        length = _length(part.scaled(units))
+        balanced, units = part.scaled(units).per_length(length), units * length
         scaled = room.scaled(units)
-        x, status = _minimise(part.scaled(units), scaled, target / units)
+        x, status = _minimise(balanced, scaled, target / units)
         inner = np.where(x >= scaled.upper, room.upper, x * units)
         origin[seen] = np.where(x <= scaled.lower, room.lower, inner)
         return origin, status
 
 
+def _length(model: Model) -> float:
+    """A length for steps that follows the unit of the loss, where curvature is about 1."""
+    length = np.linalg.norm(model.gradient) or np.max(model.cubic, initial=0.0) ** -3.0
+    return float(length) if 0 < length < np.inf else 1.0
+
+
 def _minimise(model: Model, box: Box, target: Array) -> tuple[Array, Status]:
-    """The minimiser, from a model whose curvature is about 1, and its solution without the box."""
+    """The minimiser, from a model whose curvature and slope are about 1, and its solution without the box."""
     if _recedes(model, box):
         return target, Status.UNBOUNDED
     convex = cholesky(model.hessian + rounding(len(model)) * np.eye(len(model))) is not None

@@ -134,6 +134,10 @@ class Model:
         """The model as a function of x / factors."""
         return Model(self.gradient * factors, self.hessian * factors * factors[:, None], self.cubic * factors)
 
+    def per_length(self, length: float) -> Model:
+        """The model as a function of x / length, divided by the square of it: curvatures stay what they are."""
+        return Model(self.gradient / length, self.hessian, self.cubic * np.cbrt(length))
+
     def restricted(self, free: Array) -> Model:
         """The model of the coordinates in a mask, the others being 0."""
         return Model(self.gradient[free], self.hessian[np.ix_(free, free)], self.cubic[free])
