@@ -244,6 +244,14 @@ def test_order_is_the_same_every_time():
         assert repr(first) == repr(second)
 
 
+def test_groups_of_whole_tensors_take_no_memory():
+    """Numbers of groups for each entry would take four times what a model in half precision takes."""
+    model = nn.Sequential(nn.Linear(10**6, 10**6, device="meta"), nn.Linear(10**6, 1, device="meta"))
+    for partition in (Partition.canonical(model), Partition.by_kind(model), Partition.trivial(model)):
+        assert all(isinstance(label, int) for label in partition.labels)
+        assert sum(partition.sizes) == 10**12 + 2 * 10**6 + 1
+
+
 @pytest.mark.filterwarnings("ignore:`torch.jit.script_method` is deprecated:DeprecationWarning")
 def test_a_compiled_model_has_the_names_of_its_module():
     model = small()

@@ -30,8 +30,10 @@ class Assignment:
         self.names = list(named)
         self.by_name = {name: position.get(id(p)) for name, p in every.items()}
         self.by_id = {id(p): position.get(id(p)) for p in every.values()}
-        self.labels = [torch.full(p.shape, _UNASSIGNED) for p in named.values()]
-        self.has_parts = [False] * len(named)
+        self.shapes = [p.shape for p in named.values()]
+        self.labels: list[Label] = [_UNASSIGNED] * len(
+            named
+        )  # one for each entry takes four times a model's own memory
 
     def assign(self, groups: Mapping[str, Iterable[str | nn.Parameter | Part]]) -> tuple[Label, ...]:
         """The label of every parameter.
@@ -54,15 +56,13 @@ class Assignment:
             count = sum(self._put(number, group, member, list(groups)) for member in members)
             if not count:
                 raise ValueError(f"group {group!r} is empty: leave it out or give it parameters")
-        for name, label in zip(self.names, self.labels, strict=True):
-            missing = int((label == _UNASSIGNED).sum())
+        for name, shape, label in zip(self.names, self.shapes, self.labels, strict=True):
+            missing = int((torch.as_tensor(label) == _UNASSIGNED).sum())
             if missing:
-                share = "" if missing == label.numel() else f" with {missing} of its {label.numel()} entries"
-                raise ValueError(f"parameter {name!r} {_shape(label)}{share} in no group: add it to one, or freeze it")
-        return tuple(
-            label if parts else int(label.flatten()[0])
-            for label, parts in zip(self.labels, self.has_parts, strict=True)
-        )
+                count = shape.numel()
+                share = "" if isinstance(label, int) or missing == count else f" with {missing} of its {count} entries"
+                raise ValueError(f"parameter {name!r} {_told(shape)}{share} in no group: add it to one, or freeze it")
+        return tuple(self.labels)
 
     def _put(self, number: int, group: str, member: str | nn.Parameter | Part, names: list[str]) -> int:
         if isinstance(member, tuple) and len(member) != 2:
@@ -73,24 +73,30 @@ class Assignment:
         if not isinstance(parameter, str | Tensor):
             raise TypeError(f"group {group!r} holds a {type(parameter).__name__}: give parameters or their names")
         position = self._position(group, parameter)
-        label = self.labels[position]
+        label, shape = self.labels[position], self.shapes[position]
+        if isinstance(label, int) and not isinstance(member, tuple):
+            self._check_free(position, label, group, names)
+            self.labels[position] = number
+            return shape.numel()
+        if isinstance(label, int):
+            label = self.labels[position] = torch.full(shape, label)
         try:
             taken = label[index]
         except (IndexError, TypeError, ValueError) as error:  # torch's, of what it has not and of what it does not take
             raise ValueError(
-                f"group {group!r}: no such part of parameter {self.names[position]!r}, of shape {tuple(label.shape)}: "
-                f"{error}"
+                f"group {group!r}: no such part of parameter {self.names[position]!r}, of shape {tuple(shape)}: {error}"
             ) from error
-        if (taken != _UNASSIGNED).any():
-            other = names[int(taken.max())]
-            raise ValueError(
-                f"parameter {self.names[position]!r} {_shape(label)} in two groups, {other!r} and {group!r}"
-                if other != group
-                else f"parameter {self.names[position]!r} {_shape(label)} twice in group {group!r}"
-            )
+        if taken.numel():
+            self._check_free(position, int(taken.max()), group, names)
         label[index] = number
-        self.has_parts[position] |= isinstance(member, tuple)
         return int(taken.numel())
+
+    def _check_free(self, position: int, taken: int, group: str, names: list[str]) -> None:
+        if taken == _UNASSIGNED:
+            return
+        what, other = f"parameter {self.names[position]!r} {_told(self.shapes[position])}", names[taken]
+        where = f"twice in group {group!r}" if other == group else f"in two groups, {other!r} and {group!r}"
+        raise ValueError(f"{what} {where}")
 
     def _position(self, group: str, parameter: str | nn.Parameter) -> int:
         table: Mapping[Any, int | None] = self.by_name if isinstance(parameter, str) else self.by_id
@@ -107,5 +113,5 @@ class Assignment:
         return position
 
 
-def _shape(tensor: Tensor) -> str:
-    return f"of shape {tuple(tensor.shape)} is"
+def _told(shape: torch.Size) -> str:
+    return f"of shape {tuple(shape)} is"
