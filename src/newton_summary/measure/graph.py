@@ -280,8 +280,6 @@ class _Lowerer(Tracer):
             return func(*args, **kwargs)
         if not self.moving.isdisjoint(slots):
             function = lowering_of(func)
-            if function is None and func not in _PLAIN_FORM and _is_composite(func):
-                function = func.decompose
             if function is not None:
                 with self:
                     result = function(*args, **kwargs)
@@ -300,12 +298,6 @@ def squared_slot(record: Record) -> int | None:
     if record.op is aten.square.default or (record.op is aten.pow.Tensor_Scalar and record.args[1] == 2):
         return slots[0]
     return slots[0] if record.op is aten.mul.Tensor and slots[0] == slots[1] else None
-
-
-def _is_composite(op: Any) -> bool:
-    from newton_summary.measure.rules import has_rule
-
-    return isinstance(op, torch._ops.OpOverload) and not has_rule(op) and op._can_decompose()
 
 
 def _compile(lowerer: _Lowerer, inputs: list[tuple[int, int, int | None]], result: int) -> Graph:

@@ -25,17 +25,17 @@ def lowering_of(op: Any) -> Lowering | None:
     from newton_summary.measure.rules import has_rule
 
     own = _OWN.get(op)
-    return own if own is not None or has_rule(op) else _torch_lowerings().get(op)
+    if own is not None or has_rule(op):
+        return own
+    return _torch_lowerings().get(op) or (op.decompose if op._can_decompose() else None)
 
 
 @functools.cache
 def _torch_lowerings() -> dict[Any, Lowering]:
-    from torch._decomp import (  # takes long to load, and small networks do without
-        core_aten_decompositions,
-        get_decompositions,
-    )
+    """Torch's, without those of composite operations: its whole table takes a tenth of a second to make."""
+    from torch._decomp import _core_aten_decompositions_post_autograd, get_decompositions
 
-    return dict(core_aten_decompositions()) | get_decompositions([aten.grid_sampler_2d])
+    return _core_aten_decompositions_post_autograd() | get_decompositions([aten.grid_sampler_2d])
 
 
 def lowers(*ops: Any) -> Callable[[Lowering], Lowering]:
