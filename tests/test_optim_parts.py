@@ -110,6 +110,35 @@ def test_the_average_of_the_weights_follows_them_and_changes_places() -> None:
         assert torch.equal(parameters[0], by_hand)
 
 
+def test_running_statistics_are_averaged_with_the_weights_and_go_where_they_go() -> None:
+    model = nn.Sequential(nn.Linear(2, 2), nn.BatchNorm1d(2), nn.BatchNorm1d(2, track_running_stats=False))
+    norm, state = model[1], defaultdict(dict)
+    average = WeightAverage(list(model.parameters()), model)
+    with torch.no_grad():
+        norm.running_mean.fill_(1.0)
+        average.update(state, 0.5)  # the first that are seen are all that there is
+        norm.running_mean.fill_(3.0)
+        norm.running_var.fill_(5.0)
+        average.update(state, 0.25)
+        average.exchange(state)
+        assert norm.running_mean.tolist() == [1.5, 1.5]
+        assert norm.running_var.tolist() == [2.0, 2.0]
+        copied_model, copied = copy.deepcopy((model, average))
+        pairs = zip(copied.parameters, average.parameters, strict=True)
+        copied.exchange(defaultdict(dict, {p: copy.deepcopy(state[q]) for p, q in pairs}))
+        assert copied_model[1].running_mean.tolist() == [3.0, 3.0]
+        assert norm.running_mean.tolist() == [1.5, 1.5], "a copy is of its own model"
+        average.exchange(state)
+        assert norm.running_mean.tolist() == [3.0, 3.0]
+        assert norm.running_var.tolist() == [5.0, 5.0]
+        again = WeightAverage(list(model.parameters()), model)
+        again.load_state_dict(average.state_dict())
+        average.update(state, 0.5)  # of which what was loaded knows nothing
+        norm.running_mean.fill_(torch.nan)
+        again.restore(state)
+        assert norm.running_mean.tolist() == [1.5, 1.5]
+
+
 # When to compare ------------------------------------------------------------------------------------------------------
 
 

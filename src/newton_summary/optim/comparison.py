@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from newton_summary._warned import warn
 from newton_summary.measure.along import LossAlongStep
@@ -51,7 +51,7 @@ class AverageComparison:
     def __init__(self, samples: Samples, every: int, sides: SidesByCount | None) -> None:
         self.adaptation = RateAdaptation(len(samples.partition))
         self.cadence = ComparisonCadence(every)
-        self.average = WeightAverage(samples.partition.parameters)
+        self.average = WeightAverage(samples.partition.parameters, samples.loss.model)
         self._samples = samples
         self._sides = sides
         self.is_evaluating = False
@@ -167,11 +167,8 @@ class AverageComparison:
                     self.adaptation.scales = [first_scale(losses)] * len(partition)
 
     def show_average(self, state: State) -> None:
-        """Puts the average in the place of the weights, if the loss was found lower there.
-
-        A model that is evaluated with statistics of batches keeps its weights: the statistics are of those.
-        """
-        if self.average.is_in_place or _has_statistics(self._samples.loss.model):
+        """Puts the average in the place of the weights, if the loss was found lower there."""
+        if self.average.is_in_place:
             return
         self.is_evaluating = True
         if self.adaptation.advantage > 0:
@@ -196,8 +193,3 @@ class AverageComparison:
         self.adaptation.load_state_dict(state["adaptation"])
         self.cadence.load_state_dict(state["cadence"])
         self.average.load_state_dict(state["average"])
-
-
-def _has_statistics(model: nn.Module) -> bool:
-    """Whether the model is evaluated with statistics that belong to the weights that it was trained at."""
-    return any(isinstance(m, nn.modules.batchnorm._BatchNorm) and m.track_running_stats for m in model.modules())

@@ -6,7 +6,8 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _NormBase
 
 from newton_summary.optim.directions import State
 
@@ -16,8 +17,12 @@ _KEY = "average"
 class WeightAverage:
     """A moving average of the weights, kept in an optimizer's state, which oscillates less than they do.
 
+    The running statistics of normalisations belong to the weights that they were seen at.  So they are averaged, too,
+    and go where the weights go.
+
     Args:
         parameters: those that are trained.
+        model: whose running statistics are averaged.  Default: none are.
 
     Attributes:
         is_in_place: whether the model has the average, and the state the weights.
@@ -34,9 +39,11 @@ class WeightAverage:
         [tensor([0.1500])]
     """
 
-    def __init__(self, parameters: Sequence[Tensor]) -> None:
+    def __init__(self, parameters: Sequence[Tensor], model: nn.Module | None = None) -> None:
         self.parameters = parameters
         self.is_in_place = False
+        self._model = model
+        self._of_statistics: list[Tensor] = []
 
     def values(self, state: State) -> list[Tensor]:
         """The average of each parameter; at first the weights."""
@@ -63,23 +70,43 @@ class WeightAverage:
     def update(self, state: State, share: float) -> None:
         """Takes the weights in, as this share of the average."""
         torch._foreach_lerp_(self.values(state), list(self.parameters), share)
+        for average, now in self._paired_statistics():
+            average.lerp_(now, share)
 
     def restore(self, state: State) -> None:
         """Sends the weights back to their average."""
         torch._foreach_copy_([p.detach() for p in self.parameters], self.values(state))
+        for average, now in self._paired_statistics():
+            now.copy_(average)
 
     def exchange(self, state: State) -> None:
         """Puts the average in the place of the weights, or the weights back in theirs."""
         self.is_in_place = not self.is_in_place
-        for parameter, average in zip(self.parameters, self.values(state), strict=True):
-            weights = parameter.clone()
-            parameter.copy_(average)
-            average.copy_(weights)
+        pairs = [*zip(self.values(state), self.parameters, strict=True), *self._paired_statistics()]
+        for average, now in pairs:
+            before = now.clone()
+            now.copy_(average)
+            average.copy_(before)
+
+    def _paired_statistics(self) -> list[tuple[Tensor, Tensor]]:
+        """The average of each running statistic, at first what it is, and the statistic."""
+        now = [] if self._model is None else _running_statistics(self._model)
+        if len(self._of_statistics) != len(now):
+            self._of_statistics = [statistic.clone() for statistic in now]
+        self._of_statistics = [average.to(s) for average, s in zip(self._of_statistics, now, strict=True)]
+        return list(zip(self._of_statistics, now, strict=True))
 
     def state_dict(self) -> dict[str, Any]:
         """What the optimizer's state does not hold."""
-        return {"is_in_place": self.is_in_place}
+        return {"is_in_place": self.is_in_place, "statistics": [average.clone() for average in self._of_statistics]}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """The inverse of :meth:`state_dict`."""
         self.is_in_place = state["is_in_place"]
+        self._of_statistics = [average.clone() for average in state.get("statistics", ())]
+
+
+def _running_statistics(model: nn.Module) -> list[Tensor]:
+    """What a model's normalisations are evaluated with: of batches, by moving averages."""
+    found = [(m.running_mean, m.running_var) for m in model.modules() if isinstance(m, _NormBase)]
+    return [statistic for pair in found for statistic in pair if statistic is not None]
