@@ -22,7 +22,7 @@ SUDO := $(if $(filter 0,$(shell id -u)),,sudo -n)
 demo: $(if $(wildcard .installed),.installed,.demo)
 	$(BIN)/newton-summary demo
 
-# The paper's experiments on two cores: about an hour; goes on where it was stopped. Needs the data files (README).
+# The paper's experiments on two cores: about an hour; goes on where it was stopped. Needs the data files (docs/commands.md).
 reproduce-quick: .installed
 	OMP_NUM_THREADS=1 $(BIN)/newton-summary figures --budget quick --images docs/images/reproduction --page docs/reproduction.md
 
