@@ -6,11 +6,12 @@ import os
 import signal
 import subprocess
 import sys
-from importlib.metadata import entry_points
+from importlib.metadata import entry_points, version
 
 import pytest
 import torch
 
+import newton_summary
 from newton_summary import Summary, cli
 from newton_summary.measure.stream import BatchStream
 from newton_summary_experiments import tasks
@@ -79,6 +80,13 @@ def test_help_is_there(command, run):
     assert code == 0
     assert "Exit codes" in out
     assert "130" in out
+
+
+def test_the_version_is_told(run):
+    assert run("--version")[:2] == (0, f"newton-summary {version('newton-summary')}\n")
+    assert newton_summary.__version__ == version("newton-summary")
+    with pytest.raises(AttributeError, match="no attribute 'versoin'"):
+        _ = newton_summary.versoin
 
 
 def test_letters_that_the_output_lacks_end_nothing():

@@ -14,6 +14,18 @@ from newton_summary.watch import Monitor, suggest_rates
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
+    __version__: str
+else:
+
+    def __getattr__(name: str) -> str:
+        """``__version__``, looked up when it is asked for: that takes longer than it is worth at every import."""
+        if name != "__version__":
+            raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+        from importlib.metadata import version
+
+        return version("newton-summary")
+
+
 __all__ = ["Monitor", "NewtonSummary", "Partition", "Summary", "measure", "solve", "suggest_rates", "summarize"]
 
 

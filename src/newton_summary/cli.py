@@ -7,7 +7,7 @@ import io
 import os
 import sys
 from collections.abc import Callable, Sequence
-from importlib.metadata import entry_points
+from importlib.metadata import entry_points, version
 from pathlib import Path
 from typing import TypeAlias
 
@@ -103,6 +103,7 @@ def _parser() -> tuple[argparse.ArgumentParser, set[str]]:
         description="How the layers of a network interact in its loss, a rate for each, and training by them.",
         epilog=_EPILOG,
     )
+    parser.add_argument("--version", action="version", version=f"newton-summary {version('newton-summary')}")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
     for point in entry_points(group=GROUP):
         point.load()(commands)
