@@ -391,6 +391,13 @@ def test_solves_end_when_steps_are_rounding_errors(monkeypatch):
             rounds.clear()
             assert cubic(summary, **how).ok
             assert len(rounds) < 60
+    rng = np.random.default_rng(0)
+    a = rng.standard_normal((500, 500))
+    parts = [(rng.standard_normal(500) + 0.5, rng.standard_normal(500)) for _ in range(5)]
+    gradient, third = np.mean(parts, axis=0)
+    rounds.clear()
+    assert cubic(summary_of(gradient, a @ a.T / 500 + 0.01 * np.eye(500), third), nonnegative=True).ok
+    assert len(rounds) < 60
 
 
 @pytest.mark.parametrize("factor", [1 / 1024, 1024.0])

@@ -26,7 +26,7 @@ from torch import Tensor
 
 from newton_summary.solve import secular
 from newton_summary.solve.line_search import best_length
-from newton_summary.solve.linear import EPSILON, Array, backward, cholesky, eigh, equilibrate, forward, rounding
+from newton_summary.solve.linear import Array, backward, cholesky, eigh, equilibrate, forward, rounding
 from newton_summary.solve.model import ACCEPTED_ERROR, Model
 from newton_summary.solve.step import Status, Step
 
@@ -190,7 +190,7 @@ def _descend(model: Model, box: Box, x: Array) -> tuple[Array, Status]:
         changes, sizes = model.change(x, points - x), np.abs(points - x)
         terms = sizes @ model.magnitude(x) + np.sum((sizes @ np.abs(model.hessian)) * sizes, axis=1) / 2
         surely = changes < -rounding(len(x)) * terms  # along a flat valley, a long step changes much by rounding
-        surely &= sizes.max(axis=1) > EPSILON * np.abs(x).max()  # shorter ones creep on, round after round
+        surely &= sizes.max(axis=1) > rounding(len(x)) * np.abs(x).max()  # shorter ones creep on, round after round
         if not surely.any():
             break
         best = int(np.argmin(np.where(surely, changes, np.inf)))
