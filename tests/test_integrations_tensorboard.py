@@ -107,7 +107,7 @@ def test_a_measurement_that_failed_is_counted_and_draws_nothing(tmp_path):
     with TensorBoard(tmp_path / "optimizer") as board, TensorBoard(tmp_path / "monitor") as other:
         board.attach(optimizer)
         other.attach(monitor)
-        for number, (x, y) in enumerate(loader[:4]):
+        for number, (x, y) in enumerate(loader[:3]):
             measured = (x * math.nan if number else x), y
             optimizer.zero_grad()
             loss_fn(model, (x, y)).backward()
@@ -118,9 +118,9 @@ def test_a_measurement_that_failed_is_counted_and_draws_nothing(tmp_path):
             monitor.step(measured)
             adam.step()
     failed = [event.value for event in read(tmp_path / "optimizer").Scalars("newton_summary/failed")]
-    assert failed == [0, 1, 2, 3]
+    assert failed == [0, 1, 2]
     assert [event.step for event in read(tmp_path / "optimizer").Images("newton_summary/hessian")] == [0]
-    assert monitor.counts["failed"] == 3
+    assert monitor.counts["failed"] == 2
     events = read(tmp_path / "monitor")
     assert [event.step for event in events.Images("newton_summary/hessian")] == [0]
     assert [event.step for event in events.Scalars("newton_summary/predicted_decrease")] == [0]

@@ -8,6 +8,7 @@ import gc
 import io
 import json
 import math
+import pickle
 import re
 import sys
 import tracemalloc
@@ -619,6 +620,22 @@ def test_a_loop_that_skips_backward_goes_on() -> None:
         loop()
     assert len(caught) == 1
     assert [record.step for record in monitor.records] == [0, 2, 4, 5]
+
+
+def test_a_training_that_is_not_finite_is_warned_of_once() -> None:
+    model, batches = make_model(), make_batches(12)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
+    monitor = ns.Monitor(model, loss_fn, optimizer=optimizer, every=1)
+    train(model, optimizer, batches, 1, monitor)  # of which it knows no gradient when it is copied
+    pickle.loads(pickle.dumps(monitor))
+    optimizer.param_groups[0]["lr"] = 0.1
+    train(model, optimizer, batches, 2, monitor)
+    with torch.no_grad():
+        model[0].weight.fill_(math.nan)
+    with pytest.warns(UserWarning, match=r"last 3 measurements, up to that before step 6, were not finite") as caught:
+        train(model, optimizer, batches, 9, monitor)
+    assert len(caught) == 1
+    assert monitor.counts["failed"] == 9
 
 
 @pytest.mark.parametrize("to_none", [True, False])

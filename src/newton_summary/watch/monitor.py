@@ -182,6 +182,7 @@ class Monitor:
         self._errors = 0  # in a row
         self._told: set[str] = set()  # what was warned of
         self._unheard = 0  # measurements since the last step, but the first
+        self._not_finite = 0  # measurements in a row
         self._loss = Loss(loss_fn, model)
         self._frozen = Frozen(self._loss.model, "measured by this Monitor")
         self._processes = Processes(model, process_group)
@@ -488,10 +489,12 @@ class Monitor:
         self.counts["measured"] += 1
         if not mean.is_finite():
             self.counts["failed"] += 1
+            self._not_finite += 1
             logger.info(
                 "measurement before step %d is not finite: look for it in the data or the rates", self._taken + 1
             )
             return None
+        self._not_finite = 0
         rates = self._learning_rates()
         self._take_into_window(parts, rates)
         self._progress.add(mean.loss.item(), self._taken)
@@ -577,6 +580,12 @@ class Monitor:
         """Counts the step."""
         self._taken += 1
         self._unheard = 0
+        if self._not_finite == _PATIENCE:  # one may be a batch's, or of a step that a gradient scaler skips
+            self._warn_once(
+                "not finite",
+                f"the Monitor's last {_PATIENCE} measurements, up to that before step {self._taken}, were not finite: "
+                "look for it in the data, or lower the learning rates; its advice knows nothing of them",
+            )
         self._stepped.clear()
         if self._awaiting is not None:
             with self.cadence.spending():

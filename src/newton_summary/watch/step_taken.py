@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import weakref
 from collections.abc import Sequence
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor
@@ -79,6 +79,10 @@ class UsedGradients:
 
     def __init__(self) -> None:
         self._known: dict[int, tuple[weakref.ref[Tensor], int]] = {}
+
+    def __getstate__(self) -> dict[str, Any]:
+        """A copy has gradients of its own, and knows none of them."""
+        return {"_known": {}}
 
     def note(self, optimizer: torch.optim.Optimizer) -> None:
         """A step was taken by these gradients."""
