@@ -89,6 +89,19 @@ def test_models_without_attention_are_named():
         Partition.experts(nn.Sequential(nn.Linear(2, 2)))
 
 
+@pytest.mark.parametrize("says", [{"num_heads": 3}, {"num_heads": 16}, {"head_dim": 0}, {}])
+def test_heads_that_do_not_divide_their_projections_are_named(says):
+    layer = nn.Module()
+    for name in ("q_proj", "k_proj", "v_proj"):
+        setattr(layer, name, nn.Linear(8, 8))
+    for name, value in says.items():
+        setattr(layer, name, value)
+    with pytest.raises(
+        ValueError, match=r"Module: 8 outputs for queries and 8 for keys are not a whole number of heads"
+    ):
+        Partition.heads(layer)
+
+
 def test_an_order_that_is_not_known_is_not_guessed():
     """Falcon's: the keys and values that all queries share lie behind these, or, in groups, among them."""
     layer = nn.Module()

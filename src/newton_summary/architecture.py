@@ -107,13 +107,13 @@ def _heads_of(model: nn.Module, name: str, module: nn.Module) -> Iterator[tuple[
         projections = [one] * 3
         queries = one.outputs // 3 if output is None else output.inputs
         keys = (one.outputs - queries) // 2
-    width = _width(module, queries)
-    if width is None or queries % width or keys % width:
-        raise ValueError(f"{name}: {queries} outputs for queries and {keys} for keys are not a whole number of heads")
+    width, told = _width(module, queries), name or type(module).__name__
+    if not width or queries % width or keys % width:
+        raise ValueError(f"{told}: {queries} outputs for queries and {keys} for keys are not a whole number of heads")
     is_shared = keys != queries
     if is_shared and fused in _INTERLEAVED:
         raise ValueError(
-            f"{name}: where heads share keys and values, {fused} has no order that is known: name each head's parts in "
+            f"{told}: where heads share keys and values, {fused} has no order that is known: name each head's parts in "
             "Partition(groups, model)"
         )
     for number, (projection, rows) in enumerate(zip(projections, (queries, keys, keys), strict=True)):
@@ -161,7 +161,7 @@ def _width(module: nn.Module, queries: int) -> int | None:
                 return width
         for name in _COUNTS:
             if isinstance(count := getattr(holder, name, None), int) and count > 0:
-                return queries // count
+                return None if queries % count else queries // count
     return None
 
 
