@@ -35,8 +35,11 @@ def test_a_head_without_its_weights_changes_nothing_but_what_it_would_add(name):
     if not ZOO[name].is_here:
         pytest.skip("needs the extra: pip install 'newton-summary[zoo]'")
     model, loss_fn, batch = make(name, train=False)
+    check_heads(model, lambda: loss_fn(model, batch), *HEADS[name])
+
+
+def check_heads(model, loss, path, count, own):
     partition = Partition.heads(model)
-    path, count, own = HEADS[name]
     assert [n for n in partition.names if n.startswith(f"{path}.head")] == [f"{path}.head{i}" for i in range(count)]
     if own == count:
         assert not any("kv" in n for n in partition.names)
@@ -52,13 +55,51 @@ def test_a_head_without_its_weights_changes_nothing_but_what_it_would_add(name):
     output = next(n for n in masks if any(f".{key}.weight" in n for key in OUTPUTS) and n.endswith("weight"))
     with torch.no_grad():
         named[output][masks[output]] = 0.0
-        expected = loss_fn(model, batch)
+        expected = loss()
         for n, mask in masks.items():
             if n != output:
                 named[n][mask] += 1.0
-        assert loss_fn(model, batch) == pytest.approx(float(expected), rel=1e-9)
+        assert loss() == pytest.approx(float(expected), rel=1e-9)
         named[output][masks[output]] = torch.randn(int(masks[output].sum()), dtype=torch.float64)
-        assert loss_fn(model, batch) != pytest.approx(float(expected), rel=1e-9)
+        assert loss() != pytest.approx(float(expected), rel=1e-9)
+
+
+@pytest.mark.parametrize("own", [4, 1])
+def test_fused_projections_whose_order_is_not_as_their_name_says(own):
+    model = tiny("GPTBigCode", multi_query=own == 1).double()
+    check_heads(model, lambda: model(torch.arange(10)[None]).last_hidden_state.square().sum(), "h.0.attn", 4, own)
+
+
+def test_heads_before_a_normalisation_of_them_all():
+    model = tiny("MiniMax", layer_types=["linear_attention"], intermediate_size=32, head_dim=8, block_size=4)
+    attention, found = model.layers[0].self_attn, []
+    attention.norm.register_forward_pre_hook(lambda module, inputs: found.append(inputs[0].detach().clone()))
+    model(torch.arange(10)[None])
+    partition = Partition.heads(model)
+    place = partition.parameter_names.index("layers.0.self_attn.qkv_proj.weight")
+    rows = (partition.labels[place] == partition.names.index("layers.0.self_attn.head1"))[:, 0]
+    with torch.no_grad():
+        attention.qkv_proj.weight[rows] += 1.0
+    model(torch.arange(10)[None])
+    assert int(rows.sum()) == 24
+    assert (found[0] - found[1]).abs().amax((0, 1)).nonzero().flatten().tolist() == list(range(8, 16))
+
+
+def test_fused_projections_of_an_order_by_blocks_are_not_guessed():
+    model = tiny("CodeGen", rotary_dim=4, n_ctx=32, n_positions=32)
+    with pytest.raises(ValueError, match=r"h\.0\.attn: in a CodeGenAttention, qkv_proj has no order that is known"):
+        Partition.heads(model)
+
+
+def tiny(name, **options):
+    """A model of transformers, with weights that are not small."""
+    transformers = pytest.importorskip("transformers", reason="needs the extra: pip install 'newton-summary[zoo]'")
+    torch.manual_seed(0)
+    options |= {"vocab_size": 20, "num_hidden_layers": 1, "hidden_size": 32, "num_attention_heads": 4}
+    model = getattr(transformers, f"{name}Model")(getattr(transformers, f"{name}Config")(**options)).eval()
+    for p in model.parameters():
+        nn.init.normal_(p, std=0.3)
+    return model
 
 
 OUTPUTS = ("o_proj", "out_proj", "c_proj", "out_lin", "to_out.0", "Wo", "dense", "o")

@@ -22,6 +22,8 @@ _SEPARATE = (
 )
 _FUSED = ("in_proj", "c_attn", "qkv_proj", "qkv", "Wqkv", "query_key_value")
 _INTERLEAVED = ("query_key_value",)  # queries, keys and values of one head lie together
+_INTERLEAVED_IN = ("GPTBigCodeAttention", "MiniMaxLightningAttention")  # modules where they do, whatever the name
+_OF_NO_KNOWN_ORDER = ("CodeGenAttention",)  # queries, values and keys of a quarter of the heads lie together
 _OUTPUTS = ("o_proj", "out_proj", "c_proj", "out_lin", "to_out.0", "Wo", "proj", "dense", "o")
 _WIDTHS = ("head_dim", "attention_head_size", "key_value_proj_dim", "head_size")
 _COUNTS = ("num_heads", "num_attention_heads", "n_heads", "n_head", "heads")
@@ -110,16 +112,17 @@ def _heads_of(model: nn.Module, name: str, module: nn.Module) -> Iterator[tuple[
     width, told = _width(module, queries), name or type(module).__name__
     if not width or queries % width or keys % width:
         raise ValueError(f"{told}: {queries} outputs for queries and {keys} for keys are not a whole number of heads")
-    is_shared = keys != queries
-    if is_shared and fused in _INTERLEAVED:
+    is_shared, kind_of_module = keys != queries, type(module).__name__
+    interleaves = fused in _INTERLEAVED or (kind_of_module in _INTERLEAVED_IN and not is_shared)
+    if kind_of_module in _OF_NO_KNOWN_ORDER or (is_shared and interleaves):
+        whose = "where heads share keys and values" if is_shared else f"in a {kind_of_module}"
         raise ValueError(
-            f"{told}: where heads share keys and values, {fused} has no order that is known: name each head's parts in "
-            "Partition(groups, model)"
+            f"{told}: {whose}, {fused} has no order that is known: name each head's parts in Partition(groups, model)"
         )
     for number, (projection, rows) in enumerate(zip(projections, (queries, keys, keys), strict=True)):
         for head in range(rows // width):
             start = head * width
-            if fused in _INTERLEAVED:
+            if interleaves:
                 start = (3 * head + number) * width
             elif fused is not None:
                 start += (0, queries, queries + keys)[number]
