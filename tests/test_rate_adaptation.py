@@ -89,13 +89,6 @@ def test_parts_that_are_zero_or_no_numbers_tell_nothing() -> None:
     assert same.advantage == 0.0
 
 
-def test_scales_that_are_held_stay_and_the_advantage_does_not() -> None:
-    adaptation = RateAdaptation()
-    adaptation.compare([-0.5], 10, 10, holds=True)
-    assert adaptation.scales == [1.0]
-    assert adaptation.advantage == 0.5
-
-
 def test_a_divergence_is_above_the_first_loss_and_far_above_the_average() -> None:
     adaptation = RateAdaptation(2)
     adaptation.begin(2.0)
@@ -460,9 +453,9 @@ def test_a_comparison_sees_what_each_group_adds_to_the_loss_of_the_average(parti
 
     monkeypatch.setattr(RateAdaptation, "compare", lambda self, *values: seen.append(values))
     optimizer._adapt()
-    ((behind, step, gap, holds, midway),) = seen
+    ((behind, step, gap, midway),) = seen
     assert torch.equal(torch.get_rng_state(), random)
-    assert (step, gap, holds) == (16, 4, False)
+    assert (step, gap) == (16, 4)
     slopes = [(loss_at(s, 1e-4) - loss_at(s, -1e-4)) / 2e-4 for s in range(len(optimizer.partition))]
     torch.set_rng_state(random)
     assert behind == pytest.approx(slopes, rel=1e-6, abs=1e-11)

@@ -57,13 +57,12 @@ class AverageComparison:
         self.is_evaluating = False
         self._has_warned = False
 
-    def run(self, state: State, step: int, holds: bool) -> bool:
+    def run(self, state: State, step: int) -> bool:
         """Compares.
 
         Args:
             state: the optimizer's, which holds the average.
             step: the number of steps taken.
-            holds: whether the scales stay as they are.
 
         Returns:
             Whether the weights have gone back to their average.
@@ -85,7 +84,7 @@ class AverageComparison:
             return True
         self.average.update(state, share)
         midway, behind = found
-        self.adaptation.compare(behind, step, gap, holds, midway)
+        self.adaptation.compare(behind, step, gap, midway)
         return False
 
     def _first_loss(self, rewind: Callable[[], None]) -> float:

@@ -299,7 +299,7 @@ class NewtonSummary(MeasuredOptimizer):
     def _compare(self, comparison: AverageComparison) -> None:
         """Compares, and finds where the rates begin before the first step."""
         begins = comparison.cadence.due == 0
-        goes_back = comparison.run(self.state, self._taken, holds=self.factor < 1)
+        goes_back = comparison.run(self.state, self._taken)
         self.counts["compared"] += 1
         if goes_back:
             forget(self.direction, self.partition.parameters, self.state)

@@ -126,16 +126,13 @@ class RateAdaptation:
     def _shorten(self) -> None:
         self.scales = [scale / self.constants.cut for scale in self.scales]
 
-    def compare(
-        self, behind: Sequence[float], steps: int, gap: int, holds: bool = False, loss: float | None = None
-    ) -> None:
+    def compare(self, behind: Sequence[float], steps: int, gap: int, loss: float | None = None) -> None:
         """Takes a comparison.
 
         Args:
             behind: by how much the loss of the average is higher, as the parts of the groups: S numbers.
             steps: the number of steps taken.
             gap: those of them since the last comparison.
-            holds: whether the scales stay as they are.
             loss: half way to the average, if known.
         """
         total = sum(behind)
@@ -145,8 +142,6 @@ class RateAdaptation:
         share = max(self.constants.recent, 1 / self._count)
         self._square += share * (total**2 - self._square)
         self.advantage += share * (-total - self.advantage)
-        if holds:
-            return
         change = self.constants.gain * gap / (steps + self.constants.settling)
         noticeable = self.constants.negligible * max(map(abs, behind)) or 1.0
         signs = [1.0 if part > 0 else max(part / noticeable, -1.0) for part in behind]
