@@ -340,7 +340,7 @@ def test_where_the_loss_has_not_fallen_nothing_says_that_the_rates_are_right() -
     assert advise(parts).headline == LEAVE
     assert (advice.headline, advice.sentences()) == ("the loss is no lower", ["the loss is no lower"])
     assert advice.to_dict()["words"] == "the loss is no lower"
-    assert repr(advice).endswith("  the loss is no lower")
+    assert repr(advice).splitlines()[1] == "  the loss is no lower"
     small = advise([one(190.0, 1.0), one(191.0, 1.0)], stalled="the loss is no lower")
     assert small.sentences() == ["all rates are too small, at least 10× (190× for one step)", "the loss is no lower"]
     beside = [Summary(1.0, [g, 1.0, 1.0], np.eye(3), [0.0] * 3, list("ghi")) for g in (30.0, 30.1)]
@@ -479,9 +479,11 @@ def test_ranking_puts_what_differs_from_the_rest_first() -> None:
 def test_the_table_is_readable() -> None:
     text = repr(advise(sampled(4, seed=5)))
     lines = text.splitlines()
-    assert lines[0] == "Advice from 4 batches: factors on the learning rates"
-    assert lines[1].split() == ["group", "alone", "90%", "interval", "jointly"]
-    assert [line.split()[0] for line in lines[2:5]] == ["g0", "g1", "g2"]
+    assert lines[0] == "Advice from 4 batches"
+    assert lines[1:-5] == [f"  {sentence}" for sentence in advise(sampled(4, seed=5)).sentences()]
+    assert lines[-5] == "  factors on the learning rates for one step, to compare groups by:"
+    assert lines[-4].split() == ["group", "alone", "90%", "interval", "jointly"]
+    assert [line.split()[0] for line in lines[-3:]] == ["g0", "g1", "g2"]
 
 
 def test_a_flat_dictionary_for_loggers() -> None:

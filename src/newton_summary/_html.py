@@ -34,9 +34,18 @@ def table(caption: str, header: Sequence[str], rows: Sequence[Sequence[Cell]], s
     """
     head = "".join(f"<th>{html.escape(title)}</th>" for title in header)
     body = "".join(f"<tr>{''.join(_cell(cell, n == 0) for n, cell in enumerate(row))}</tr>" for row in rows)
+    return f"<table><caption>{html.escape(caption)}</caption><tr>{head}</tr>{body}</table>{listed(sentences)}"
+
+
+def listed(sentences: Sequence[str]) -> str:
+    """A list of sentences, if there are any.
+
+    Example:
+        >>> listed(["`a` < `b`"])
+        '<ul><li><code>a</code> &lt; <code>b</code></li></ul>'
+    """
     said = "".join(f"<li>{sentence(words)}</li>" for words in sentences)
-    listed = f"<ul>{said}</ul>" if said else ""
-    return f"<table><caption>{html.escape(caption)}</caption><tr>{head}</tr>{body}</table>{listed}"
+    return f"<ul>{said}</ul>" if said else ""
 
 
 def aligned(rows: Sequence[Sequence[str]]) -> list[str]:

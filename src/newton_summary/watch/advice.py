@@ -16,7 +16,7 @@ from torch import Tensor
 
 from newton_summary import solve
 from newton_summary._checks import check_not_negative
-from newton_summary._html import Cell, aligned, table
+from newton_summary._html import Cell, aligned, listed, table
 from newton_summary.solve import Status
 from newton_summary.summary import Summary
 from newton_summary.watch.intervals import Array, best, intervals, quantile, slopes_of
@@ -25,7 +25,8 @@ from newton_summary.watch.words import UNMOVED, UNSURE, Factor, between, in_one,
 STRONG = 0.5
 """A correlation of this size between two groups is put into words."""
 
-_MOST_PAIRS = 5
+_MOST_PAIRS = 3
+_CAPTION = "factors on the learning rates for one step, to compare groups by"
 _NO_DESCENT = 1e-3  # where a group ranks that does not descend at all
 
 
@@ -161,22 +162,22 @@ class Advice:
         return f"{self.batches} batch{'es' if self.batches != 1 else ''}"
 
     def _repr_html_(self) -> str:
-        """A table for notebooks, with all sentences; groups that they do not single out are grey."""
+        """All sentences, and a table, for notebooks; groups that they do not single out are grey."""
         rows = [
             [Cell(text, grey=not tells(g.words)) for text in (g.name, times(g.alone), interval, joint)]
             for g in self.groups
             for interval, joint in [(between(g.low, g.high), times(g.joint))]
         ]
-        caption = f"Factors on the learning rates, for one step; from {self._counted}"
+        caption = f"{_CAPTION.capitalize()}; from {self._counted}"
         header = ("group", "alone", f"{self.level:.0%} interval", "jointly")
-        return table(caption, header, rows, self.sentences())
+        return listed(self.sentences()) + table(caption, header, rows)
 
     def __repr__(self) -> str:
         interval = f"{self.level:.0%} interval"
         rows = [("group", "alone", interval, "jointly")]
         rows += [(g.name, times(g.alone), between(g.low, g.high), times(g.joint)) for g in self.groups]
-        lines = [f"Advice from {self._counted}: factors on the learning rates"]
-        return "\n".join([*lines, *aligned(rows), *(f"  {sentence}" for sentence in self.sentences())])
+        said = [f"Advice from {self._counted}", *(f"  {sentence}" for sentence in self.sentences())]
+        return "\n".join([*said, f"  {_CAPTION}:", *aligned(rows)])
 
 
 def advise(

@@ -693,11 +693,11 @@ class Monitor:
     def __repr__(self) -> str:
         names = " and ".join(type(member).__name__ for member in self.optimizers)
         watched = f"Monitor of {names}: {len(self.partition)} groups, {self.cadence}"
-        counted = f"measured {self.counts['measured']}×, of which {self.counts['failed']}× not finite"
+        failed = f", of which {self.counts['failed']}× not finite" if self.counts["failed"] else ""
         on = f", last on {self.records[-1].measured_on}" if self.records and self.records[-1].measured_on else ""
         advice = "no advice yet" if self.advice is None else repr(self.advice)
         silent = f", silent since {_PATIENCE} errors in a row" if self.counts["disabled"] else ""
-        return f"{watched}, {counted}{on}{silent}\n{advice}"
+        return f"{watched}, measured {self.counts['measured']}×{failed}{on}{silent}\n{advice}"
 
     def to_frame(self) -> Any:
         """The history as a ``pandas.DataFrame``, one row for each record and group.
