@@ -139,6 +139,28 @@ def test_running_statistics_are_averaged_with_the_weights_and_go_where_they_go()
         assert norm.running_mean.tolist() == [1.5, 1.5]
 
 
+def test_running_statistics_outlive_a_bad_batch_another_norm_and_inference_mode() -> None:
+    model = nn.Sequential(nn.Linear(2, 2), nn.BatchNorm1d(2))
+    average, state = WeightAverage(list(model[0].parameters()), model), defaultdict(dict)
+    with torch.no_grad():
+        average.update(state, 0.5)
+        model[1].running_mean.fill_(torch.nan)
+        average.update(state, 0.5)
+        model[1].running_mean.fill_(4.0)  # as after reset_running_stats()
+        average.update(state, 0.5)
+        average.exchange(state)
+        assert model[1].running_mean.tolist() == [4.0, 4.0]
+        average.exchange(state)
+        model[1] = nn.BatchNorm1d(3)
+        average.update(state, 0.5)
+        with torch.inference_mode():
+            model[1].double()
+            average.exchange(state)
+            average.exchange(state)
+        average.update(state, 0.5)
+    assert [s.shape for s in average.state_dict()["statistics"]] == [(3,), (3,)]
+
+
 # When to compare ------------------------------------------------------------------------------------------------------
 
 

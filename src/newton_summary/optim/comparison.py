@@ -180,7 +180,7 @@ class AverageComparison:
             self.average.exchange(state)
 
     def state_dict(self) -> dict[str, Any]:
-        """Plain numbers; the average itself is in the optimizer's state."""
+        """Plain numbers, and averaged statistics; the average of the weights is in the optimizer's state."""
         return {
             "adaptation": self.adaptation.state_dict(),
             "cadence": self.cadence.state_dict(),

@@ -71,7 +71,7 @@ class WeightAverage:
         """Takes the weights in, as this share of the average."""
         torch._foreach_lerp_(self.values(state), list(self.parameters), share)
         for average, now in self._paired_statistics():
-            average.lerp_(now, share)
+            average.copy_(torch.where(average.isfinite(), average, now)).lerp_(now, share)  # one bad batch is forgotten
 
     def restore(self, state: State) -> None:
         """Sends the weights back to their average."""
@@ -88,10 +88,11 @@ class WeightAverage:
             now.copy_(average)
             average.copy_(before)
 
+    @torch.inference_mode(False)  # an average made under inference_mode() could not be written later
     def _paired_statistics(self) -> list[tuple[Tensor, Tensor]]:
-        """The average of each running statistic, at first what it is, and the statistic."""
+        """The average of each running statistic, and the statistic; of other normalisations than before, it twice."""
         now = [] if self._model is None else _running_statistics(self._model)
-        if len(self._of_statistics) != len(now):
+        if [average.shape for average in self._of_statistics] != [statistic.shape for statistic in now]:
             self._of_statistics = [statistic.clone() for statistic in now]
         self._of_statistics = [average.to(s) for average, s in zip(self._of_statistics, now, strict=True)]
         return list(zip(self._of_statistics, now, strict=True))
