@@ -241,7 +241,8 @@ def test_a_resumed_run_looks_as_if_nothing_had_happened(at) -> None:
     train(model, optimizer, 40, at)
     train(twin, resumed, 40, at)
     assert resumed.rates == optimizer.rates
-    assert str(resumed._comparison.state_dict()) == str(optimizer._comparison.state_dict())
+    states = (each._comparison.state_dict() for each in (resumed, optimizer))
+    torch.testing.assert_close(*states, rtol=0, atol=0)
     assert all(torch.equal(value, twin.state_dict()[name]) for name, value in model.state_dict().items())
 
 
@@ -255,6 +256,17 @@ def test_at_the_end_of_a_run_of_known_length_steps_shrink_to_nothing() -> None:
         optimizer.step()
     assert lengths[:31] == pytest.approx([1.0] * 31)
     assert lengths[31:] == pytest.approx([0.1 * n for n in range(9, 0, -1)])
+
+
+@pytest.mark.filterwarnings("ignore:the 40 steps:UserWarning")
+def test_after_the_end_of_a_run_nothing_is_compared() -> None:
+    """Scales had grown by a factor of ten in 200 steps, which whoever resumes it with a larger steps= goes on with."""
+    model, optimizer = make(steps=40, compare_every=4)
+    train(model, optimizer, 40)
+    compared, scales = optimizer.counts["compared"], list(optimizer._comparison.adaptation.scales)
+    train(model, optimizer, 20, 40)
+    assert optimizer.counts["compared"] == compared
+    assert optimizer._comparison.adaptation.scales == scales
 
 
 def test_looking_must_be_at_whole_steps() -> None:

@@ -285,8 +285,11 @@ class NewtonSummary(MeasuredOptimizer):
         self.counts["halved"] += backtrack(self.rule, scales, summary, loss_after, precision)
 
     def _adapt(self) -> None:
-        """Compares, where it is time to; where that fails, in the user's code, it is still to be done."""
-        if self._comparison is None or self._taken < self._comparison.cadence.due:
+        """Compares, where it is time to; where that fails, in the user's code, it is still to be done.
+
+        After the last of the steps that were told, weights stand still, and comparisons would only let scales grow.
+        """
+        if self._comparison is None or self._taken < self._comparison.cadence.due or not self.factor:
             return
         before = self._comparison.cadence.state_dict()
         try:
