@@ -287,6 +287,15 @@ def test_no_number_is_said_of_steps_that_nothing_limits() -> None:
     limited = [Summary(1.0, [1.0, g, g], torch.diag(torch.tensor([1 / 40, 1 / 50, -1.0]))) for g in (1.0, 1.01)]
     assert advise(limited).overall.startswith(f"{small}at least 2.")
     assert advise(limited[:1]).overall == f"{small}at least 2.6× (50× for one step, from one batch)"
+    one_is = [Summary(1.0, [g, g, 30 * g], torch.diag(torch.tensor([1.0, -1.0, 1.0]))) for g in (1.0, 1.01)]
+    assert "`0`: moves 30× (29–31×) more" in advise(one_is).groups[0].words
+    one_is = [Summary(s.loss, s.gradient, torch.diag(torch.tensor([1.0, -1.0, -1.0]))) for s in one_is]
+    assert advise(one_is).groups[0].words == "`0`: moves more than suits it, next to the other groups"
+    assert (
+        advise(one_is[:1])
+        .groups[0]
+        .words.endswith("`: moves more than suits it, next to the other groups (from one batch)")
+    )
 
 
 def test_an_unsure_middle_has_no_end() -> None:

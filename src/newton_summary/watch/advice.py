@@ -228,8 +228,9 @@ def advise(
     moved = ((mean.gradient != 0) | (hessian.diagonal() != 0)).numpy()
     falls = moved & (alone > 0)
     middle = _middle(alone[falls], low[falls], high[falls])
+    bounded = 2 * int((np.isinf(alone) & ~np.isfinite(low))[falls].sum()) < int(falls.sum())
     groups = tuple(
-        GroupAdvice(name, *numbers, words=words_of(name, *numbers[:3], middle, moves=moves))
+        GroupAdvice(name, *numbers, words=words_of(name, *numbers[:3], middle, moves=moves, bounded=bounded))
         for name, numbers, moves in zip(
             mean.names,
             zip(alone.tolist(), low.tolist(), high.tolist(), step.sizes.tolist(), strict=True),

@@ -59,8 +59,13 @@ def in_one(names: Sequence[str], singular: str, plural: str) -> list[str]:
     return [f"{listed}: {plural}"]
 
 
-def words_of(name: str, factor: float, low: float, high: float, middle: float, *, moves: bool) -> str:
-    """How a group's factor compares with the middle of all, where its interval warrants it."""
+def words_of(
+    name: str, factor: float, low: float, high: float, middle: float, *, moves: bool, bounded: bool = True
+) -> str:
+    """How a group's factor compares with the middle of all, where its interval warrants it.
+
+    Where nothing bounds the steps of the groups in the middle, no number says by how much others differ from them.
+    """
     single = math.isnan(low)
     if not moves:
         return f"`{name}`: {UNMOVED[0]}"
@@ -71,10 +76,12 @@ def words_of(name: str, factor: float, low: float, high: float, middle: float, *
     if math.isinf(factor) and (single or math.isinf(low)):
         return f"`{name}`: nothing in the model limits its step{_FROM_ONE * single}"
     factor, low, high = factor / middle, low / middle, high / middle
-    if factor >= DISTINCT and (single or low > 1):
+    if bounded and factor >= DISTINCT and (single or low > 1):
         amount = f"at least {_short(low)}×" if math.isinf(factor) else f"{_short(factor)}×{_range(low, high)}"
         return f"`{name}`: moves {amount} less than suits it, next to the other groups"
     if factor <= 1 / DISTINCT and (single or high < 1):
+        if not bounded:
+            return f"`{name}`: moves more than suits it, next to the other groups{_FROM_ONE * single}"
         amount = _times_shorter(factor, low, high)
         return f"`{name}`: moves {amount} more than suits it, next to the other groups"
     return ""
