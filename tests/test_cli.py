@@ -109,6 +109,11 @@ def test_nobody_reading_the_output_is_no_error():
     assert not told.stderr
 
 
+def test_an_output_that_is_closed_is_no_error(monkeypatch, workplace):
+    monkeypatch.setattr(sys, "stdout", None)
+    assert cli.main(["data", "digits"]) == 0
+
+
 # train ----------------------------------------------------------------------------------------------------------------
 
 

@@ -15,7 +15,10 @@ from newton_summary.errors import UsageError
 
 Commands: TypeAlias = "argparse._SubParsersAction[argparse.ArgumentParser]"
 
-_EPILOG = "Exit codes: 0 done, 1 the run diverged, 2 a mistake that the message explains, 130 Ctrl-C."
+_EPILOG = (
+    "Exit codes: 0 done, 1 the run diverged, 2 a mistake that the message explains, 130 Ctrl-C, "
+    "141 nobody reads the output any more."
+)
 
 INTERRUPTED = 130
 """The exit code after Ctrl-C."""
@@ -53,7 +56,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     command: Callable[[argparse.Namespace], int] = options.command
     try:
         code = command(options)
-        sys.stdout.flush()
+        if sys.stdout is not None:  # as it is where the output is closed
+            sys.stdout.flush()
         return code
     except (UsageError, ImportError) as error:
         print(f"newton-summary: {error}", file=sys.stderr)
