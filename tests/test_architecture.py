@@ -208,7 +208,7 @@ def test_rows_by_frequency():
         Partition.by_frequency(model, "0", counts)
     listed = Partition.by_frequency(model, "0.weight", counts.tolist(), bins=2, rest="rest")
     assert listed.names == partition.names
-    for wrong in (0 * counts, counts - 1, counts / 0):
+    for wrong in (0 * counts, counts - 1, counts / 0, counts + float("inf")):
         with pytest.raises(ValueError, match=r"counts must not be negative nor all zero"):
             Partition.by_frequency(model, "0.weight", wrong)
 

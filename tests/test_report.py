@@ -274,6 +274,9 @@ def test_what_may_be_negative_is_drawn_to_a_linear_scale():
     heights = {label: float(y) - 4 for y, label in ticks.items()}
     assert heights["0"] == pytest.approx(y1, abs=0.11)
     assert heights["−6"] == pytest.approx(y2, abs=0.11)
+    flat = charts.chart("t", "x", "y", [charts.Line("a", [(0, -5.0), (1, -5.000001)], "red")], signed=True)
+    labels = re.findall(r'text-anchor="end">([^<]*)<', flat)
+    assert len(labels) == len(set(labels)) > 2
     positive = [charts.Line("a", [(0, 1.0), (1, 100.0)], "red")]
     assert charts.chart("t", "x", "y", positive, signed=True) == charts.chart("t", "x", "y", positive)
 

@@ -231,7 +231,7 @@ def frequencies(table: str, counts: Tensor, bins: int, trainable: Mapping[str, T
         raise ValueError(f"{table!r} has {len(weight)} rows, but counts have shape {tuple(counts.shape)}")
     counts = counts.double().cpu()
     total = float(counts.sum())
-    if not (total > 0 and (counts >= 0).all() and bins >= 1):
+    if not (0 < total < float("inf") and (counts >= 0).all() and bins >= 1):
         raise ValueError(
             f"counts must not be negative nor all zero, and bins be at least 1; got a sum of {total} and {bins} bins"
         )

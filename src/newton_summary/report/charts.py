@@ -48,7 +48,7 @@ def chart(
     y_ticks, y = _upwards(heights) if is_linear else _logarithmic(heights)
     marks = [
         _x_axis(x_ticks, x, x_label, width),
-        _y_axis({t: number(t) if is_linear else _power(t) for t in y_ticks}, y, y_label, width),
+        _y_axis({t: number(t, 5) if is_linear else _power(t) for t in y_ticks}, y, y_label, width),
         *(_path(line, x, y, -math.inf if is_linear else 0.0) for line in lines),
     ]
     ends = "; ".join(f"{line.name}: {_end(line)}" for line in lines)
