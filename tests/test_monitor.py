@@ -593,9 +593,7 @@ def test_groups_that_the_optimizer_does_not_hold_do_not_move() -> None:
 def test_its_repr_says_what_it_watches_and_what_it_advises() -> None:
     model, batches = make_model(), make_batches()
     monitor = ns.Monitor(model, loss_fn, optimizer=torch.optim.SGD(model.parameters(), lr=0.1), every=7)
-    assert repr(monitor) == (
-        "Monitor of SGD: 4 groups, every 7 steps, measured 0×\nno advice yet"
-    )
+    assert repr(monitor) == ("Monitor of SGD: 4 groups, every 7 steps, measured 0×\nno advice yet")
     loss_fn(model, batches[0]).backward()
     monitor.measure(batches[1:4])
     first, *rest = repr(monitor).splitlines()
@@ -636,6 +634,12 @@ def test_a_training_that_is_not_finite_is_warned_of_once() -> None:
         train(model, optimizer, batches, 9, monitor)
     assert len(caught) == 1
     assert monitor.counts["failed"] == 9
+    other = ns.Monitor(model, loss_fn, optimizer=optimizer)
+    loss_fn(model, batches[0]).backward()
+    for _ in range(4):  # before one step
+        other.measure(batches[:1])
+    with pytest.warns(UserWarning, match="last 3 measurements, up to that before step 1, were not finite"):
+        optimizer.step()
 
 
 @pytest.mark.parametrize("to_none", [True, False])

@@ -230,8 +230,7 @@ def test_a_number_of_samples_is_measured_and_told() -> None:
     optimizer.step()
     assert monitor.records[-1].actual_decrease == pytest.approx(before - loss_fn(model, some).item(), rel=1e-9)
     assert repr(monitor).startswith(
-        "Monitor of SGD: 4 groups, every 5 steps, on 6 samples of a batch, measured 1×, last "
-        "on 6 of 64 samples\n"
+        "Monitor of SGD: 4 groups, every 5 steps, on 6 samples of a batch, measured 1×, last on 6 of 64 samples\n"
     )
     assert monitor.records[-1].scalars()["newton_summary/samples"] == 6.0
     assert set(monitor.to_frame().samples) == {6}

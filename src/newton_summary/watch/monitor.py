@@ -580,7 +580,7 @@ class Monitor:
         """Counts the step."""
         self._taken += 1
         self._unheard = 0
-        if self._not_finite == _PATIENCE:  # one may be a batch's, or of a step that a gradient scaler skips
+        if self._not_finite >= _PATIENCE:  # one may be a batch's, or of a step that a gradient scaler skips
             self._warn_once(
                 "not finite",
                 f"the Monitor's last {_PATIENCE} measurements, up to that before step {self._taken}, were not finite: "
