@@ -31,9 +31,8 @@ class Assignment:
         self.by_name = {name: position.get(id(p)) for name, p in every.items()}
         self.by_id = {id(p): position.get(id(p)) for p in every.values()}
         self.shapes = [p.shape for p in named.values()]
-        self.labels: list[Label] = [_UNASSIGNED] * len(
-            named
-        )  # one for each entry takes four times a model's own memory
+        # one for each entry would take four times the memory of a model in half precision
+        self.labels: list[Label] = [_UNASSIGNED] * len(named)
 
     def assign(self, groups: Mapping[str, Iterable[str | nn.Parameter | Part]]) -> tuple[Label, ...]:
         """The label of every parameter.

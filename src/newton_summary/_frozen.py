@@ -57,10 +57,11 @@ class Frozen:
 
     def _say(self, found: Mapping[str, nn.Parameter], why: str) -> None:
         """One warning for all that are found at once, as where the body of a network thaws."""
-        for name, parameter in list(found.items())[:1]:
-            more = f" and {len(found) - 1} more are" if len(found) > 1 else " is"
-            it, was = ("them", "they were") if len(found) > 1 else ("it", "it was")
-            warn(
-                f"parameter {name!r}, of shape {tuple(parameter.shape)},{more} not {self.who}: {was} {why}; make a new "
-                f"one to take {it} in"
-            )
+        if not found:
+            return
+        name, *others = found
+        are, it, was = (f" and {len(others)} more are", "them", "they were") if others else (" is", "it", "it was")
+        warn(
+            f"parameter {name!r}, of shape {tuple(found[name].shape)},{are} not {self.who}: {was} {why}; make a new "
+            f"one to take {it} in"
+        )

@@ -132,7 +132,7 @@ def suggest_rates(
         loss_fn: ``loss_fn(model, batch)`` gives a scalar, the mean over the batch.
         model: the module that is to be trained, in the mode that it is trained in.
         batches: training batches: a ``DataLoader`` or a list.  They are read over and over where they are few.  Of a
-            one-shot iterator no more are read than a trial is long.
+            one-shot iterator no more than 120 are read, or ``trial_steps``.
         optimizer: any ``torch.optim.Optimizer`` over the model's parameters whose ``step()`` needs no closure; or
             several over different parameters, such as Muon for matrices and AdamW for the rest.
         partition: the groups, of whole tensors, or the name of a constructor.  Default: one for each tensor, coarser

@@ -94,9 +94,7 @@ class UsedGradients:
         return bool(found) and all(self._knows(gradient) for gradient in found)
 
     def _knows(self, gradient: Tensor) -> bool:
-        reference, version = self._known.get(
-            id(gradient), (None, 0)
-        )  # another one may have the number of one that died
+        reference, version = self._known.get(id(gradient), (None, 0))  # whose number may be that of one that died
         return reference is not None and reference() is gradient and gradient._version == version
 
 
