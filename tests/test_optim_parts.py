@@ -98,16 +98,25 @@ def test_the_average_of_the_weights_follows_them_and_changes_places() -> None:
             average.update(state, share)
             by_hand += share * (torch.tensor(weights, dtype=DTYPE) - by_hand)
             assert torch.allclose(average.values(state)[0], by_hand, rtol=1e-14)
-        parameters[0].copy_(torch.tensor([9.0, 9.0]))
+        for weights in ([1.0, 1.0], [5.0, 9.0]):  # the first that are seen are all that there is
+            parameters[0].copy_(torch.tensor(weights))
+            average.follow(state, 0.25)
+        assert torch.equal(average.values(state)[0], by_hand)
         average.exchange(state)
         assert average.is_in_place
-        assert torch.equal(parameters[0], by_hand)
-        assert average.values(state)[0].tolist() == [9.0, 9.0]
+        assert parameters[0].tolist() == [2.0, 3.0]
         average.exchange(state)
         assert not average.is_in_place
-        assert parameters[0].tolist() == [9.0, 9.0]
+        assert parameters[0].tolist() == [5.0, 9.0]
         average.restore(state)
         assert torch.equal(parameters[0], by_hand)
+        average.exchange(state)
+        assert torch.equal(parameters[0], by_hand), "what has diverged is not evaluated"
+
+
+def take_in(average, state, share) -> None:
+    average.update(state, share)
+    average.follow(state, share)
 
 
 def test_running_statistics_are_averaged_with_the_weights_and_go_where_they_go() -> None:
@@ -116,10 +125,10 @@ def test_running_statistics_are_averaged_with_the_weights_and_go_where_they_go()
     average = WeightAverage(list(model.parameters()), model)
     with torch.no_grad():
         norm.running_mean.fill_(1.0)
-        average.update(state, 0.5)  # the first that are seen are all that there is
+        take_in(average, state, 0.5)  # the first that are seen are all that there is
         norm.running_mean.fill_(3.0)
         norm.running_var.fill_(5.0)
-        average.update(state, 0.25)
+        take_in(average, state, 0.25)
         average.exchange(state)
         assert norm.running_mean.tolist() == [1.5, 1.5]
         assert norm.running_var.tolist() == [2.0, 2.0]
@@ -133,7 +142,7 @@ def test_running_statistics_are_averaged_with_the_weights_and_go_where_they_go()
         assert norm.running_var.tolist() == [5.0, 5.0]
         again = WeightAverage(list(model.parameters()), model)
         again.load_state_dict(average.state_dict())
-        average.update(state, 0.5)  # of which what was loaded knows nothing
+        take_in(average, state, 0.5)  # of which what was loaded knows nothing
         norm.running_mean.fill_(torch.nan)
         again.restore(state)
         assert norm.running_mean.tolist() == [1.5, 1.5]
@@ -143,22 +152,22 @@ def test_running_statistics_outlive_a_bad_batch_another_norm_and_inference_mode(
     model = nn.Sequential(nn.Linear(2, 2), nn.BatchNorm1d(2))
     average, state = WeightAverage(list(model[0].parameters()), model), defaultdict(dict)
     with torch.no_grad():
-        average.update(state, 0.5)
+        take_in(average, state, 0.5)
         model[1].running_mean.fill_(torch.nan)
-        average.update(state, 0.5)
+        take_in(average, state, 0.5)
         model[1].running_mean.fill_(4.0)  # as after reset_running_stats()
-        average.update(state, 0.5)
+        take_in(average, state, 0.5)
         average.exchange(state)
         assert model[1].running_mean.tolist() == [4.0, 4.0]
         average.exchange(state)
         model[1] = nn.BatchNorm1d(3)
-        average.update(state, 0.5)
+        take_in(average, state, 0.5)
         with torch.inference_mode():
             model[1].double()
             average.exchange(state)
             average.exchange(state)
-        average.update(state, 0.5)
-    assert [s.shape for s in average.state_dict()["statistics"]] == [(3,), (3,)]
+        take_in(average, state, 0.5)
+    assert [s.shape for s in average.state_dict()["statistics"]["shown"]] == [(3,), (3,)]
 
 
 # When to compare ------------------------------------------------------------------------------------------------------

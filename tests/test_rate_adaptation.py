@@ -300,7 +300,7 @@ def make_plain(**options):
 def test_the_average_takes_the_place_of_the_weights_where_it_is_better() -> None:
     model, optimizer = make_plain(compare_every=4)
     train(model, optimizer, 20)
-    before, average = weights_of(model), [optimizer.state[p]["average"].clone() for p in model.parameters()]
+    before, average = weights_of(model), [optimizer.state[p]["shown"].clone() for p in model.parameters()]
     for advantage, expected in ((-0.1, before), (0.1, average)):
         optimizer._comparison.adaptation.advantage = advantage
         optimizer.eval()

@@ -87,6 +87,10 @@ class AverageComparison:
         self.adaptation.compare(behind, step, gap, midway)
         return False
 
+    def follow(self, state: State, steps: int) -> None:
+        """Takes the weights after so many steps into the average that the model is evaluated with."""
+        self.average.follow(state, self.adaptation.share_shown(steps))
+
     def _first_loss(self, rewind: Callable[[], None]) -> float:
         """The loss of the next batch at the first weights, in the block whose randomness is preserved."""
         samples = self._samples

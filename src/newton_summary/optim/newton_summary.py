@@ -235,6 +235,8 @@ class NewtonSummary(MeasuredOptimizer):
                 "further steps move nothing; to train for longer, make the optimizer with a larger steps="
             )
         super()._descend()
+        if self._comparison is not None:
+            self._comparison.follow(self.state, self._taken + 1)
 
     @torch.no_grad()
     def eval(self) -> None:

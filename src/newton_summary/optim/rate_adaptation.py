@@ -22,6 +22,7 @@ class Constants:
         settling: steps that are added to that number, so that a run does not begin with leaps.
         negligible: the share of the largest part below which a group's noise costs too little for shorter steps.
         window: the part of the run, as 1/window of its steps, that the average of the weights is over.
+        shown: the same of the average that the model is evaluated with.
         most: the share of the weights in their average, at most: with all of it, the two would be the same, and tell
             nothing, while comparisons are further apart than a fourth of the run.
         recent: the share of a comparison in what differences are as a rule.
@@ -34,6 +35,7 @@ class Constants:
     settling: int = 50
     negligible: float = 0.01
     window: float = 4.0
+    shown: float = 8.0
     most: float = 0.5
     recent: float = 0.3
     outlier: float = 10.0
@@ -103,6 +105,10 @@ class RateAdaptation:
         """
         window = self.constants.window
         return min(window * gap / (steps + window), self.constants.most)
+
+    def share_shown(self, steps: int) -> float:
+        """The share of the weights of a step, with which there are so many, in the average that is evaluated."""
+        return min(self.constants.shown / (steps + self.constants.shown), self.constants.most)
 
     def is_suspicious(self, loss: float) -> bool:
         """Whether a loss, of weights half way to their average or of that, is none that training leads to."""

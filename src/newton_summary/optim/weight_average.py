@@ -1,4 +1,4 @@
-"""The moving average of the weights."""
+"""Moving averages of the weights."""
 
 from __future__ import annotations
 
@@ -11,11 +11,15 @@ from torch.nn.modules.batchnorm import _NormBase
 
 from newton_summary.optim.directions import State
 
-_KEY = "average"
+_KEY, _SHOWN = "average", "shown"
 
 
 class WeightAverage:
-    """A moving average of the weights, kept in an optimizer's state, which oscillates less than they do.
+    """Moving averages of the weights, kept in an optimizer's state, which oscillate less than they do.
+
+    One takes the weights in now and then, and is what they are compared with.  The other takes those of every step in,
+    over a shorter time, and is what the model is evaluated with: where weights sway from one step to the next, those of
+    every twentieth sway as much.
 
     The running statistics of normalisations belong to the weights that they were seen at.  So they are averaged, too,
     and go where the weights go.
@@ -43,14 +47,12 @@ class WeightAverage:
         self.parameters = parameters
         self.is_in_place = False
         self._model = model
-        self._of_statistics: list[Tensor] = []
+        self._norms: list[_NormBase] | None = None
+        self._of_statistics: dict[str, list[Tensor]] = {}
 
     def values(self, state: State) -> list[Tensor]:
-        """The average of each parameter; at first the weights."""
-        for p in self.parameters:
-            if _KEY not in state[p]:
-                state[p][_KEY] = p.detach().clone(memory_format=torch.preserve_format)
-        return [state[p][_KEY] for p in self.parameters]
+        """The average of each parameter that the weights are compared with; at first the weights."""
+        return self._kept(state, _KEY)
 
     def check_kind(self, state: State) -> None:
         """Raises where the model has been converted or moved since: what is remembered of it would not fit.
@@ -68,46 +70,68 @@ class WeightAverage:
             )
 
     def update(self, state: State, share: float) -> None:
-        """Takes the weights in, as this share of the average."""
+        """Takes the weights into the average that they are compared with, as this share of it."""
+        self._norms = None  # there may be others by now
         torch._foreach_lerp_(self.values(state), list(self.parameters), share)
-        for average, now in self._paired_statistics():
-            average.copy_(torch.where(average.isfinite(), average, now)).lerp_(now, share)  # one bad batch is forgotten
+        for average, now in (*self._statistics(_KEY), *self._statistics(_SHOWN)):
+            average.copy_(torch.where(average.isfinite(), average, now))  # one bad batch is forgotten
+        self._lerp_statistics(_KEY, share)
+
+    def follow(self, state: State, share: float) -> None:
+        """Takes the weights of a step into the average that is evaluated, as this share of it."""
+        torch._foreach_lerp_(self._kept(state, _SHOWN), list(self.parameters), share)
+        self._lerp_statistics(_SHOWN, share)
 
     def restore(self, state: State) -> None:
-        """Sends the weights back to their average."""
-        torch._foreach_copy_([p.detach() for p in self.parameters], self.values(state))
-        for average, now in self._paired_statistics():
+        """Sends the weights, and what is evaluated, back to the average that they are compared with."""
+        averages = self.values(state)
+        torch._foreach_copy_([p.detach() for p in self.parameters], averages)
+        torch._foreach_copy_(self._kept(state, _SHOWN), averages)
+        for (average, now), (shown, _) in zip(self._statistics(_KEY), self._statistics(_SHOWN), strict=True):
             now.copy_(average)
+            shown.copy_(average)
 
     def exchange(self, state: State) -> None:
-        """Puts the average in the place of the weights, or the weights back in theirs."""
+        """Puts the average of every step in the place of the weights, or the weights back in theirs."""
         self.is_in_place = not self.is_in_place
-        pairs = [*zip(self.values(state), self.parameters, strict=True), *self._paired_statistics()]
-        for average, now in pairs:
+        for average, now in (*zip(self._kept(state, _SHOWN), self.parameters, strict=True), *self._statistics(_SHOWN)):
             before = now.clone()
             now.copy_(average)
             average.copy_(before)
 
     @torch.inference_mode(False)  # an average made under inference_mode() could not be written later
-    def _paired_statistics(self) -> list[tuple[Tensor, Tensor]]:
-        """The average of each running statistic, and the statistic; of other normalisations than before, it twice."""
-        now = [] if self._model is None else _running_statistics(self._model)
-        if [average.shape for average in self._of_statistics] != [statistic.shape for statistic in now]:
-            self._of_statistics = [statistic.clone() for statistic in now]
-        self._of_statistics = [average.to(s) for average, s in zip(self._of_statistics, now, strict=True)]
-        return list(zip(self._of_statistics, now, strict=True))
+    def _kept(self, state: State, key: str) -> list[Tensor]:
+        """An average of each parameter; at first the weights."""
+        for p in self.parameters:
+            if key not in state[p]:
+                state[p][key] = p.detach().clone(memory_format=torch.preserve_format)
+        return [state[p][key] for p in self.parameters]
+
+    @torch.inference_mode(False)
+    def _statistics(self, key: str) -> list[tuple[Tensor, Tensor]]:
+        """An average of each running statistic, and the statistic; of other normalisations than before, it twice."""
+        if self._norms is None:
+            modules = () if self._model is None else self._model.modules()
+            self._norms = [m for m in modules if isinstance(m, _NormBase)]
+        now = [s for m in self._norms for s in (m.running_mean, m.running_var) if s is not None]
+        kept = self._of_statistics.get(key, [])
+        if [average.shape for average in kept] != [statistic.shape for statistic in now]:
+            kept = [statistic.clone() for statistic in now]
+        self._of_statistics[key] = [average.to(statistic) for average, statistic in zip(kept, now, strict=True)]
+        return list(zip(self._of_statistics[key], now, strict=True))
+
+    def _lerp_statistics(self, key: str, share: float) -> None:
+        if pairs := self._statistics(key):
+            averages, now = zip(*pairs, strict=True)
+            torch._foreach_lerp_(averages, now, share)
 
     def state_dict(self) -> dict[str, Any]:
         """What the optimizer's state does not hold."""
-        return {"is_in_place": self.is_in_place, "statistics": [average.clone() for average in self._of_statistics]}
+        statistics = {key: [average.clone() for average in kept] for key, kept in self._of_statistics.items()}
+        return {"is_in_place": self.is_in_place, "statistics": statistics}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """The inverse of :meth:`state_dict`."""
         self.is_in_place = state["is_in_place"]
-        self._of_statistics = [average.clone() for average in state.get("statistics", ())]
-
-
-def _running_statistics(model: nn.Module) -> list[Tensor]:
-    """What a model's normalisations are evaluated with: of batches, by moving averages."""
-    found = [(m.running_mean, m.running_var) for m in model.modules() if isinstance(m, _NormBase)]
-    return [statistic for pair in found for statistic in pair if statistic is not None]
+        kept = state.get("statistics", {})
+        self._of_statistics = {key: [average.clone() for average in averages] for key, averages in kept.items()}
