@@ -58,7 +58,8 @@ class NewtonSummary(MeasuredOptimizer):
     second and third derivatives (:class:`~newton_summary.optim.rates.AveragedRates`); so they all are with
     ``compare_every=0``, and every so often with ``every=``.
 
-    Beside what the direction remembers, a copy of the weights is kept: their moving average.
+    Beside what the direction remembers, two moving averages of the weights are kept: one that they are compared with,
+    and one that is evaluated (:meth:`eval`).
 
     With several processes each measures on its own samples, and all take the same step (docs/distributed.md).
 
@@ -240,7 +241,7 @@ class NewtonSummary(MeasuredOptimizer):
 
     @torch.no_grad()
     def eval(self) -> None:
-        """Puts the moving average of the weights in their place, if comparisons have found the loss lower there.
+        """Puts a moving average of the weights in their place, if comparisons have found the loss lower at such a one.
 
         For validation, and for a model that is kept; call :meth:`train` before the next step.  Training is the same
         whether this is ever called.  Running statistics of batch norms are averaged as the weights are, and go along.
