@@ -162,6 +162,11 @@ def test_running_statistics_outlive_a_bad_batch_another_norm_and_inference_mode(
         average.exchange(state)
         model[1] = nn.BatchNorm1d(3)
         take_in(average, state, 0.5)
+        model[1] = nn.BatchNorm1d(3)
+        model[1].running_mean.fill_(7.0)
+        average.exchange(state)
+        assert model[1].running_mean.tolist() == [0.0, 0.0, 0.0], "one that has just come has the average, too"
+        average.exchange(state)
         with torch.inference_mode():
             model[1].double()
             average.exchange(state)

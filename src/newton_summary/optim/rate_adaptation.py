@@ -107,7 +107,7 @@ class RateAdaptation:
         return min(window * gap / (steps + window), self.constants.most)
 
     def share_shown(self, steps: int) -> float:
-        """The share of the weights of a step, with which there are so many, in the average that is evaluated."""
+        """The share of the weights in the average that is evaluated, after so many steps."""
         return min(self.constants.shown / (steps + self.constants.shown), self.constants.most)
 
     def is_suspicious(self, loss: float) -> bool:

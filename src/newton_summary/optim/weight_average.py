@@ -47,7 +47,7 @@ class WeightAverage:
         self.parameters = parameters
         self.is_in_place = False
         self._model = model
-        self._norms: list[_NormBase] | None = None
+        self._norms: list[_NormBase] | None = None  # looked for anew now and then: there may be others
         self._of_statistics: dict[str, list[Tensor]] = {}
 
     def values(self, state: State) -> list[Tensor]:
@@ -71,7 +71,7 @@ class WeightAverage:
 
     def update(self, state: State, share: float) -> None:
         """Takes the weights into the average that they are compared with, as this share of it."""
-        self._norms = None  # there may be others by now
+        self._norms = None
         torch._foreach_lerp_(self.values(state), list(self.parameters), share)
         for average, now in (*self._statistics(_KEY), *self._statistics(_SHOWN)):
             average.copy_(torch.where(average.isfinite(), average, now))  # one bad batch is forgotten
@@ -93,6 +93,8 @@ class WeightAverage:
 
     def exchange(self, state: State) -> None:
         """Puts the average of every step in the place of the weights, or the weights back in theirs."""
+        if not self.is_in_place:
+            self._norms = None
         self.is_in_place = not self.is_in_place
         for average, now in (*zip(self._kept(state, _SHOWN), self.parameters, strict=True), *self._statistics(_SHOWN)):
             before = now.clone()
