@@ -25,6 +25,7 @@ from newton_summary.measure.slices import RandomSamples
 from newton_summary.measure.stream import BatchStream
 from newton_summary.measure.together import OneOrSeveral, members_of, together
 from newton_summary.optim import MeasuredOptimizer
+from newton_summary.optim.held_gradients import HeldGradients
 from newton_summary.parallel.processes import Processes
 from newton_summary.parallel.sharding import measurable
 from newton_summary.partition import Partition, one_for_each, resolve_partition
@@ -37,7 +38,7 @@ from newton_summary.watch.output import Output, Writer, check_path, check_writer
 from newton_summary.watch.progress import Progress
 from newton_summary.watch.record import Record
 from newton_summary.watch.rehearsed_advice import RehearsedAdvice, rehearse
-from newton_summary.watch.step_taken import StepTaken, UsedGradients, compared
+from newton_summary.watch.step_taken import StepTaken, compared
 
 logger = logging.getLogger(__name__)
 
@@ -198,7 +199,7 @@ class Monitor:
         self._taken = 0
         self._stepped: set[int] = set()  # which of several optimizers have stepped in this round
         self._awaiting: Measured | None = None
-        self._used = UsedGradients()
+        self._used = HeldGradients(())  # by a step that was taken
         self._hooks = [member.register_step_pre_hook(self._before_step) for member in self.optimizers]
         self._hooks += [member.register_step_post_hook(self._after_step) for member in self.optimizers]
         self._attached: list[RemovableHandle] = []
@@ -227,7 +228,7 @@ class Monitor:
         if not self._has_gradients():
             self._warn_of_no_gradients()
             return None
-        if not self.counts["measured"] and self._used.are_all_of(self.optimizer):
+        if not self.counts["measured"] and self._used.have_all_of(self._all_held()):
             self._warn_once(
                 "used gradients",
                 f"the Monitor measures along gradients that step {self._taken} has used already: call monitor.step() "
@@ -303,7 +304,11 @@ class Monitor:
         return any(bool(group.get("lr", 1.0) != 0) for group in self.optimizer.param_groups)
 
     def _has_gradients(self) -> bool:
-        return any(p.grad is not None for group in self.optimizer.param_groups for p in group["params"])
+        return any(p.grad is not None for p in self._all_held())
+
+    def _all_held(self) -> list[Tensor]:
+        """What the optimizers hold, be it of this model or not."""
+        return [p for group in self.optimizer.param_groups for p in group["params"]]
 
     def _warn_of_no_gradients(self) -> None:
         self._warn_once(
@@ -572,7 +577,7 @@ class Monitor:
     def _after_step(self, optimizer: torch.optim.Optimizer, *_: Any) -> None:
         self._stepped.add(id(optimizer))
         if not self.counts["measured"]:  # what is known of the first measurement holds for a loop
-            self._used.note(self.optimizer)
+            self._used = HeldGradients(self._all_held())
         if len(self._stepped) == len(self.optimizers):
             self._end_of_step()
 

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import math
-import weakref
 from collections.abc import Sequence
-from typing import Any, TypeAlias
+from typing import TypeAlias
 
 import torch
 from torch import Tensor
@@ -60,46 +59,6 @@ class StepTaken:
             if is_clear and not 1 / _ANOTHER < taken / measured < _ANOTHER:
                 found.append((number, taken / measured))
         return found
-
-
-class UsedGradients:
-    """Whether gradients are those that a step was taken by already: what is measured then is no step to come.
-
-    Example:
-        >>> weight = torch.ones(2, requires_grad=True)
-        >>> optimizer, used = torch.optim.SGD([weight]), UsedGradients()
-        >>> weight.sum().backward()
-        >>> used.note(optimizer)
-        >>> used.are_all_of(optimizer)
-        True
-        >>> weight.sum().backward()
-        >>> used.are_all_of(optimizer)
-        False
-    """
-
-    def __init__(self) -> None:
-        self._known: dict[int, tuple[weakref.ref[Tensor], int]] = {}
-
-    def __getstate__(self) -> dict[str, Any]:
-        """A copy has gradients of its own, and knows none of them."""
-        return {"_known": {}}
-
-    def note(self, optimizer: torch.optim.Optimizer) -> None:
-        """A step was taken by these gradients."""
-        self._known = {id(g): (weakref.ref(g), g._version) for g in _gradients(optimizer)}
-
-    def are_all_of(self, optimizer: torch.optim.Optimizer) -> bool:
-        """Whether an optimizer has gradients, and none that is new, or was written since."""
-        found = _gradients(optimizer)
-        return bool(found) and all(self._knows(gradient) for gradient in found)
-
-    def _knows(self, gradient: Tensor) -> bool:
-        reference, version = self._known.get(id(gradient), (None, 0))  # whose number may be that of one that died
-        return reference is not None and reference() is gradient and gradient._version == version
-
-
-def _gradients(optimizer: torch.optim.Optimizer) -> list[Tensor]:
-    return [p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
 
 
 def compared(ratio: float) -> str:
