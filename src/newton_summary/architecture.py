@@ -109,10 +109,11 @@ def _heads_of(model: nn.Module, name: str, module: nn.Module) -> Iterator[tuple[
         projections = [one] * 3
         queries = one.outputs // 3 if output is None else output.inputs
         keys = (one.outputs - queries) // 2
-    width, told = _width(module, queries), name or type(module).__name__
+    kind_of_module = type(module).__name__
+    width, told = _width(module, queries), name or kind_of_module
     if not width or queries % width or keys % width:
         raise ValueError(f"{told}: {queries} outputs for queries and {keys} for keys are not a whole number of heads")
-    is_shared, kind_of_module = keys != queries, type(module).__name__
+    is_shared = keys != queries
     interleaves = fused in _INTERLEAVED or (kind_of_module in _INTERLEAVED_IN and not is_shared)
     if kind_of_module in _OF_NO_KNOWN_ORDER or (is_shared and interleaves):
         whose = "where heads share keys and values" if is_shared else f"in a {kind_of_module}"

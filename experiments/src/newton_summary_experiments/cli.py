@@ -25,6 +25,7 @@ if TYPE_CHECKING:
 
 _RUNS = Path("runs")
 _RESULTS = Path("results/reproduction")
+_OPTIMIZER = "optimizer of the paper's experiments here"
 
 
 # Commands -------------------------------------------------------------------------------------------------------------
@@ -111,7 +112,7 @@ def _search(options: argparse.Namespace) -> int:
     from newton_summary_experiments import paper
     from newton_summary_experiments.reproduction import SEARCHED
 
-    chosen = _of_these(options.optimizers, SEARCHED) or SEARCHED
+    chosen = _of_these(options.optimizers, SEARCHED, _OPTIMIZER) or SEARCHED
     torch.set_num_threads(options.threads or 1)
     study = _study(options, options.tasks)
     for name in chosen:
@@ -128,7 +129,7 @@ def _search(options: argparse.Namespace) -> int:
 def _figures(options: argparse.Namespace) -> int:
     from newton_summary_experiments import paper, reproduction
 
-    again = _of_these(options.again, reproduction.OPTIMIZERS)
+    again = _of_these(options.again, reproduction.OPTIMIZERS, _OPTIMIZER)
     if again and options.draw_only:
         raise UsageError("--again deletes runs so that they are run once more: leave out --draw-only")
     torch.set_num_threads(options.threads or 1)
@@ -142,10 +143,7 @@ def _study(options: argparse.Namespace, tasks: Sequence[str]) -> Reproduction:
     from newton_summary_experiments.reproduction import TASKS as OF_THE_PAPER
     from newton_summary_experiments.reproduction import Reproduction
 
-    runs, chosen = _RUNS / "reproduction", tuple(tasks) or OF_THE_PAPER
-    for name in chosen:
-        if name not in OF_THE_PAPER:
-            raise UsageError(f"{name!r} is no task of the paper: choose from {', '.join(OF_THE_PAPER)}")
+    runs, chosen = _RUNS / "reproduction", _of_these(tasks, OF_THE_PAPER, "task of the paper") or OF_THE_PAPER
     torch.set_flush_denormal(options.budget == "hours")  # ELUs far below 0 make denormals: steps of up to six times
     return Reproduction(options.budget, options.results, runs, options.data, chosen, True, _device(options))
 
@@ -215,13 +213,11 @@ def _required_task(options: argparse.Namespace) -> str:
     return str(options.task)
 
 
-def _of_these(given: Sequence[str] | None, known: Sequence[str]) -> tuple[str, ...]:
-    """The optimizers that the user names, each of which must be among those that the paper's experiments have."""
+def _of_these(given: Sequence[str] | None, known: Sequence[str], what: str) -> tuple[str, ...]:
+    """What the user names, each of which must be known."""
     for name in given or ():
         if name not in known:
-            raise UsageError(
-                f"{name!r} is no optimizer of the paper's experiments here: choose from {', '.join(known)}"
-            )
+            raise UsageError(f"{name!r} is no {what}: choose from {', '.join(known)}")
     return tuple(given or ())
 
 

@@ -103,12 +103,14 @@ class RateAdaptation:
             steps: the number of steps taken.
             gap: those of them since the last comparison.
         """
-        window = self.constants.window
-        return min(window * gap / (steps + window), self.constants.most)
+        return self._share(self.constants.window, steps, gap)
 
     def share_shown(self, steps: int) -> float:
         """The share of the weights in the average that is evaluated, after so many steps."""
-        return min(self.constants.shown / (steps + self.constants.shown), self.constants.most)
+        return self._share(self.constants.shown, steps, gap=1)
+
+    def _share(self, window: float, steps: int, gap: int) -> float:
+        return min(window * gap / (steps + window), self.constants.most)
 
     def is_suspicious(self, loss: float) -> bool:
         """Whether a loss, of weights half way to their average or of that, is none that training leads to."""

@@ -101,15 +101,15 @@ class WeightAverage:
             now.copy_(average)
             average.copy_(before)
 
-    @torch.inference_mode(False)  # an average made under inference_mode() could not be written later
     def _kept(self, state: State, key: str) -> list[Tensor]:
         """An average of each parameter; at first the weights."""
         for p in self.parameters:
             if key not in state[p]:
-                state[p][key] = p.detach().clone(memory_format=torch.preserve_format)
+                with torch.inference_mode(False):  # one that was made under inference_mode() could not be written later
+                    state[p][key] = p.detach().clone(memory_format=torch.preserve_format)
         return [state[p][key] for p in self.parameters]
 
-    @torch.inference_mode(False)
+    @torch.inference_mode(False)  # as above
     def _statistics(self, key: str) -> list[tuple[Tensor, Tensor]]:
         """An average of each running statistic, and the statistic; of other normalisations than before, it twice."""
         if self._norms is None:
