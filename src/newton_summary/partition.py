@@ -8,6 +8,8 @@ construction, and every part of a tensor that can be indexed can be a group.
 from __future__ import annotations
 
 import fnmatch
+import functools
+import operator
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import cached_property
 from typing import Any
@@ -382,19 +384,19 @@ class Partition:
 
         Each has a graph of its own: a backward pass from one of them does not run through the graphs of all.
         """
-        zeros = torch.zeros(len(self), dtype=torch.float64, device=self.parameters[0].device)
-        totals = list(zeros.unbind())
+        found: list[list[Tensor]] = [[] for _ in range(len(self))]
         for label, groups, tensor in zip(self.labels, self.groups_of, tensors, strict=True):
             if tensor is None:
                 continue
             if isinstance(label, int):
-                totals[label] = totals[label] + tensor.sum(dtype=torch.float64)
+                found[label].append(tensor.sum(dtype=torch.float64))
             else:
-                index = label.to(tensor.device).flatten()
-                parts = zeros.index_add(0, index, tensor.flatten().to(torch.float64))
+                zeros = torch.zeros(len(self), dtype=torch.float64, device=tensor.device)
+                parts = zeros.index_add(0, label.to(tensor.device).flatten(), tensor.flatten().to(torch.float64))
                 for group in groups:
-                    totals[group] = totals[group] + parts[group]
-        return totals
+                    found[group].append(parts[group])
+        nothing = torch.zeros((), dtype=torch.float64, device=self.parameters[0].device)
+        return [functools.reduce(operator.add, parts) if parts else nothing for parts in found]
 
     def dot(self, left: Iterable[Tensor | None], right: Iterable[Tensor]) -> list[Tensor]:
         """The inner product of two vectors of parameters, group by group: S scalars.  ``None`` stands for zeros.
@@ -554,7 +556,8 @@ def kind_of(name: str, parameter: Tensor) -> str:
 
 def products(a: Tensor, b: Tensor) -> Tensor:
     """What sums to the inner product of two tensors; complex numbers count as pairs of real ones."""
-    a, b = (t.to(torch.promote_types(t.dtype, torch.float32)) for t in (a, b))  # half precision has few numbers
+    if not a.dtype == b.dtype == torch.float32:
+        a, b = (t.to(torch.promote_types(t.dtype, torch.float32)) for t in (a, b))  # half precision has few numbers
     return (a.conj() * b).real if a.is_complex() or b.is_complex() else a * b
 
 
@@ -563,10 +566,12 @@ PIECE = 1 << 17  # entries that a processor's cache holds: what is made of them 
 
 def _partial_sums(a: Tensor, b: Tensor) -> Tensor:
     """What sums to the inner product of two tensors, in whatever pieces."""
+    if a.numel() <= 2 * PIECE or a.device.type != "cpu":
+        return products(a, b)
     is_plain = all(
         type(t) in (Tensor, nn.Parameter) and t.layout is torch.strided and not t.requires_grad for t in (a, b)
     )
-    if not is_plain or a.device.type != "cpu" or a.numel() <= 2 * PIECE:
+    if not is_plain:
         return products(a, b)
     pairs = zip(a.reshape(-1).split(PIECE), b.reshape(-1).split(PIECE), strict=True)
     return torch.stack([products(x, y).sum(dtype=torch.float64) for x, y in pairs])

@@ -49,13 +49,17 @@ class GradientClipping:
             total: sums numbers over all processes, where each has a part of the gradients.
         """
         gradients = [p.grad for p in parameters]
-        parts = [_values(g) for g in gradients if g is not None]
-        if not parts:
+        present = [g for g in gradients if g is not None]
+        if not present:
             return
+        parts = [g if type(g) is Tensor and g.layout is torch.strided else _values(g) for g in present]
+        parts = [torch.view_as_real(part) if part.is_complex() else part for part in parts]
         exact = functools.reduce(torch.promote_types, {part.dtype for part in parts}, torch.float32)
-        found = iter(torch._foreach_norm(parts, 2, dtype=exact))
-        norms = torch.stack([parts[0].new_zeros((), dtype=exact) if g is None else next(found) for g in gradients])
-        if any(g is not None and is_sharded(g) for g in gradients):
+        norms = torch.stack(torch._foreach_norm(parts, 2, dtype=exact))
+        if len(present) < len(gradients):
+            here = torch.tensor([n for n, g in enumerate(gradients) if g is not None], device=norms.device)
+            norms = norms.new_zeros(len(gradients)).index_copy(0, here, norms)
+        if any(type(g) is not Tensor and is_sharded(g) for g in present):
             norms = total(norms.square()).sqrt()
         if norms.device.type == _HOST:
             share, self.usual = _follow(norms.tolist(), list(self.usual) or [0.0] * len(norms))
@@ -87,7 +91,7 @@ def _follow(norms: list[float], usual: list[float]) -> tuple[float, list[float]]
     """
     if not all(map(math.isfinite, norms)):
         return 0.0, usual
-    lengths = sorted(n / u for n, u in zip(norms, usual, strict=True) if n > 0 and u > 0)
+    lengths = sorted([n / u for n, u in zip(norms, usual, strict=True) if n > 0 and u > 0])
     length = lengths[(len(lengths) - 1) // 2] if lengths else 0.0  # nothing is known before the first gradient
     share = 0.0 if length > _BROKEN else _LONGEST / length if length > _LONGEST else 1.0
     return share, [
@@ -107,7 +111,6 @@ def _follow_on_device(norms: Tensor, usual: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _values(gradient: Tensor) -> Tensor:
-    """What is stored of a gradient on this process, as real numbers: its shard, the values of a sparse one, or all."""
+    """What is stored of a gradient on this process: its shard, the values of a sparse one, or all."""
     part = local(gradient)
-    part = part._values() if part.is_sparse else part
-    return torch.view_as_real(part) if part.is_complex() else part
+    return part._values() if part.is_sparse else part

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-from collections import defaultdict
 from collections.abc import Mapping, Sequence
 
-import torch
 from torch import Tensor
 
 from newton_summary.optim import directions
@@ -55,12 +53,9 @@ class ParameterUpdate:
     def along(self, u: Mapping[Tensor, Tensor], groups: Groups, scales: list[float]) -> None:
         """Takes the step of the parameters that have a direction."""
         sizes = self._sizes_of_steps(groups, scales)
-        alike: defaultdict[float, list[Tensor]] = defaultdict(list)
-        for p in u:
+        for p, direction in u.items():
             if p in sizes:
-                alike[sizes[p]].append(p)
-        for size, parameters in alike.items():
-            torch._foreach_sub_(parameters, [u[p] for p in parameters], alpha=size)
+                p.sub_(direction, alpha=sizes[p])
         scale = by_parameter(groups, scales) if self._split else {}
         for p, factor in self._split.items():
             if p in u:

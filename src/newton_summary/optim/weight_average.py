@@ -103,13 +103,13 @@ class WeightAverage:
 
     def _kept(self, state: State, key: str) -> list[Tensor]:
         """An average of each parameter; at first the weights."""
-        for p in self.parameters:
-            if key not in state[p]:
+        memories = [state[p] for p in self.parameters]
+        for p, memory in zip(self.parameters, memories, strict=True):
+            if key not in memory:
                 with torch.inference_mode(False):  # one that was made under inference_mode() could not be written later
-                    state[p][key] = p.detach().clone(memory_format=torch.preserve_format)
-        return [state[p][key] for p in self.parameters]
+                    memory[key] = p.detach().clone(memory_format=torch.preserve_format)
+        return [memory[key] for memory in memories]
 
-    @torch.inference_mode(False)  # as above
     def _statistics(self, key: str) -> list[tuple[Tensor, Tensor]]:
         """An average of each running statistic, and the statistic; of other normalisations than before, it twice."""
         if self._norms is None:
@@ -117,9 +117,12 @@ class WeightAverage:
             self._norms = [m for m in modules if isinstance(m, _NormBase)]
         now = [s for m in self._norms for s in (m.running_mean, m.running_var) if s is not None]
         kept = self._of_statistics.get(key, [])
-        if [average.shape for average in kept] != [statistic.shape for statistic in now]:
-            kept = [statistic.clone() for statistic in now]
-        self._of_statistics[key] = [average.to(statistic) for average, statistic in zip(kept, now, strict=True)]
+        if not now and not kept:
+            return []
+        with torch.inference_mode(False):  # as above
+            if [average.shape for average in kept] != [statistic.shape for statistic in now]:
+                kept = [statistic.clone() for statistic in now]
+            self._of_statistics[key] = [average.to(statistic) for average, statistic in zip(kept, now, strict=True)]
         return list(zip(self._of_statistics[key], now, strict=True))
 
     def _lerp_statistics(self, key: str, share: float) -> None:

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections import defaultdict
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any, NamedTuple
 
 import torch
@@ -11,7 +10,7 @@ from torch import Tensor
 from torch.optim.adam import adam
 
 from newton_summary._checks import check_fraction
-from newton_summary.optim.directions.base import Groups, State, Stateless, buckets, gradients_of
+from newton_summary.optim.directions.base import Groups, State, Stateless, gradients_of
 
 _FUSED = ("cpu", "cuda", "mps")  # devices, on which torch has Adam in one kernel
 
@@ -40,9 +39,9 @@ class Adam(Stateless):
     def update(self, groups: Groups, state: State) -> dict[Tensor, Tensor]:
         """New tensors."""
         result: dict[Tensor, Tensor] = {}
-        for alike, parameters in for_one_kernel(groups, state):
-            directions = self.directions(gradients_of(parameters), [state[p] for p in parameters], alike)
-            result |= dict(zip(parameters, directions, strict=True))
+        for alike, parameters, memories in for_one_kernel(groups, state, begin):
+            directions = self.directions(gradients_of(parameters), memories, alike)
+            result.update(zip(parameters, directions, strict=True))
         return result
 
     def descend(self, groups: Groups, state: State, sizes: Mapping[Tensor, float]) -> None:
@@ -53,8 +52,8 @@ class Adam(Stateless):
             state: the optimizer's.
             sizes: of the step, for every parameter that has a gradient.
         """
-        for alike, parameters in for_one_kernel(groups, state, sizes):
-            gradients, memories = gradients_of(parameters), [state[p] for p in parameters]
+        for alike, parameters, memories in for_one_kernel(groups, state, begin, sizes):
+            gradients = gradients_of(parameters)
             laid_out = (p.stride() == m["exp_avg"].stride() for p, m in zip(parameters, memories, strict=True))
             if alike.eps > 0 and all(laid_out):
                 self._move(parameters, gradients, memories, alike, alike.size)
@@ -119,15 +118,41 @@ class Alike(NamedTuple):
 
 
 def for_one_kernel(
-    groups: Groups, state: State, sizes: Mapping[Tensor, float] | None = None
-) -> Iterable[tuple[Alike, list[Tensor]]]:
-    """The parameters that have gradients, their memories at the next step, together where one kernel can move them."""
-    kernels: defaultdict[Alike, list[Tensor]] = defaultdict(list)
-    for (betas, eps), parameters in buckets(groups, "betas", "eps"):
-        for p in parameters:
-            step = adam_memory(p, state[p])["step"]
-            kernels[Alike(p.dtype, betas, eps, step, 1.0 if sizes is None else sizes[p])].append(p)
-    return kernels.items()
+    groups: Groups,
+    state: State,
+    begin: Callable[[Tensor, dict[str, Any]], None],
+    sizes: Mapping[Tensor, float] | None = None,
+) -> Iterable[tuple[Alike, list[Tensor], list[dict[str, Any]]]]:
+    """The parameters that have gradients, their memories at the next step, together where one kernel can move them.
+
+    Args:
+        groups: the optimizer's.
+        state: the optimizer's.
+        begin: fills the memory of a parameter before its first step.
+        sizes: of the step, for every parameter that has a gradient.  Default: 1.
+    """
+    kernels: dict[Alike, tuple[list[Tensor], list[dict[str, Any]]]] = {}
+    for group in groups:
+        betas, eps = tuple(group["betas"]), group["eps"]
+        for p in group["params"]:
+            if p.grad is None:
+                continue
+            memory = state[p]
+            if "step" not in memory:
+                begin(p, memory)
+            memory["step"] += 1
+            alike = Alike(p.dtype, betas, eps, memory["step"], 1.0 if sizes is None else sizes[p])
+            parameters, memories = kernels.setdefault(alike, ([], []))
+            parameters.append(p)
+            memories.append(memory)
+    return [(alike, *found) for alike, found in kernels.items()]
+
+
+def begin(parameter: Tensor, memory: dict[str, Any]) -> None:
+    """An empty memory: no step was taken, and no gradient seen."""
+    memory["step"] = 0
+    memory["exp_avg"] = torch.zeros_like(parameter, memory_format=torch.preserve_format)
+    memory["exp_avg_sq"] = torch.zeros_like(parameter, memory_format=torch.preserve_format)
 
 
 def _by_torch(tensors: tuple[list[Tensor], ...], step: int, options: dict[str, Any]) -> None:
@@ -146,16 +171,6 @@ def _by_torch(tensors: tuple[list[Tensor], ...], step: int, options: dict[str, A
     else:
         steps = [torch.full((), step - 1.0, dtype=torch.float32, device=device) for _ in places]  # which it counts on
         adam(places, gradients, means, squares, [], steps, **options)
-
-
-def adam_memory(parameter: Tensor, state: dict[str, Any]) -> dict[str, Any]:
-    """The memory of a parameter, at its next step."""
-    if "step" not in state:
-        state["step"] = 0
-        state["exp_avg"] = torch.zeros_like(parameter, memory_format=torch.preserve_format)
-        state["exp_avg_sq"] = torch.zeros_like(parameter, memory_format=torch.preserve_format)
-    state["step"] += 1
-    return state
 
 
 def _laid_out_as(like: Tensor, gradient: Tensor) -> Tensor:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from newton_summary._checks import check_count, check_fraction
-from newton_summary.optim.directions.adam import Adam, NAdam, for_one_kernel
+from newton_summary.optim.directions.adam import Adam, NAdam, begin, for_one_kernel
 from newton_summary.optim.directions.base import Groups, State, gradients_of
 from newton_summary.parallel.sharding import is_sharded
 
@@ -22,6 +22,16 @@ class Sides(NamedTuple):
 
     out: bool
     into: bool
+
+
+class Keys(NamedTuple):
+    """Under which names the factor of a side is remembered, and the basis that it has."""
+
+    factor: str
+    basis: str
+
+
+_OUT, _INTO = Keys("factor_out", "basis_out"), Keys("factor_into", "basis_into")
 
 
 class SOAP(NAdam):
@@ -72,19 +82,18 @@ class SOAP(NAdam):
 
     def update(self, groups: Groups, state: State) -> dict[Tensor, Tensor]:
         """New tensors."""
-        for group in groups:
-            for p in group["params"]:
-                if p.grad is not None and "step" not in state[p]:
-                    self._begin(p, state[p])
         result: dict[Tensor, Tensor] = {}
-        for alike, parameters in for_one_kernel(groups, state):
-            memories = [state[p] for p in parameters]
-            turned = [self._observe(g, m) for g, m in zip(gradients_of(parameters), memories, strict=True)]
-            steps = self.directions(turned, memories, alike)
-            for p, step, memory in zip(parameters, steps, memories, strict=True):
-                result[p] = _back(step, memory).view(p.shape) if _is_factored(memory) else step
+        for alike, parameters, memories in for_one_kernel(groups, state, self._begin):
+            gradients = gradients_of(parameters)
+            factored = [number for number, memory in enumerate(memories) if _is_factored(memory)]
+            for number in factored:
+                gradients[number] = self._observe(gradients[number], memories[number])
+            steps = self.directions(gradients, memories, alike)
+            for number in factored:
+                steps[number] = _back(steps[number], memories[number]).view(parameters[number].shape)
                 if alike.step % self.refresh_every == 0:
-                    _refresh(memory)
+                    _refresh(memories[number])
+            result.update(zip(parameters, steps, strict=True))
         return result
 
     def sides_of(self, parameter: Tensor) -> Sides:
@@ -99,32 +108,31 @@ class SOAP(NAdam):
         """An empty memory: a matrix in the eigenbases where a side has a factor, else as Adam's."""
         sides = self.sides_of(parameter)
         if not any(sides):
+            begin(parameter, memory)
             return
-        memory["step"] = 0
-        memory["exp_avg"] = parameter.new_zeros(matrix_shape(parameter))
-        memory["exp_avg_sq"] = parameter.new_zeros(matrix_shape(parameter))
-        for key, has_factor, length in zip(("out", "into"), sides, matrix_shape(parameter), strict=True):
+        begin(parameter.new_empty(matrix_shape(parameter)), memory)
+        for keys, has_factor, length in zip((_OUT, _INTO), sides, matrix_shape(parameter), strict=True):
             if has_factor:
-                memory[f"factor_{key}"] = parameter.new_zeros((length, length))
+                memory[keys.factor] = parameter.new_zeros((length, length))
 
     def _observe(self, gradient: Tensor, memory: dict[str, Any]) -> Tensor:
         """Takes a gradient into the factors, and turns it into their bases."""
-        if not _is_factored(memory):
-            return gradient
-        matrix = gradient.reshape(memory["exp_avg"].shape)
-        for key, left, right in (("out", matrix, matrix.T), ("into", matrix.T, matrix)):
-            factor = memory.get(f"factor_{key}")
-            if factor is None:
-                continue
-            if f"basis_{key}" in memory:
-                factor.addmm_(left, right, beta=self.factor_beta, alpha=1 - self.factor_beta)
-            else:  # the first gradient
-                memory[f"basis_{key}"] = _eigenvectors(torch.mm(left, right, out=factor))
-        if "basis_out" in memory:
-            matrix = memory["basis_out"].T @ matrix
-        if "basis_into" in memory:
-            matrix = matrix @ memory["basis_into"]
-        return matrix.contiguous()
+        matrix = turned = gradient.reshape(memory["exp_avg"].shape)
+        transposed = matrix.T
+        if _OUT.factor in memory:
+            self._take_in(memory, _OUT, matrix, transposed)
+            turned = torch.mm(memory[_OUT.basis].T, turned)
+        if _INTO.factor in memory:
+            self._take_in(memory, _INTO, transposed, matrix)
+            turned = torch.mm(turned, memory[_INTO.basis])
+        return turned
+
+    def _take_in(self, memory: dict[str, Any], keys: Keys, left: Tensor, right: Tensor) -> None:
+        """Takes a product of two matrices into a factor, whose first one tells its basis."""
+        if keys.basis in memory:
+            memory[keys.factor].addmm_(left, right, beta=self.factor_beta, alpha=1 - self.factor_beta)
+        else:
+            memory[keys.basis] = _eigenvectors(torch.mm(left, right, out=memory[keys.factor]))
 
 
 def matrix_shape(parameter: Tensor) -> tuple[int, int]:
@@ -133,7 +141,7 @@ def matrix_shape(parameter: Tensor) -> tuple[int, int]:
 
 
 def _is_factored(memory: dict[str, Any]) -> bool:
-    return "factor_out" in memory or "factor_into" in memory
+    return _OUT.factor in memory or _INTO.factor in memory
 
 
 def _eigenvectors(factor: Tensor) -> Tensor:
@@ -161,9 +169,9 @@ def _little(factor: Tensor) -> Tensor:
 
 def _back(step: Tensor, memory: dict[str, Any]) -> Tensor:
     """From the bases to where the parameter is."""
-    if "basis_out" in memory:
-        step = memory["basis_out"] @ step
-    return step @ memory["basis_into"].T if "basis_into" in memory else step
+    if _OUT.basis in memory:
+        step = torch.mm(memory[_OUT.basis], step)
+    return torch.mm(step, memory[_INTO.basis].T) if _INTO.basis in memory else step
 
 
 def _refresh(memory: dict[str, Any]) -> None:
@@ -172,11 +180,11 @@ def _refresh(memory: dict[str, Any]) -> None:
     A little is added to all eigenvalues: where the gradient has not been, the basis stays as it is.
     The mean is turned with the basis; the squares, which have no direction, are only put in that order.
     """
-    for axis, key in enumerate(("out", "into")):
-        basis = memory.get(f"basis_{key}")
+    for axis, keys in enumerate((_OUT, _INTO)):
+        basis = memory.get(keys.basis)
         if basis is None:
             continue
-        factor = memory[f"factor_{key}"]
+        factor = memory[keys.factor]
         image = (factor @ basis).addcmul_(basis, _little(factor))
         order = (basis * image).sum(0).argsort(descending=True)
         refreshed = torch.linalg.qr(image.index_select(1, order))[0].contiguous()
@@ -184,7 +192,7 @@ def _refresh(memory: dict[str, Any]) -> None:
         mean = memory["exp_avg"]
         memory["exp_avg"] = turn.T @ mean if axis == 0 else mean @ turn
         memory["exp_avg_sq"] = memory["exp_avg_sq"].index_select(axis, order)
-        memory[f"basis_{key}"] = refreshed
+        memory[keys.basis] = refreshed
 
 
 def descends(direction: object) -> TypeGuard[Adam]:
