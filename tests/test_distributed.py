@@ -380,6 +380,26 @@ def test_the_monitors_of_two_give_the_advice_of_one_and_the_first_writes(two, tm
     assert not (tmp_path / "two" / "1.jsonl").exists()
 
 
+def watch_parts_of_other_sizes():
+    x, y = make_data(100)
+    batch = (x[:30], y[:30]) if here() == (0, 2) else (x[30:], y[30:]) if here() == (1, 2) else (x, y)
+    model = make_model()
+    parallel = DistributedDataParallel(model) if dist.is_initialized() else model
+    optimizer = torch.optim.SGD(parallel.parameters(), lr=0.1)
+    monitor = ns.Monitor(parallel, loss_fn, optimizer=optimizer, every=1)
+    (loss_fn(parallel, batch) * len(batch[0]) * here()[1] / 100).backward()
+    monitor.step(batch)
+    optimizer.step()
+    record = monitor.records[-1]
+    return torch.tensor([record.loss, record.actual_decrease, record.predicted_decrease, *record.joint], dtype=DTYPE)
+
+
+def test_parts_of_other_sizes_count_by_their_samples_in_a_monitor_too(two) -> None:
+    expected = watch_parts_of_other_sizes()
+    for own in two.run(watch_parts_of_other_sizes):
+        torch.testing.assert_close(own, expected, rtol=1e-10, atol=1e-10)
+
+
 def watch_by_time():
     model = make_model()
     parallel = DistributedDataParallel(model)
@@ -496,6 +516,42 @@ def test_the_group_of_others_is_refused(two) -> None:
 
 def test_synchronised_statistics_are_refused(two) -> None:
     two.run(refuse_sync_batch_norm)
+
+
+def train_within_join():
+    model = make_model()
+    parallel = DistributedDataParallel(model)
+    batch = part(make_data(100))
+    refused = r"within DistributedDataParallel's join\(\) .* give every process as many batches"
+    optimizer = ns.NewtonSummary(parallel, loss_fn)
+    with parallel.join():
+        loss_fn(parallel, batch).backward()
+        with pytest.raises(RuntimeError, match=refused):
+            optimizer.measure(batch)
+        sgd = torch.optim.SGD(parallel.parameters(), lr=0.1)
+        with pytest.raises(RuntimeError, match=refused):
+            ns.Monitor(parallel, loss_fn, optimizer=sgd, every=1).step(batch)
+
+
+def test_processes_that_stop_at_different_steps_are_refused(two) -> None:
+    """What the wrapper answers for those that have stopped would pass for their measurements."""
+    two.run(train_within_join)
+
+
+def watch_steps_of_parts():
+    from torch.distributed.optim import ZeroRedundancyOptimizer
+
+    model = make_model()
+    parallel, batch = DistributedDataParallel(model), part(make_data(100))
+    optimizer = ZeroRedundancyOptimizer(parallel.parameters(), torch.optim.Adam, lr=1e-3)
+    monitor = ns.Monitor(parallel, loss_fn, optimizer=optimizer)
+    loss_fn(parallel, batch).backward()
+    with pytest.raises(TypeError, match=r"step of ZeroRedundancyOptimizer .* attribute '.*' cannot be .*fully_shard"):
+        monitor.measure([batch])
+
+
+def test_an_optimizer_that_cannot_be_copied_is_named_with_what_hinders(two) -> None:
+    two.run(watch_steps_of_parts)
 
 
 def test_parallel_in_one_process_is_measured_bare() -> None:

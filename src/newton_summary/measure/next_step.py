@@ -121,11 +121,23 @@ def _shadow(optimizer: torch.optim.Optimizer, memo: dict[int, Any]) -> torch.opt
         if key.endswith("_hooks"):
             vars(shadow)[key] = type(value)()
         elif key != "step":  # schedulers patch it
-            vars(shadow)[key] = copy.deepcopy(value, memo)
+            vars(shadow)[key] = _copied(optimizer, key, value, memo)
     for table in (vars(shadow).get("defaults", {}), *shadow.param_groups):
         if table.get("differentiable"):  # the same step, but nothing of it is differentiated
             table["differentiable"] = False
     return shadow
+
+
+def _copied(optimizer: torch.optim.Optimizer, name: str, value: Any, memo: dict[int, Any]) -> Any:
+    """A copy of an attribute of an optimizer."""
+    try:
+        return copy.deepcopy(value, memo)
+    except Exception as error:
+        raise TypeError(
+            f"the step of {type(optimizer).__name__} is computed by a copy of it, and its attribute {name!r} cannot be "
+            f"copied ({error}): use an optimizer that holds no such thing; in place of ZeroRedundancyOptimizer, shard "
+            "the model with torch.distributed.fsdp.fully_shard"
+        ) from error
 
 
 def _uncopyable(state: Any) -> Iterator[Tensor]:

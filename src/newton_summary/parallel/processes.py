@@ -40,8 +40,9 @@ class Processes:
 
     def __init__(self, model: nn.Module, group: Any = None) -> None:
         wrapper = getattr(model, "_orig_mod", model)  # inside what torch.compile made
-        if group is None and isinstance(wrapper, nn.parallel.DistributedDataParallel):
-            group = wrapper.process_group
+        self._wrapper = wrapper if isinstance(wrapper, nn.parallel.DistributedDataParallel) else None
+        if group is None and self._wrapper is not None:
+            group = self._wrapper.process_group
         self._join(group)
         if self.rank < 0:
             raise ValueError("this process is not in process_group: pass the group that it trains with")
@@ -67,7 +68,7 @@ class Processes:
 
         Raises:
             RuntimeError: the processes have different directions; or another one is gone, or did not come within the
-                group's timeout.
+                group's timeout; or the wrapper's ``join()`` is in use, within which processes stop at different steps.
         """
         if self.count == 1:
             return [summary.cpu() for summary in summaries]
@@ -106,12 +107,22 @@ class Processes:
     def total(self, number: Tensor) -> Tensor:
         """The sum of a number over all processes, in place, on its device."""
         if self.count > 1:
+            self._check_all_come()
             settle()
             dist.all_reduce(number, group=self._group)
         return number
 
+    def _check_all_come(self) -> None:
+        """Raises where the wrapper answers for processes that have stopped: it knows nothing of measurements."""
+        if self._wrapper is not None and self._wrapper._join_config.enable:
+            raise RuntimeError(
+                "within DistributedDataParallel's join() processes take different numbers of steps, and all must "
+                "measure together: give every process as many batches, as DistributedSampler does, and leave out join()"
+            )
+
     def _weighted_means(self, vectors: Sequence[Tensor], weights: Sequence[float]) -> list[tuple[Tensor, Tensor]]:
         """For each vector its mean over the processes, and the sum of its weights, on the host."""
+        self._check_all_come()
         rows = torch.stack([torch.cat([w * v, v.new_tensor([w])]) for v, w in zip(vectors, weights, strict=True)])
         settle()
         try:
@@ -132,6 +143,7 @@ class Processes:
         return {}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
+        self._wrapper = None
         self._join(None)
 
 

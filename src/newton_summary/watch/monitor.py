@@ -475,7 +475,7 @@ class Monitor:
             raise ValueError("there are no batches to measure on")
         u = next_step(self.optimizer, self.partition.parameters)
         with preserved_randomness({device}), measurable(self._loss.model, self.partition, u) as (partition, along):
-            available = [batch_size(batch) if self._counts_samples else 1 for batch in batches]
+            available = [batch_size(batch) for batch in batches]
             taken, sizes = self._taken_of(batches) if cuts else (batches, available)
             own = [
                 replace(self.engine.measure(self._loss, batch, partition, along, 3, "diagonal"), weight=float(size))
