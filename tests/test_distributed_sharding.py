@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import io
+import warnings
 
 import pytest
 import torch
@@ -143,6 +144,71 @@ def resume(kind: str):
 @pytest.mark.parametrize("kind", ["default", "AdamW's step"])
 def test_a_sharded_run_resumes_to_the_bit(two, kind) -> None:
     assert two.run(resume, kind) == [True, True]
+
+
+def load_other_states():
+    rank, _ = here()
+    model = shard(make_model())
+    optimizer = ns.NewtonSummary(model, loss_fn, curvature_data=plain_loader(), direction="nadam")
+    step(model, optimizer, 0)
+    for there, words in (
+        ({"part": [1 - rank], "of": [2]}, rf"is of part \[{1 - rank}\] of \[2\] .* has part \[{rank}\] of \[2\]"),
+        ({"part": [rank], "of": [4]}, rf"is of part \[{rank}\] of \[4\] .* has part \[{rank}\] of \[2\]"),
+        (None, r"is of a whole model, and this process has part .* save one in each process"),
+    ):
+        state = optimizer.state_dict()
+        state["newton_summary"]["place"] = there
+        with pytest.raises(ValueError, match=words):
+            optimizer.load_state_dict(state)
+
+
+def test_the_state_of_another_part_is_refused(two) -> None:
+    two.run(load_other_states)
+
+
+def load_by_torchs_checkpoint(path: str):
+    from torch.distributed import checkpoint
+
+    def optimizer_after(steps):
+        model = shard(make_model())
+        optimizer = ns.NewtonSummary(model, loss_fn, curvature_data=plain_loader(), direction="nadam")
+        for t in range(steps):
+            step(model, optimizer, t)
+        return optimizer
+
+    checkpoint.save({"optimizer": optimizer_after(3).state_dict()}, checkpoint_id=path)
+    again = optimizer_after(1)
+    state = {"optimizer": again.state_dict()}
+    checkpoint.load(state, checkpoint_id=path)
+    with pytest.raises(ValueError, match=r"torch.distributed.checkpoint has loaded only a part .* torch.save"):
+        again.load_state_dict(state["optimizer"])
+
+
+def test_a_state_that_torchs_checkpoint_has_loaded_in_part_is_refused(two, tmp_path) -> None:
+    """It gives tensors back, and writes the numbers of steps beside them under other keys."""
+    two.run(load_by_torchs_checkpoint, str(tmp_path))
+
+
+def warnings_of_a_measurement():
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        model = shard(make_model())
+        step(model, ns.NewtonSummary(model, loss_fn, curvature_data=plain_loader(), direction="nadam"), 0)
+
+
+def test_measuring_warns_of_nothing(two) -> None:
+    two.run(warnings_of_a_measurement)
+
+
+def shard_in_part():
+    model = make_model()
+    fully_shard(model, ignored_params={model[0].bias})
+    with pytest.raises(ValueError, match=r"'2.bias' is sharded, and '0.bias' is not: apply fully_shard to the whole"):
+        ns.NewtonSummary(model, loss_fn)
+
+
+def test_a_model_that_is_sharded_in_part_is_refused(two) -> None:
+    two.run(shard_in_part)
 
 
 def measure_under_mixed_precision():

@@ -21,8 +21,18 @@ from newton_summary.optim.held_gradients import HeldGradients
 from newton_summary.optim.parameter_update import ParameterUpdate, by_parameter
 from newton_summary.optim.rates import RateRule
 from newton_summary.optim.samples import Samples
-from newton_summary.optim.state import KEY, Part, check_fits, check_groups, check_parts, check_shapes, packed, unpack
-from newton_summary.parallel.sharding import unsharded
+from newton_summary.optim.state import (
+    KEY,
+    Part,
+    check_fits,
+    check_groups,
+    check_parts,
+    check_place,
+    check_shapes,
+    packed,
+    unpack,
+)
+from newton_summary.parallel.sharding import place_of, unsharded
 from newton_summary.partition import Partition
 from newton_summary.solve import Status
 from newton_summary.summary import Summary
@@ -301,6 +311,7 @@ class MeasuredOptimizer(torch.optim.Optimizer):
         own = {
             "kinds": self._kinds(),
             "shapes": [list(p.shape) for p in self.partition.parameters],
+            "place": place_of(self.partition.parameters),
             "taken": self._taken,
             "every": self.every,
             "counts": dict(self.counts),
@@ -320,6 +331,7 @@ class MeasuredOptimizer(torch.optim.Optimizer):
         own = state_dict[KEY]
         named = zip(self.partition.parameter_names, self.partition.parameters, strict=True)
         check_shapes(own.get("shapes", ()), dict(named))
+        check_place(own.get("place"), place_of(self.partition.parameters))
         check_parts(self._parts(), own["parts"])
         check_groups(state_dict, [group["name"] for group in self.param_groups])
         super().load_state_dict({key: value for key, value in state_dict.items() if key != KEY})

@@ -13,7 +13,7 @@ from newton_summary.measure import Engine, Loss, LossFunction, resolve_engine
 from newton_summary.measure.batches import batch_size
 from newton_summary.measure.stream import BatchStream
 from newton_summary.parallel.processes import Processes
-from newton_summary.parallel.sharding import measurable
+from newton_summary.parallel.sharding import check_all_or_none, measurable
 from newton_summary.partition import Partition
 from newton_summary.summary import Summary
 
@@ -42,6 +42,7 @@ class Samples:
         seed: int = 0,
         process_group: Any = None,
     ) -> None:
+        check_all_or_none(dict(zip(partition.parameter_names, partition.parameters, strict=True)))
         self.partition = partition
         self.processes = Processes(model, process_group)
         self.engine = resolve_engine(engine)

@@ -80,6 +80,27 @@ def check_shapes(saved: Sequence[Sequence[int]], parameters: Mapping[str, Tensor
             )
 
 
+def check_place(saved: Mapping[str, Any] | None, here: Mapping[str, Any] | None) -> None:
+    """Raises where a state dictionary is of another part of a sharded model than this process has.
+
+    Args:
+        saved: which part of how many it is of, as :func:`~newton_summary.parallel.sharding.place_of` tells.
+        here: the same of this process.
+
+    Raises:
+        ValueError: they differ.
+    """
+    if saved != here:
+        raise ValueError(
+            f"the state is of {_of_place(saved)}, and this process has {_of_place(here)}: save one in each process, "
+            "and load it in the process of the same number, of as many"
+        )
+
+
+def _of_place(place: Mapping[str, Any] | None) -> str:
+    return "a whole model" if place is None else f"part {place['part']} of {place['of']} of a sharded model"
+
+
 def check_fits(state: Mapping[str, Any], kinds: list[str]) -> None:
     """Raises where a state dictionary is not of an optimizer like this one.
 
@@ -94,6 +115,11 @@ def check_fits(state: Mapping[str, Any], kinds: list[str]) -> None:
         raise ValueError(
             "the state is not that of a NewtonSummary optimizer: give what its state_dict() returned, not the state of "
             "a model, nor of another optimizer, nor what torch.distributed.checkpoint makes of it, which is a part"
+        )
+    if any(isinstance(number, str) for number in state["state"]):
+        raise ValueError(
+            "torch.distributed.checkpoint has loaded only a part of this state, for not all of it are tensors: keep "
+            "it by torch.save(optimizer.state_dict(), path), in each process where the model is sharded"
         )
     if state[KEY]["kinds"] != kinds:
         raise ValueError(

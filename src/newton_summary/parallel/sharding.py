@@ -10,7 +10,7 @@ from __future__ import annotations
 import contextlib
 import copy
 from collections import defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from functools import partial
 from typing import Any, TypeAlias, cast
 
@@ -84,6 +84,30 @@ def check_whole(partition: Partition, what: str, cure: str) -> None:
             raise ValueError(f"parameter {name!r} is sharded, and {what} needs it whole in this process: {cure}")
 
 
+def check_all_or_none(parameters: Mapping[str, Tensor]) -> None:
+    """Raises where some parameters are sharded and others are not: no kernel takes both at once.
+
+    Args:
+        parameters: by name.
+
+    Raises:
+        ValueError: there are both.
+    """
+    of_kind = {is_sharded(p): name for name, p in parameters.items()}
+    if len(of_kind) > 1:
+        raise ValueError(
+            f"parameter {of_kind[True]!r} is sharded, and {of_kind[False]!r} is not: apply fully_shard to the whole "
+            "model in the end, too, and without ignored_params"
+        )
+
+
+def place_of(parameters: Iterable[Tensor]) -> dict[str, list[int]] | None:
+    """Which part of sharded parameters this process has, and of how many; nothing where they are whole."""
+    for mesh in (_mesh(p) for p in parameters if is_sharded(p)):
+        return {"part": list(mesh.get_coordinate() or ()), "of": list(mesh.shape)}
+    return None
+
+
 def unsharded(tensor: Tensor) -> Tensor:
     """The whole of a tensor of which every process has a part."""
     whole: Tensor = cast(Any, tensor).full_tensor() if is_sharded(tensor) else tensor
@@ -140,8 +164,9 @@ class _Blocks:
         """What number each process gives."""
         numbers = torch.tensor([number], device=self._mesh.device_type)
         for dimension in range(self._mesh.ndim):
-            own, numbers = numbers, numbers.new_empty(self._mesh.size(dimension) * numbers.numel())
-            dist.all_gather_into_tensor(numbers, own, group=self._mesh.get_group(dimension))
+            parts = [torch.empty_like(numbers) for _ in range(self._mesh.size(dimension))]
+            dist.all_gather(parts, numbers, group=self._mesh.get_group(dimension))
+            numbers = torch.cat(parts)
         everyones: list[int] = numbers.tolist()
         return everyones
 
