@@ -367,7 +367,13 @@ def test_unknown_names_list_the_known_ones():
 
 @pytest.mark.parametrize(
     ("options", "message"),
-    [({"lr": 0.0}, "above 0"), ({"lr": math.nan}, "above 0"), ({"epochs": 0}, "at least 1"), ({"seed": -1}, "least 0")],
+    [
+        ({"lr": 0.0}, "above 0"),
+        ({"lr": math.nan}, "above 0"),
+        ({"epochs": 0}, "at least 1"),
+        ({"seed": -1}, "least 0"),
+        ({"seed": 2**63}, "less than 2"),
+    ],
 )
 def test_numbers_out_of_range_are_refused(options, message):
     with pytest.raises(UsageError, match=message):

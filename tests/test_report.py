@@ -215,6 +215,11 @@ def test_what_cannot_be_read_is_named(folder, tmp_path):
         with pytest.raises(UsageError, match=r"metrics\.jsonl is damaged"):
             write(tmp_path)
     path.write_text(good)
+    interactions = tmp_path / snapshots.INTERACTIONS
+    interactions.write_text("garbage")
+    with pytest.raises(UsageError, match=r"interactions\.json is damaged .*: delete it"):
+        write(tmp_path)
+    interactions.unlink()
     write(tmp_path)  # interactions.json is missing, as in a run that recorded none
     assert "recorded no interactions" in (tmp_path / "report.html").read_text()
 

@@ -65,9 +65,10 @@ def read(folder: Path) -> list[Record]:
 
 def _read_run(folder: Path) -> Record:
     path = folder / METRICS
+    sizes, looks = read_interactions(folder)
+    cure = f"write it anew by newton-summary train --resume {folder}, or train the run again"
     try:
         header, *rows = map(json.loads, path.read_text(encoding="utf-8").splitlines())
-        sizes, looks = read_interactions(folder)
         record = Record(
             config=Config(**header["config"]),
             data=dict(header["data"]),
@@ -77,9 +78,9 @@ def _read_run(folder: Path) -> Record:
             snapshots=looks,
         )
     except (OSError, ValueError, TypeError, KeyError) as error:
-        raise UsageError(f"{path} is damaged ({type(error).__name__}): train the run again") from error
+        raise UsageError(f"{path} is damaged ({type(error).__name__}): {cure}") from error
     if not (record.rows and record.environments):
-        raise UsageError(f"{path} is damaged (nothing is recorded): train the run again")
+        raise UsageError(f"{path} is damaged (nothing is recorded): {cure}")
     return record
 
 

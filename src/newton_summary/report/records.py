@@ -43,8 +43,8 @@ class Config:
             raise UsageError(f"the learning rate must be above 0, got {self.lr}")
         if self.epochs < 1:
             raise UsageError(f"the number of epochs must be at least 1, got {self.epochs}")
-        if self.seed < 0:
-            raise UsageError(f"the seed must be at least 0, got {self.seed}")
+        if not 0 <= self.seed < 2**63:
+            raise UsageError(f"the seed must be at least 0, and less than 2⁶³, got {self.seed}")
         for name, value in self.options.items():
             if not (math.isfinite(value) and value >= 0):
                 raise UsageError(f"{name} must be a number that is not negative, got {value}")
