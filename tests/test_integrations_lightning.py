@@ -132,6 +132,26 @@ def test_a_resumed_training_is_watched_as_if_it_had_not_stopped(own_data, tmp_pa
     assert [r.to_dict() for r in callback.monitor.records] == [r.to_dict() for r in expected.monitor.records]
 
 
+def test_each_of_several_callbacks_resumes_from_its_own_state(tmp_path):
+    from newton_summary.integrations.lightning import MonitorCallback
+
+    def callbacks():
+        return [MonitorCallback(loss_fn, every=7), MonitorCallback(loss_fn, every=7, partition="trivial")]
+
+    def train(seed, callbacks, **resumed):
+        module = make_module(lambda module: torch.optim.Adam(module.parameters()), seed)
+        trainer = make_trainer(tmp_path, callbacks, max_epochs=2 if resumed else 1)
+        trainer.fit(module, make_loader(), **resumed)
+        return trainer
+
+    before, after = callbacks(), callbacks()
+    train(0, before).save_checkpoint(tmp_path / "half.ckpt")
+    train(5, after, ckpt_path=tmp_path / "half.ckpt")
+    for early, late in zip(before, after, strict=True):
+        records = [r.to_dict() for r in early.monitor.records]
+        assert [r.to_dict() for r in late.monitor.records][: len(records)] == records
+
+
 @pytest.mark.parametrize("own_data", [False, True])
 def test_a_measurement_that_fails_ends_no_training(own_data, tmp_path):
     from newton_summary.integrations.lightning import MonitorCallback

@@ -40,7 +40,9 @@ class MonitorCallback(Callback):
     It puts a :class:`~newton_summary.Monitor` beside the module's optimizer and measures where it is time to, before
     the step, on gradients as the optimizer will use them.  Where a measurement fails it warns, and training goes on.
     Where the optimizer is a :class:`~newton_summary.NewtonSummary`, which measures by itself, it logs that optimizer's
-    rates instead.  A training that is resumed from a checkpoint is watched as if it had not stopped.
+    rates instead, and leaves the weights to you: to validate averaged ones, call ``optimizer.eval()`` in the module's
+    ``on_validation_start`` and ``optimizer.train()`` in its ``on_validation_end``.  A training that is resumed from a
+    checkpoint is watched as if it had not stopped.  There may be several callbacks, for other optimizers or partitions.
 
     Args:
         loss_fn: ``loss_fn(module, batch)`` gives a scalar.  It must not log: it is called while measuring.  Not needed
@@ -120,6 +122,13 @@ class MonitorCallback(Callback):
         """Takes the monitor away; its advice and records stay."""
         if self.monitor is not None:
             self.monitor.close()
+
+    @property
+    def state_key(self) -> str:
+        """What its state is found by in the trainer's checkpoints, where there are several callbacks."""
+        partition = self.options.get("partition")
+        own = {"optimizer": self.numbers, "every": self.every, "partition": getattr(partition, "names", partition)}
+        return f"{type(self).__qualname__}{own}"
 
     def state_dict(self) -> dict[str, Any]:
         """What goes into the trainer's checkpoints."""

@@ -41,8 +41,8 @@ class MonitorCallback(TrainerCallback):
     It puts a :class:`~newton_summary.Monitor` beside the trainer's optimizer and measures where it is time to, before
     the step, on gradients as the optimizer will use them.  Where a measurement fails it warns, and training goes on.
     Where the optimizer is a :class:`~newton_summary.NewtonSummary`, which measures by itself, it logs that optimizer's
-    rates instead.  A training that is resumed from a checkpoint of the trainer's output folder is watched as if it had
-    not stopped.
+    rates instead; the trainer evaluates and saves the weights as they are, not those of ``optimizer.eval()``.  A
+    training that is resumed from a checkpoint of the trainer's output folder is watched as if it had not stopped.
 
     Args:
         loss_fn: ``loss_fn(model, batch)`` gives a scalar.  Default: :func:`own_loss`.
