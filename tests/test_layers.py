@@ -11,7 +11,7 @@ import pytest
 import newton_summary
 import newton_summary_experiments
 
-CORE = {"_checks", "_effects", "_frozen", "_html", "_warned", "errors", "partition", "summary"}
+CORE = {"_checks", "_effects", "_frozen", "_html", "_uncompiled", "_warned", "errors", "partition", "summary"}
 MAY_IMPORT: dict[str, set[str]] = {
     "_assignment": set(),
     "_checks": set(),
@@ -19,6 +19,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "architecture": set(),
     "_frozen": {"_warned"},
     "_html": set(),
+    "_uncompiled": set(),
     "_warned": set(),
     "errors": set(),
     "partition": {"_assignment", "_checks", "architecture"},

@@ -289,6 +289,44 @@ def test_compiled_models_train_compiled_and_are_measured_uncompiled(how) -> None
     gc.collect()
 
 
+@pytest.mark.parametrize("what", ["optimizer", "monitor", "attached"])
+@pytest.mark.filterwarnings("ignore:`torch.jit.script")
+def test_steps_that_are_compiled_as_a_whole_are_those_that_are_not(what) -> None:
+    torch.compiler.reset()
+    data, model, twin, backend = batches(), Net(), Net(), _Backend()
+
+    def stepper(model):
+        if what == "optimizer":
+            optimizer = ns.NewtonSummary(model, loss_fn, curvature_data=plain_loader(), every=2, partition="canonical")
+            source = optimizer
+        else:
+            optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+            source = ns.Monitor(model, loss_fn, optimizer=optimizer, every=2)
+            if what == "attached":
+                source.attach(plain_loader())
+
+        def step(batch):
+            optimizer.zero_grad()
+            loss_fn(model, batch).backward()
+            if what == "monitor":
+                source.step(batch)
+            optimizer.step()
+
+        return step, source
+
+    (step, source), (plain, expected) = stepper(model), stepper(twin)
+    step = torch.compile(step, backend=backend)
+    for t in range(6):
+        step(data[t % len(data)])
+        plain(data[t % len(data)])
+    assert backend.runs > 0
+    assert source.counts["measured"] == expected.counts["measured"] == 3
+    assert source.counts["errors"] == 0
+    assert_same(model, twin, tolerance=1e-12)
+    torch.compiler.reset()
+    gc.collect()
+
+
 # A GPU ----------------------------------------------------------------------------------------------------------------
 
 

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from newton_summary._checks import check_count, check_not_negative
 from newton_summary._frozen import Frozen
+from newton_summary._uncompiled import uncompiled
 from newton_summary.measure.together import OneOrSeveral
 from newton_summary.optim import directions
 from newton_summary.optim.directions import Direction
@@ -160,6 +161,7 @@ class MeasuredOptimizer(torch.optim.Optimizer):
 
     # One step ---------------------------------------------------------------------------------------------------------
 
+    @uncompiled
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """Takes a step, and measures first where it is time to.
@@ -208,6 +210,7 @@ class MeasuredOptimizer(torch.optim.Optimizer):
             return contextlib.nullcontext()
         return torch.autocast(kind, enabled=False)
 
+    @uncompiled
     @torch.no_grad()
     def measure(self, batch: Any) -> Summary:
         """Measures on a batch of your choice and solves for new rates, along the direction of the step to come.

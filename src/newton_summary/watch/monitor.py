@@ -16,6 +16,7 @@ from torch.utils.hooks import RemovableHandle
 
 from newton_summary._checks import check_count, check_fraction, check_not_negative, check_positive
 from newton_summary._frozen import Frozen
+from newton_summary._uncompiled import uncompiled
 from newton_summary._warned import warn
 from newton_summary.measure import Engine, Loss, LossFunction, preserved_randomness, resolve_engine
 from newton_summary.measure.batches import batch_size
@@ -208,6 +209,7 @@ class Monitor:
 
     # Measuring --------------------------------------------------------------------------------------------------------
 
+    @uncompiled
     def step(self, batch: Any) -> Advice | None:
         """Call it at every step, between ``backward()`` and ``optimizer.step()``; it measures where it is time to.
 
@@ -277,6 +279,7 @@ class Monitor:
             if self._has_gradients():
                 self._attempt(batches)
 
+        @uncompiled
         def before_step(_: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, Any] | None:
             return after_closure(args, kwargs, measure) if not self._stepped and self._is_due() else None
 
@@ -398,6 +401,7 @@ class Monitor:
                 f"{_PATIENCE} failures in a row it measures no more; this one was {cause}"
             )
 
+    @uncompiled
     @torch.no_grad()
     def measure(self, batches: Iterable[Any]) -> Advice | None:
         """Measures now, after ``backward()``, on batches of your choice, whatever ``every`` says.
@@ -569,11 +573,13 @@ class Monitor:
         """Whether the last record's step is still to be taken, by some of the optimizers at least."""
         return self._awaiting is not None
 
+    @uncompiled
     def _before_step(self, optimizer: torch.optim.Optimizer, *_: Any) -> None:
         """Where one of several optimizers steps again before the others have stepped, they do not step this time."""
         if id(optimizer) in self._stepped:
             self._end_of_step()
 
+    @uncompiled
     def _after_step(self, optimizer: torch.optim.Optimizer, *_: Any) -> None:
         self._stepped.add(id(optimizer))
         if not self.counts["measured"]:  # what is known of the first measurement holds for a loop
