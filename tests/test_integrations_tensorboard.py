@@ -126,6 +126,26 @@ def test_a_measurement_that_failed_is_counted_and_draws_nothing(tmp_path):
     assert [event.step for event in events.Scalars("newton_summary/predicted_decrease")] == [0]
 
 
+def test_a_writer_that_fails_ends_no_training(tmp_path):
+    class Full(SummaryWriter):
+        def add_image(self, *_, **__):
+            raise OSError("no space left")
+
+    model, loader = make_model(), list(make_loader())
+    optimizer = torch.optim.Adam(model.parameters())
+    monitor = ns.Monitor(model, loss_fn, optimizer=optimizer, every=1)
+    board = TensorBoard(Full(str(tmp_path))).attach(monitor)
+    monitor.attach(loader)
+    with pytest.warns(UserWarning, match="not told all of what was measured, .* OSError: no space left") as caught:
+        train(model, optimizer, loader[:3])
+    assert len(caught) == 1
+    board.close()
+    board.writer.close()
+    assert len(read(tmp_path).Scalars("newton_summary/predicted_decrease")) == 3
+    with pytest.raises(TypeError, match="a Monitor or a NewtonSummary was expected, which measure, got Adam"):
+        board.attach(optimizer)
+
+
 @pytest.mark.slow
 def test_the_example_runs(tmp_path, monkeypatch, capsys):
     names = run_example("tensorboard_logging.py", tmp_path, monkeypatch, EPOCHS=12)

@@ -51,9 +51,17 @@ class News:
 
     Args:
         source: a :class:`~newton_summary.Monitor` or a :class:`~newton_summary.NewtonSummary`.
+
+    Raises:
+        TypeError: it is something else.
     """
 
     def __init__(self, source: Source) -> None:
+        if not isinstance(source, Monitor | MeasuredOptimizer):
+            raise TypeError(
+                f"a Monitor or a NewtonSummary was expected, which measure, got {type(source).__name__}: put "
+                "ns.Monitor(model, loss_fn, optimizer=…) beside an optimizer, and give that"
+            )
         self.source = source
         self._told = self._counts()
 

@@ -14,6 +14,7 @@ try:
 except ImportError as error:  # pragma: no cover - a test runs it in a process of its own
     raise ImportError("this needs tensorboard: pip install 'newton-summary[tensorboard]'") from error
 
+from newton_summary._warned import warn
 from newton_summary.integrations.news import Measured, News, Source
 from newton_summary.summary import Summary
 from newton_summary.watch.record import TAG
@@ -48,18 +49,34 @@ class TensorBoard:
         self.writer: Any = SummaryWriter(str(writer)) if isinstance(writer, str | Path) else writer
         self.images = images
         self._hooks: list[RemovableHandle] = []
+        self._has_warned = False
 
     def attach(self, source: Source) -> TensorBoard:
-        """From now on, logs by itself what the source measures, after each step of the optimizer that it watches."""
+        """From now on, logs by itself what the source measures, after each step of the optimizer that it watches.
+
+        Where that fails, as on a full disk or without matplotlib, it warns once, and training goes on.
+
+        Raises:
+            TypeError: the source does not measure.
+        """
         news = News(source)
 
         def after_step(*_: Any) -> None:
             measured = news.latest()
-            if measured is not None:
+            if measured is None:
+                return
+            try:
                 self.log(measured)
+            except Exception as error:
+                self._warn_once(f"{type(error).__name__}: {error}")
 
         self._hooks += [optimizer.register_step_post_hook(after_step) for optimizer in news.optimizers]
         return self
+
+    def _warn_once(self, cause: str) -> None:
+        if not self._has_warned:
+            self._has_warned = True
+            warn(f"TensorBoard was not told all of what was measured, training goes on; this was {cause}")
 
     def log(self, measured: Measured) -> None:
         """Logs a measurement, or new rates."""
