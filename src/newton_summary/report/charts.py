@@ -11,6 +11,7 @@ from newton_summary.report.text import escape, number
 _HEIGHT = 236
 _LEFT, _RIGHT, _TOP, _BOTTOM = 64, 20, 8, 38
 _MOST_POINTS = 400
+_DOT = 6
 
 
 @dataclass(frozen=True)
@@ -139,23 +140,24 @@ def _power(value: float) -> str:
 def _path(line: Line, x: Scale, y: Scale, above: float) -> str:
     """Pieces between gaps, where a height is not above a bound; a point between two gaps becomes a dot.
 
-    It does so by the round ends of the line.
+    It does so by the round ends of a line of no length, which is thick enough to be seen.
     """
     every = -(-len(line.points) // _MOST_POINTS)
     points = [*line.points[:-1:every], *line.points[-1:]]
-    pieces, pen = [], "M"
+    pieces: list[list[str]] = [[]]
     for at, height in points:
         if height is not None and above < height < math.inf:
-            dot = "h0" if pen == "M" else ""
-            pieces.append(f"{pen}{x(at):.1f} {y(height):.1f}{dot}")
-            pen = "L"
+            pieces[-1].append(f"{x(at):.1f} {y(height):.1f}")
         else:
-            pen = "M"
+            pieces.append([])
+    lines = "".join(f"M{'L'.join(piece)}" for piece in pieces if len(piece) > 1)
+    dots = "".join(f"M{piece[0]}h0" for piece in pieces if len(piece) == 1)
+    marks = f'<path d="{dots}" class="line" style="stroke:{line.colour};stroke-width:{_DOT}"/>' if dots else ""
     cross = ""
     last = next(((at, h) for at, h in reversed(line.points) if h is not None and above < h < math.inf), None)
     if line.ends_in_cross and last is not None:
         cross = f'<path d="M{x(last[0]) - 4:.1f} {y(last[1]) - 4:.1f}l8 8m0 -8l-8 8" style="stroke:{line.colour}"/>'
-    return f'<path d="{"".join(pieces)}" {_stroke(line)}><title>{escape(line.name)}</title></path>{cross}'
+    return f'<path d="{lines}" {_stroke(line)}><title>{escape(line.name)}</title></path>{marks}{cross}'
 
 
 def _stroke(line: Line) -> str:
