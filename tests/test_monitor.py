@@ -620,6 +620,29 @@ def test_a_loop_that_skips_backward_goes_on() -> None:
     assert [record.step for record in monitor.records] == [0, 2, 4, 5]
 
 
+@pytest.mark.parametrize("copied", [copy.deepcopy, lambda watched: pickle.loads(pickle.dumps(watched))])
+@pytest.mark.parametrize("attached", [False, True])
+def test_a_copy_of_a_training_is_watched_as_the_training_is(attached, copied) -> None:
+    model, batches = make_model(), make_batches(6)
+    optimizer = torch.optim.Adam(model.parameters())
+    monitor = ns.Monitor(model, loss_fn, optimizer=optimizer, every=2)
+    if attached:
+        monitor.attach(batches)
+
+    def go_on(model, optimizer, monitor, steps):
+        train(model, optimizer, batches, steps, None if attached else monitor)
+        return [record.to_dict() for record in monitor.records]
+
+    go_on(model, optimizer, monitor, 3)
+    twins = copied((model, optimizer, monitor))
+    expected = go_on(model, optimizer, monitor, 4)
+    assert [record["step"] for record in expected] == [0, 2, 4, 6]
+    assert go_on(*twins, 4) == expected
+    monitor.close()
+    closed = copied((model, optimizer, monitor))
+    assert go_on(*closed, 3) == expected
+
+
 def test_a_training_that_is_not_finite_is_warned_of_once() -> None:
     model, batches = make_model(), make_batches(12)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.0)

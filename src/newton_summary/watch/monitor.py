@@ -201,9 +201,11 @@ class Monitor:
         self._stepped: set[int] = set()  # which of several optimizers have stepped in this round
         self._awaiting: Measured | None = None
         self._used = HeldGradients(())  # by a step that was taken
-        self._hooks = [member.register_step_pre_hook(self._before_step) for member in self.optimizers]
-        self._hooks += [member.register_step_post_hook(self._after_step) for member in self.optimizers]
+        self._repeats = 1
+        self._batches: Callable[[], list[Any]] | None = None  # what is measured on within steps
+        self._hooks: list[RemovableHandle] = []
         self._attached: list[RemovableHandle] = []
+        self._listen()
         if all(math.isnan(rate) for rate in self._learning_rates().tolist()):
             raise ValueError("the optimizer holds no parameter of this model: make it from model.parameters()")
 
@@ -267,10 +269,19 @@ class Monitor:
         if self._stream_state is not None:
             stream.load_state_dict(self._stream_state)
             self._stream_state = None
-        self._stream = stream
-
-        self._measure_within_steps(lambda: [stream.next(self.partition.device) for _ in range(repeats)])
+        self._stream, self._repeats = stream, repeats
+        self._measure_within_steps(self._of_stream)
         return self
+
+    def _of_stream(self) -> list[Any]:
+        """The next batches of what it is attached to."""
+        assert self._stream is not None
+        return [self._stream.next(self.partition.device) for _ in range(self._repeats)]
+
+    def _listen(self) -> None:
+        """Hears of the optimizers' steps from now on."""
+        self._hooks = [member.register_step_pre_hook(self._before_step) for member in self.optimizers]
+        self._hooks += [member.register_step_post_hook(self._after_step) for member in self.optimizers]
 
     def _measure_within_steps(self, batches: Callable[[], list[Any]]) -> None:
         """From now on, measures within the optimizers' steps, as soon as the gradients are there."""
@@ -283,6 +294,7 @@ class Monitor:
         def before_step(_: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, Any] | None:
             return after_closure(args, kwargs, measure) if not self._stepped and self._is_due() else None
 
+        self._batches = batches
         for hook in self._attached:
             hook.remove()
         self._attached = [member.register_step_pre_hook(before_step) for member in self.optimizers]
@@ -698,6 +710,18 @@ class Monitor:
         self.records.extend(map(Record.from_dict, state["records"]))
         self.summary = None if state["summary"] is None else Summary.from_dict(state["summary"])
         self.advice = self._advice_at(self._learning_rates()) if self._window else None
+
+    def __getstate__(self) -> dict[str, Any]:
+        """All but the hooks, which copies of optimizers have not; whether there are some."""
+        return {**self.__dict__, "_hooks": bool(self._hooks), "_attached": bool(self._attached)}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """A copy watches the copies of the optimizers, as this one does these."""
+        self.__dict__.update({**state, "_hooks": [], "_attached": []})
+        if state["_hooks"]:
+            self._listen()
+        if state["_attached"] and self._batches is not None:
+            self._measure_within_steps(self._batches)
 
     # Telling ----------------------------------------------------------------------------------------------------------
 
