@@ -214,6 +214,34 @@ def test_a_monitor_changes_nothing_and_says_what_it_says_in_a_plain_loop(own_dat
     assert shown == pytest.approx(finite)
 
 
+def watch_in_several_processes():
+    from types import SimpleNamespace
+
+    from newton_summary.integrations.lightning import MonitorCallback
+
+    model, sums = make_model(), []
+
+    def noted(model, batch):
+        sums.append(batch[0].sum().item())
+        return loss_fn(model, batch)
+
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
+    callback = MonitorCallback(noted, data=make_loader(), every=1, samples=1000)
+    callback.on_train_start(SimpleNamespace(optimizers=[optimizer]), model)
+    optimizer.param_groups[0]["lr"] = 0.1
+    loss_fn(model, next(iter(make_loader()))).backward()
+    optimizer.step()
+    return sums[0], callback.monitor.records[-1].available
+
+
+def test_several_processes_measure_parts_of_one_batch(two):
+    (first, available), (second, _) = two.run(watch_in_several_processes)
+    alone, size = watch_in_several_processes()
+    assert available == size
+    assert first != second
+    assert first + second == pytest.approx(alone, rel=1e-5, abs=1e-3)
+
+
 @pytest.mark.parametrize("by_hand", [False, True])
 def test_a_monitor_measures_the_step_of_gradients_that_the_trainer_has_clipped(by_hand, tmp_path):
     """It warns of no other step, and a decrease is as predicted: also where the module steps by itself."""

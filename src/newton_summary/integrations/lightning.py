@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING, Any
 
 from newton_summary.integrations.news import Measured, News, Source
 from newton_summary.measure import LossFunction
-from newton_summary.measure.stream import BatchStream
 from newton_summary.optim import MeasuredOptimizer
 from newton_summary.watch.monitor import Monitor
 from newton_summary.watch.record import TAG
@@ -77,7 +76,7 @@ class MonitorCallback(Callback):
         self.loss_fn, self.every, self.repeats, self.images = loss_fn, every, repeats, images
         self.options, self.numbers = options, [optimizer] if isinstance(optimizer, int) else list(optimizer)
         self.monitor: Monitor | None = None
-        self._stream = None if data is None else BatchStream(data, seed, what="data")
+        self.data, self.seed = data, seed
         self._news: News | None = None
         self._batch: Any = None
         self._state: dict[str, Any] | None = None  # of a training that is resumed, until it starts
@@ -97,18 +96,19 @@ class MonitorCallback(Callback):
             if self._state is not None:
                 self.monitor.load_state_dict(self._state)
                 self._state = None
-            self.monitor._measure_within_steps(self._batches)
+            if self.data is None:
+                self.monitor._measure_within_steps(self._batch_at_hand)
+            else:  # not before the trainer has started the other processes, of which each measures a part
+                self.monitor.attach(self.data, repeats=self.repeats, seed=self.seed)
         self._news = News(source)
 
     def on_train_batch_start(self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int) -> None:
         """Keeps the batch at hand."""
         self._batch = batch
 
-    def _batches(self) -> list[Any]:
-        """What to measure on now."""
-        if self._stream is None or self.monitor is None:
-            return [self._batch]
-        return [self._stream.next(self.monitor.partition.device) for _ in range(self.repeats)]
+    def _batch_at_hand(self) -> list[Any]:
+        """What to measure on, where there is no data."""
+        return [self._batch]
 
     def on_train_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
         """Logs what is new."""
@@ -132,16 +132,11 @@ class MonitorCallback(Callback):
 
     def state_dict(self) -> dict[str, Any]:
         """What goes into the trainer's checkpoints."""
-        return {
-            "monitor": self._state if self.monitor is None else self.monitor.state_dict(),
-            "stream": None if self._stream is None else self._stream.state_dict(),
-        }
+        return {"monitor": self._state if self.monitor is None else self.monitor.state_dict()}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Goes on from a checkpoint, once training starts."""
         self._state = state_dict["monitor"]
-        if self._stream is not None and state_dict["stream"] is not None:
-            self._stream.load_state_dict(state_dict["stream"])
 
     def _log(self, logger: Any, measured: Measured, step: int) -> None:
         takes_words = any(base.__name__ in _TAKE_WORDS for base in type(logger).__mro__)
