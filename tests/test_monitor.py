@@ -620,6 +620,35 @@ def test_a_loop_that_skips_backward_goes_on() -> None:
     assert [record.step for record in monitor.records] == [0, 2, 4, 5]
 
 
+def test_gradients_that_come_after_the_first_optimizers_step_are_asked_for() -> None:
+    """Where optimizers step within ``backward()``, all but the first would pass for standing still."""
+    model, batches = make_model(), make_batches(6)
+    of_each = {p: torch.optim.Adam([p]) for p in model.parameters()}
+    monitor = ns.Monitor(model, loss_fn, optimizer=list(of_each.values()), every=2).attach(batches)
+    model[0].requires_grad_(False)  # whose optimizers have none in truth
+    for batch in batches[:3]:
+        loss_fn(model, batch).backward()
+        for optimizer in of_each.values():
+            optimizer.step()
+            optimizer.zero_grad()
+    model[0].requires_grad_(True)
+
+    def step(parameter):
+        of_each[parameter].step()
+        of_each[parameter].zero_grad()
+
+    def loop() -> None:
+        for batch in batches:
+            loss_fn(model, batch).backward()
+
+    for parameter in of_each:
+        parameter.register_post_accumulate_grad_hook(step)
+    with pytest.warns(UserWarning, match=r"Adam had no gradients yet when another .* after backward\(\)") as caught:
+        loop()
+    assert len(caught) == 1
+    assert monitor.counts["measured"] > 3
+
+
 @pytest.mark.parametrize("copied", [copy.deepcopy, lambda watched: pickle.loads(pickle.dumps(watched))])
 @pytest.mark.parametrize("attached", [False, True])
 def test_a_copy_of_a_training_is_watched_as_the_training_is(attached, copied) -> None:

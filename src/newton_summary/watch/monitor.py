@@ -199,6 +199,7 @@ class Monitor:
         self._resumed_at: int | None = None  # until that is written
         self._taken = 0
         self._stepped: set[int] = set()  # which of several optimizers have stepped in this round
+        self._bare: set[int] = set()  # which had no gradients when it was measured within the first one's step
         self._awaiting: Measured | None = None
         self._used = HeldGradients(())  # by a step that was taken
         self._repeats = 1
@@ -288,6 +289,7 @@ class Monitor:
 
         def measure() -> None:
             if self._has_gradients():
+                self._bare = {id(member) for member in self.optimizers if not _has_gradients(member)}
                 self._attempt(batches)
 
         @uncompiled
@@ -319,7 +321,7 @@ class Monitor:
         return any(bool(group.get("lr", 1.0) != 0) for group in self.optimizer.param_groups)
 
     def _has_gradients(self) -> bool:
-        return any(p.grad is not None for p in self._all_held())
+        return _has_gradients(self.optimizer)
 
     def _all_held(self) -> list[Tensor]:
         """What the optimizers hold, be it of this model or not."""
@@ -594,6 +596,12 @@ class Monitor:
     @uncompiled
     def _after_step(self, optimizer: torch.optim.Optimizer, *_: Any) -> None:
         self._stepped.add(id(optimizer))
+        if id(optimizer) in self._bare and _has_gradients(optimizer):
+            self._warn_once(
+                "gradients to come",
+                f"{type(optimizer).__name__} had no gradients yet when another optimizer stepped, so the Monitor "
+                "measured its tensors as if they stood still: let all optimizers step after backward(), not within it",
+            )
         if not self.counts["measured"]:  # what is known of the first measurement holds for a loop
             self._used = HeldGradients(self._all_held())
         if len(self._stepped) == len(self.optimizers):
@@ -610,6 +618,7 @@ class Monitor:
                 "look for it in the data, or lower the learning rates; its advice knows nothing of them",
             )
         self._stepped.clear()
+        self._bare.clear()
         if self._awaiting is not None:
             with self.cadence.spending():
                 self._look_back(self._awaiting)
@@ -753,3 +762,7 @@ class Monitor:
             assert self.summary is not None
             self._output.write(record, self.summary, self.path, self.writer, self._resumed_at)
         self._resumed_at = None
+
+
+def _has_gradients(optimizer: torch.optim.Optimizer) -> bool:
+    return any(p.grad is not None for group in optimizer.param_groups for p in group["params"])
