@@ -166,6 +166,21 @@ def test_the_state_of_another_part_is_refused(two) -> None:
     two.run(load_other_states)
 
 
+def place_among_copies(shape):
+    from torch.distributed.device_mesh import init_device_mesh
+
+    from newton_summary.parallel.sharding import place_of
+
+    mesh = init_device_mesh("cpu", shape, mesh_dim_names=("copies", "shards"))
+    return place_of(fully_shard(make_model(), mesh=mesh).parameters())
+
+
+def test_copies_of_a_shard_have_one_state(two) -> None:
+    """So one may load what another has saved."""
+    assert two.run(place_among_copies, (2, 1)) == [{"part": [0], "of": [2, 1]}] * 2
+    assert two.run(place_among_copies, (1, 2)) == [{"part": [part], "of": [1, 2]} for part in (0, 1)]
+
+
 def load_by_torchs_checkpoint(path: str):
     from torch.distributed import checkpoint
 

@@ -102,9 +102,15 @@ def check_all_or_none(parameters: Mapping[str, Tensor]) -> None:
 
 
 def place_of(parameters: Iterable[Tensor]) -> dict[str, list[int]] | None:
-    """Which part of sharded parameters this process has, and of how many; nothing where they are whole."""
-    for mesh in (_mesh(p) for p in parameters if is_sharded(p)):
-        return {"part": list(mesh.get_coordinate() or ()), "of": list(mesh.shape)}
+    """Which part of sharded parameters this process has, and of how many; nothing where they are whole.
+
+    Processes that are copies of each other have the same.
+    """
+    for p in parameters:
+        if is_sharded(p):
+            mesh, placements = _mesh(p), cast(Any, p).placements
+            at = zip(mesh.get_coordinate() or (), placements, strict=False)
+            return {"part": [number for number, how in at if not how.is_replicate()], "of": list(mesh.shape)}
     return None
 
 
