@@ -21,6 +21,7 @@ from torch.utils.data import (
     SubsetRandomSampler,
     TensorDataset,
     WeightedRandomSampler,
+    default_collate,
 )
 
 import newton_summary as ns
@@ -456,6 +457,23 @@ def test_datasets_that_fetch_many_at_once():
             return [100 + i for i in indices]
 
     assert sorted(torch.cat(one_pass(DataLoader(Many(), batch_size=4))).tolist()) == list(range(100, 110))
+
+
+@pytest.mark.parametrize("is_part", [False, True])
+@pytest.mark.parametrize("count", [1, 2])
+def test_tensors_are_indexed_once_for_a_batch_and_give_what_collating_gives(is_part, count, monkeypatch):
+    whole = TensorDataset(*(torch.randn(20, 3), torch.arange(20))[:count])
+    data = Subset(Subset(whole, range(3, 20)), [9, 0, 5, 3]) if is_part else whole
+    streams = [
+        BatchStream(DataLoader(data, 3, collate_fn=collate))
+        for collate in (lambda samples: default_collate(samples), default_collate)
+    ]
+    expected = [streams[0].next(CPU) for _ in range(5)]
+    monkeypatch.delattr(TensorDataset, "__getitem__")  # which takes a large batch longer than a training step
+    for batch, right in zip((streams[1].next(CPU) for _ in range(5)), expected, strict=True):
+        assert type(batch) is type(right)
+        assert len(batch) == count
+        assert all(torch.equal(a, b) and a.dtype == b.dtype for a, b in zip(batch, right, strict=True))
 
 
 def test_skipped_samples_are_not_loaded():

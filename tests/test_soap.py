@@ -227,6 +227,22 @@ def test_parameters_that_are_not_contiguous_take_the_same_steps() -> None:
         torch.testing.assert_close(p, q, rtol=1e-5, atol=1e-7)
 
 
+def test_what_a_dead_unit_has_left_fades_to_zero_and_not_to_subnormal_numbers() -> None:
+    """Products with subnormal numbers take a processor many times as long, and dead units are common."""
+    generator = torch.Generator().manual_seed(0)
+    weight = nn.Parameter(torch.zeros(8, 6))
+    direction, state = SOAP(), defaultdict(dict)
+    alive = torch.ones(8, 6)
+    for step in range(2500):
+        alive[5:] = alive[:, 4:] = float(step < 20)
+        weight.grad = torch.randn(8, 6, generator=generator) * alive
+        direction.update(groups(direction, [weight]), state)
+        held = [state[weight][key] for key in state[weight] if key.startswith(("factor", "basis"))]
+        smallest = [m.abs().masked_fill(m == 0, 1.0).min() for m in [*held, state[weight]["exp_avg"]]]
+        assert len(held) == 4
+        assert min(smallest) >= torch.finfo(torch.float32).tiny
+
+
 def test_a_gradient_of_zero_or_no_number_at_first_does_no_harm() -> None:
     for value in (0.0, float("nan")):
         model, optimizer = make(direction="soap")

@@ -5,13 +5,24 @@ from __future__ import annotations
 import contextlib
 import copy
 import random
-from collections.abc import Callable, Iterable, Iterator, Sized
+from collections.abc import Callable, Iterable, Iterator, Sequence, Sized
 from itertools import islice
 from typing import Any, TypeGuard, cast
 
 import numpy as np
 import torch
-from torch.utils.data import BatchSampler, DataLoader, Dataset, IterableDataset, RandomSampler, SequentialSampler
+from torch import Tensor
+from torch.utils.data import (
+    BatchSampler,
+    DataLoader,
+    Dataset,
+    IterableDataset,
+    RandomSampler,
+    SequentialSampler,
+    Subset,
+    TensorDataset,
+    default_collate,
+)
 
 from newton_summary._checks import check_batches, check_count
 from newton_summary.measure.attributes import generator_rewind, generators_behind, reseed
@@ -296,5 +307,22 @@ def _fetch(loader: DataLoader[Any], index: Any) -> Any:
     dataset = loader.dataset
     if loader.batch_sampler is None:
         return loader.collate_fn(dataset[index])
+    if loader.collate_fn is default_collate and isinstance(index, list) and index:
+        dataset, index = _behind_subsets(dataset, index)
+        if type(dataset) is TensorDataset and all(_is_plain(t) for t in dataset.tensors):
+            rows = torch.as_tensor(index)  # sample by sample, a large batch takes longer than a training step
+            return [t[rows] for t in dataset.tensors]
     get_many = getattr(dataset, "__getitems__", None)
     return loader.collate_fn(get_many(index) if get_many else [dataset[i] for i in index])
+
+
+def _behind_subsets(dataset: Any, index: Sequence[int]) -> tuple[Any, Sequence[int]]:
+    """What parts of a set are parts of, and where their samples are in it."""
+    while type(dataset) is Subset:
+        dataset, index = dataset.dataset, [dataset.indices[i] for i in index]
+    return dataset, index
+
+
+def _is_plain(tensor: Tensor) -> bool:
+    """Whether rows of a tensor are what its samples are stacked to."""
+    return type(tensor) is Tensor and tensor.layout is torch.strided

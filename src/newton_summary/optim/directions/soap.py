@@ -8,6 +8,7 @@ from typing import Any, NamedTuple, TypeGuard
 
 import torch
 from torch import Tensor
+from torch.nn import functional
 
 from newton_summary._checks import check_count, check_fraction
 from newton_summary.optim.directions.adam import Adam, NAdam, begin, for_one_kernel
@@ -179,18 +180,24 @@ def _refresh(memory: dict[str, Any]) -> None:
 
     A little is added to all eigenvalues: where the gradient has not been, the basis stays as it is.
     The mean is turned with the basis; the squares, which have no direction, are only put in that order.
+
+    What fades away, such as all that a unit that died has left, is set to 0 in time: products with subnormal numbers
+    take a processor many times as long.
     """
+    limits = torch.finfo(memory["exp_avg"].dtype)
+    nothing = limits.tiny / limits.eps  # what fades from above that is no subnormal number at the next refresh
     for axis, keys in enumerate((_OUT, _INTO)):
         basis = memory.get(keys.basis)
         if basis is None:
             continue
-        factor = memory[keys.factor]
+        factor = memory[keys.factor] = functional.hardshrink(memory[keys.factor], nothing)
         image = (factor @ basis).addcmul_(basis, _little(factor))
         order = (basis * image).sum(0).argsort(descending=True)
-        refreshed = torch.linalg.qr(image.index_select(1, order))[0].contiguous()
+        refreshed = torch.linalg.qr(image.index_select(1, order))[0]
+        refreshed = functional.hardshrink(refreshed, limits.eps**2).contiguous()  # far below the rounding of a column
         turn = basis.T @ refreshed
         mean = memory["exp_avg"]
-        memory["exp_avg"] = turn.T @ mean if axis == 0 else mean @ turn
+        memory["exp_avg"] = functional.hardshrink(turn.T @ mean if axis == 0 else mean @ turn, nothing)
         memory["exp_avg_sq"] = memory["exp_avg_sq"].index_select(axis, order)
         memory[keys.basis] = refreshed
 
