@@ -93,30 +93,33 @@ def test_the_average_of_the_weights_follows_them_and_changes_places() -> None:
     assert torch.equal(values, parameters[0])
     by_hand = values.clone()
     with torch.no_grad():
-        for share, weights in ((0.15, [3.0, 0.0]), (0.6, [-1.0, 1.0]), (1.0, [7.0, 7.0])):
+        for share, weights in ((0.15, [3.0, 0.0]), (0.6, [-1.0, 1.0]), (0.25, [7.0, 7.0])):
             parameters[0].copy_(torch.tensor(weights))
-            average.update(state, share)
+            average.follow(state, share)
             by_hand += share * (torch.tensor(weights, dtype=DTYPE) - by_hand)
             assert torch.allclose(average.values(state)[0], by_hand, rtol=1e-14)
-        for weights in ([1.0, 1.0], [5.0, 9.0]):  # the first that are seen are all that there is
-            parameters[0].copy_(torch.tensor(weights))
-            average.follow(state, 0.25)
-        assert torch.equal(average.values(state)[0], by_hand)
+        average.keep(state)
+        kept = average.before(state)[0].clone()
+        assert torch.equal(kept, average.values(state)[0])
+        parameters[0].copy_(torch.tensor([5.0, 9.0]))
+        average.follow(state, 0.5)
+        now = average.values(state)[0].clone()
         average.exchange(state)
         assert average.is_in_place
-        assert parameters[0].tolist() == [2.0, 3.0]
+        assert torch.equal(parameters[0], now)
         average.exchange(state)
         assert not average.is_in_place
         assert parameters[0].tolist() == [5.0, 9.0]
+        assert torch.equal(average.before(state)[0], kept), "what came since is not in it"
         average.restore(state)
-        assert torch.equal(parameters[0], by_hand)
+        assert torch.equal(parameters[0], kept)
         average.exchange(state)
-        assert torch.equal(parameters[0], by_hand), "what has diverged is not evaluated"
+        assert torch.equal(parameters[0], kept), "what has diverged is not evaluated"
 
 
 def take_in(average, state, share) -> None:
-    average.update(state, share)
     average.follow(state, share)
+    average.keep(state)
 
 
 def test_running_statistics_are_averaged_with_the_weights_and_go_where_they_go() -> None:
@@ -172,10 +175,28 @@ def test_running_statistics_outlive_a_bad_batch_another_norm_and_inference_mode(
             average.exchange(state)
             average.exchange(state)
         take_in(average, state, 0.5)
-    assert [s.shape for s in average.state_dict()["statistics"]["shown"]] == [(3,), (3,)]
+    assert [s.shape for s in average.state_dict()["statistics"]["average"]] == [(3,), (3,)]
 
 
 # When to compare ------------------------------------------------------------------------------------------------------
+
+
+def test_a_comparison_is_brought_forward_but_not_over_and_over() -> None:
+    cadence = ComparisonCadence(every=20)
+    cadence.hasten(0)
+    assert cadence.due == 0
+    while cadence.due < 200:
+        last = cadence.due
+        cadence.take(last)
+    cadence.hasten(last + 1)
+    assert cadence.due == last + 4
+    cadence.hasten(last + 10)
+    assert cadence.due == last + 4
+    cadence.take(last + 4)
+    cadence.hasten(last + 15)
+    assert cadence.due == last + 15
+    cadence.hasten(last + 50)
+    assert cadence.due == last + 15
 
 
 def test_a_cadence_goes_on_from_its_state() -> None:

@@ -36,6 +36,10 @@ class ComparisonCadence:
         self.last, self.due = step, step + min(max(_SOONEST, step // 2), self.every)
         return gap
 
+    def hasten(self, step: int) -> None:
+        """Brings the next comparison forward to this step, but no nearer to the last one than the first are."""
+        self.due = min(self.due, max(step, self.last + _SOONEST))
+
     def state_dict(self) -> dict[str, Any]:
         """Plain numbers."""
         return asdict(self)

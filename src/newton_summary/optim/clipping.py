@@ -41,17 +41,20 @@ class GradientClipping:
     def __init__(self) -> None:
         self.usual: Sequence[float] | Tensor = ()
 
-    def apply(self, parameters: Sequence[Tensor], total: Callable[[Tensor], Tensor]) -> None:
+    def apply(self, parameters: Sequence[Tensor], total: Callable[[Tensor], Tensor]) -> bool:
         """Looks at the gradients of these parameters, all together, and overwrites them where they are too long.
 
         Args:
             parameters: those that are trained, the same in every step.
             total: sums numbers over all processes, where each has a part of the gradients.
+
+        Returns:
+            Whether they count as zero now; on an accelerator, where nothing is read, never.
         """
         gradients = [p.grad for p in parameters]
         present = [g for g in gradients if g is not None]
         if not present:
-            return
+            return False
         parts = [g if type(g) is Tensor and g.layout is torch.strided else _values(g) for g in present]
         parts = [torch.view_as_real(part) if part.is_complex() else part for part in parts]
         exact = functools.reduce(torch.promote_types, {part.dtype for part in parts}, torch.float32)
@@ -68,12 +71,13 @@ class GradientClipping:
                     part.zero_()
             elif share < 1:
                 torch._foreach_mul_(parts, share)
-            return
+            return share == 0
         usual = torch.as_tensor(self.usual).to(norms) if len(self.usual) else torch.zeros_like(norms)
         shares, self.usual = _follow_on_device(norms, usual)
         torch._foreach_mul_(parts, shares)
         for part in parts:
             part.masked_fill_(shares == 0, 0.0)
+        return False
 
     def state_dict(self) -> dict[str, Any]:
         """Plain numbers."""

@@ -32,7 +32,7 @@ def _later() -> None:
 class AverageComparison:
     """Now and then finds what each group adds to the loss from the weights to their average, for rates to be adapted.
 
-    That takes one gradient on a new batch, half way between the two, which takes about as long as a training step.
+    That takes one gradient on a new batch, on the way between the two, which takes about as long as a training step.
     The first evaluation, before the first step, is of the loss alone; it counts which sides of matrices are worth a
     Kronecker factor.  Where the loss has diverged, the weights go back to their average; :func:`.forget` goes with it.
 
@@ -68,28 +68,28 @@ class AverageComparison:
             Whether the weights have gone back to their average.
         """
         gap = self.cadence.take(step)
-        average = self.average.values(state)
         with preserved_randomness(self._samples.loss.devices) as rewind:
             if step == 0:
                 first = self._first_loss(rewind)
                 self._check(math.isfinite(first), f"is {first} before the first step: look at loss_fn and the data")
                 self.adaptation.begin(first)
                 return False
-            share = self.adaptation.share(step, gap)
-            found = self._behind(average, share, rewind)
-        if found is None:
-            logger.info("the loss has diverged at step %d: back to averaged weights", step)
-            self.adaptation.roll_back()
-            self.average.restore(state)
-            return True
-        self.average.update(state, share)
-        midway, behind = found
-        self.adaptation.compare(behind, step, gap, midway)
+            batch = self._samples.next(_later)
+            on_the_way, behind = self._behind(self.average.values(state), batch, rewind)
+            is_suspicious = self.adaptation.is_suspicious(on_the_way, gain=-sum(behind))
+            if is_suspicious and self._has_diverged(on_the_way, self.average.before(state), batch, rewind):
+                logger.info("the loss has diverged at step %d: back to averaged weights", step)
+                self.adaptation.roll_back()
+                self.average.restore(state)
+                return True
+        if math.isfinite(on_the_way):
+            self.average.keep(state)
+        self.adaptation.compare(behind, step, gap, on_the_way)
         return False
 
     def follow(self, state: State, steps: int) -> None:
-        """Takes the weights after so many steps into the average that the model is evaluated with."""
-        self.average.follow(state, self.adaptation.share_shown(steps))
+        """Takes the weights after so many steps into their average."""
+        self.average.follow(state, self.adaptation.share(steps))
 
     def _first_loss(self, rewind: Callable[[], None]) -> float:
         """The loss of the next batch at the first weights, in the block whose randomness is preserved."""
@@ -101,42 +101,44 @@ class AverageComparison:
             here = self._sides.choose(partition.parameters, loss, samples.processes)
             return samples.mean(here, batch_size(batch))
 
-    def _behind(
-        self, average: Sequence[Tensor], share: float, rewind: Callable[[], None]
-    ) -> tuple[float, list[float]] | None:
-        """By how much the loss of the next batch is higher at the average, as the parts of the groups.
+    def _behind(self, average: Sequence[Tensor], batch: Any, rewind: Callable[[], None]) -> tuple[float, list[float]]:
+        """By how much the loss of a batch is higher at the average, as the parts of the groups.
 
         Args:
-            average: of the weights, before they are taken into it.
-            share: of the weights in the average.
+            average: of the weights.
+            batch: this process's.
             rewind: restores the random states.
 
         Returns:
-            The loss half way there, and S numbers; nothing where the loss has diverged.
+            The loss on the way there, and S numbers.
         """
-        samples = self._samples
-        batch = samples.next(_later)
-        size = batch_size(batch)
+        samples, size, part = self._samples, batch_size(batch), self.adaptation.constants.part
         mark = self._mark(average)
         with (
             samples.whole(average) as (partition, average),
             samples.loss.movable(batch, partition, rewind) as (weights, loss),
         ):
-            torch._foreach_lerp_(weights, average, (1 - share) / 2)
-            midway, gradient = loss.gradient()
+            torch._foreach_lerp_(weights, average, part)
+            here, gradient = loss.gradient()
             self._check(
                 any(g is not None for g in gradient),
                 "does not depend on the parameters: compute it with the model that loss_fn gets, and do not detach it",
             )
-            rest = (a - w for a, w in zip(average, weights, strict=True))  # of the way, and what the share leaves of it
-            parts = torch.stack(partition.dot(gradient, rest)) * (2 * (1 - share) / (1 + share))
-            midway, mark_of_all, *behind = samples.means([midway, mark, *parts.tolist()], size)
+            rest = (a - w for a, w in zip(average, weights, strict=True))
+            parts = torch.stack(partition.dot(gradient, rest)) / (1 - part)
+            here, mark_of_all, *behind = samples.means([here, mark, *parts.tolist()], size)
             samples.processes.check_alike(mark, mark_of_all)
-            if self.adaptation.is_suspicious(midway):
-                torch._foreach_copy_(weights, average)
-                if self.adaptation.has_diverged(midway, samples.mean(loss(), size)):
-                    return None
-        return midway, behind
+        return here, behind
+
+    def _has_diverged(self, here: float, before: Sequence[Tensor], batch: Any, rewind: Callable[[], None]) -> bool:
+        """Whether the loss on the way is far above that at the average of before."""
+        samples = self._samples
+        with (
+            samples.whole(before) as (partition, before),
+            samples.loss.movable(batch, partition, rewind) as (weights, loss),
+        ):
+            torch._foreach_copy_(weights, before)
+            return self.adaptation.has_diverged(here, samples.mean(loss(), batch_size(batch)))
 
     def _mark(self, average: Sequence[Tensor]) -> float:
         """Of the way from the average to the weights, which all processes must have gone, in the smallest tensor."""

@@ -7,6 +7,8 @@ from typing import Any
 
 _FEWEST = 5  # losses that a level is made of
 _SURE = 3.0  # standard errors
+_WINDOW = 4.0  # the part of the run, as 1/4 of its steps, that a level is over
+_MOST = 0.5  # of a level, that one loss is
 
 
 class LossLevel:
@@ -19,9 +21,9 @@ class LossLevel:
 
     Example:
         >>> level = LossLevel()
-        >>> any(level.has_risen(loss, share=0.2) for loss in (1.0, 1.1, 0.9, 1.0, 1.1, 1.0, 0.9))
+        >>> any(level.has_risen(loss, steps=400, gap=20) for loss in (1.0, 1.1, 0.9, 1.0, 1.1, 1.0, 0.9))
         False
-        >>> [level.has_risen(loss, share=0.2) for loss in (2.0, 2.5, 1.8, 2.2, 2.6, 2.1)].count(True)
+        >>> [level.has_risen(loss, steps=400, gap=20) for loss in (2.0, 2.5, 1.8, 2.2, 2.6, 2.1)].count(True)
         1
     """
 
@@ -33,15 +35,16 @@ class LossLevel:
         self._mean = self._spread = self._weight = 0.0  # the last is the sum of the squares of all weights in the mean
         self._lowest = math.inf
 
-    def has_risen(self, loss: float, share: float) -> bool:
+    def has_risen(self, loss: float, steps: int, gap: int) -> bool:
         """Takes a loss in.
 
         Args:
             loss: of a fresh batch.
-            share: of this loss in the level, below 1.
+            steps: the number of steps taken.
+            gap: those of them since the last loss.
         """
         self._count += 1
-        share = max(share, 1 / self._count)
+        share = max(min(_WINDOW * gap / (steps + _WINDOW), _MOST), 1 / self._count)
         rise = loss - self._mean
         self._mean += share * rise
         self._spread = (1 - share) * (self._spread + share * rise**2)

@@ -256,9 +256,11 @@ class NewtonSummary(MeasuredOptimizer):
             self._comparison.hide_average(self.state)
 
     def _prepare_gradients(self) -> None:
-        """Shortens the gradients of this step where they are too long, once."""
+        """Shortens the gradients of this step where they are too long, once; by far too long, they may be a leap's."""
         if not self._clipped:
-            self._clipping.apply(self.partition.parameters, self._samples.processes.total)
+            is_broken = self._clipping.apply(self.partition.parameters, self._samples.processes.total)
+            if is_broken and self._comparison is not None:
+                self._comparison.cadence.hasten(self._taken)
         self._clipped = True
 
     def _forget_gradients(self) -> None:

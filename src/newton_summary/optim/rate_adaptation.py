@@ -22,21 +22,18 @@ class Constants:
         settling: steps that are added to that number, so that a run does not begin with leaps.
         negligible: the share of the largest part below which a group's noise costs too little for shorter steps.
         window: the part of the run, as 1/window of its steps, that the average of the weights is over.
-        shown: the same of the average that the model is evaluated with.
-        most: the share of the weights in their average, at most: with all of it, the two would be the same, and tell
-            nothing, while comparisons are further apart than a fourth of the run.
+        part: of the way from the weights to their average, where the two are compared.
         recent: the share of a comparison in what differences are as a rule.
         outlier: how many times the usual difference between weights and average makes a divergence, where the loss is
-            above that at the beginning, too.
+            above that at the beginning, too; elsewhere its square.
         cut: what rates are divided by after a divergence, or where the loss has risen.
     """
 
     gain: float = 2.0
     settling: int = 50
     negligible: float = 0.01
-    window: float = 4.0
-    shown: float = 8.0
-    most: float = 0.5
+    window: float = 12.0
+    part: float = 2 / 3
     recent: float = 0.3
     outlier: float = 10.0
     cut: float = 4.0
@@ -96,35 +93,38 @@ class RateAdaptation:
         """Takes the loss at the first weights, which are their own average."""
         self._first = loss if math.isfinite(loss) else None
 
-    def share(self, steps: int, gap: int) -> float:
-        """The share of the weights in their average, and of the loss in its level.
+    def share(self, steps: int) -> float:
+        """The share of the weights in their average, after so many steps."""
+        return self.constants.window / (steps + self.constants.settling)
+
+    def is_suspicious(self, loss: float, gain: float = 0.0) -> bool:
+        """Whether weights are none that training leads to.
 
         Args:
-            steps: the number of steps taken.
-            gap: those of them since the last comparison.
+            loss: on the way from them to their average, or at that.
+            gain: by how much the loss is lower at the average, as a comparison tells.
         """
-        return self._share(self.constants.window, steps, gap)
-
-    def share_shown(self, steps: int) -> float:
-        """The share of the weights in the average that is evaluated, after so many steps."""
-        return self._share(self.constants.shown, steps, gap=1)
-
-    def _share(self, window: float, steps: int, gap: int) -> float:
-        return min(window * gap / (steps + window), self.constants.most)
-
-    def is_suspicious(self, loss: float) -> bool:
-        """Whether a loss, of weights half way to their average or of that, is none that training leads to."""
-        return not math.isfinite(loss) or (self._first is not None and self._count > 0 and loss > self._first)
+        if not math.isfinite(loss):
+            return True
+        return self._count > 0 and (self._is_above_first(loss) or gain > self._least(loss))
 
     def has_diverged(self, loss: float, average: float) -> bool:
-        """Whether the weights should go back to their average, where the loss half way to it is suspicious.
+        """Whether the weights should go back to their average, where they are suspicious.
 
-        That is where the loss of the average is not, and lower by far more than the two differ as a rule.  Where that
+        That is where the average is not, and its loss is lower by far more than the two differ as a rule.  Where that
         of the average is suspicious, too, the batch may be what is wrong, and the average is nothing to go back to.
         """
-        if self.is_suspicious(average):
+        if not math.isfinite(average) or self._is_above_first(average):
             return False
-        return not loss - average <= self.constants.outlier * math.sqrt(self._square)
+        return not loss - average <= self._least(loss)
+
+    def _is_above_first(self, loss: float) -> bool:
+        return self._first is not None and loss > self._first
+
+    def _least(self, loss: float) -> float:
+        """The least difference that makes a divergence: above the first loss ten usual ones, below it a hundred."""
+        times = self.constants.outlier if self._is_above_first(loss) else self.constants.outlier**2
+        return times * math.sqrt(self._square)
 
     def roll_back(self) -> None:
         """Shorter steps, after a divergence."""
@@ -154,7 +154,7 @@ class RateAdaptation:
         noticeable = self.constants.negligible * max(map(abs, behind)) or 1.0
         signs = [1.0 if part > 0 else max(part / noticeable, -1.0) for part in behind]
         self.scales = [scale * math.exp(change * sign) for scale, sign in zip(self.scales, signs, strict=True)]
-        if loss is not None and math.isfinite(loss) and self._level.has_risen(loss, self.share(steps, gap)):
+        if loss is not None and math.isfinite(loss) and self._level.has_risen(loss, steps, gap):
             self._shorten()
             self.rises += 1
 

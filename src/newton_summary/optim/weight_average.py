@@ -11,15 +11,14 @@ from torch.nn.modules.batchnorm import _NormBase
 
 from newton_summary.optim.directions import State
 
-_KEY, _SHOWN = "average", "shown"
+_KEY, _BEFORE = "average", "average_before"
 
 
 class WeightAverage:
-    """Moving averages of the weights, kept in an optimizer's state, which oscillate less than they do.
+    """A moving average of the weights, kept in an optimizer's state, which oscillates less than they do.
 
-    One takes the weights in now and then, and is what they are compared with.  The other takes those of every step in,
-    over a shorter time, and is what the model is evaluated with: where weights sway from one step to the next, those of
-    every twentieth sway as much.
+    It takes the weights of every step in: where they sway from one step to the next, those of every twentieth sway as
+    much.  A copy of it, as it was when all was well, is what to go back to where the weights have diverged since.
 
     The running statistics of normalisations belong to the weights that they were seen at.  So they are averaged, too,
     and go where the weights go.
@@ -38,7 +37,7 @@ class WeightAverage:
         >>> _ = average.values(state)
         >>> with torch.no_grad():
         ...     _ = weight.fill_(1.0)
-        ...     average.update(state, share=0.15)
+        ...     average.follow(state, share=0.15)
         >>> average.values(state)
         [tensor([0.1500])]
     """
@@ -51,8 +50,12 @@ class WeightAverage:
         self._of_statistics: dict[str, list[Tensor]] = {}
 
     def values(self, state: State) -> list[Tensor]:
-        """The average of each parameter that the weights are compared with; at first the weights."""
-        return self._kept(state, _KEY)
+        """The average of each parameter; at first the weights."""
+        return self._kept(state, _KEY, self.parameters)
+
+    def before(self, state: State) -> list[Tensor]:
+        """The average as it was when it was last kept; at first as it is."""
+        return self._kept(state, _BEFORE, self.values(state))
 
     def check_kind(self, state: State) -> None:
         """Raises where the model has been converted or moved since: what is remembered of it would not fit.
@@ -69,45 +72,47 @@ class WeightAverage:
                 "the optimizer then"
             )
 
-    def update(self, state: State, share: float) -> None:
-        """Takes the weights into the average that they are compared with, as this share of it."""
-        self._norms = None
-        torch._foreach_lerp_(self.values(state), list(self.parameters), share)
-        for average, now in (*self._statistics(_KEY), *self._statistics(_SHOWN)):
-            average.copy_(torch.where(average.isfinite(), average, now))  # one bad batch is forgotten
-        self._lerp_statistics(_KEY, share)
-
     def follow(self, state: State, share: float) -> None:
-        """Takes the weights of a step into the average that is evaluated, as this share of it."""
-        torch._foreach_lerp_(self._kept(state, _SHOWN), list(self.parameters), share)
-        self._lerp_statistics(_SHOWN, share)
+        """Takes the weights of a step in, as this share of the average."""
+        torch._foreach_lerp_(self.values(state), list(self.parameters), share)
+        if pairs := self._statistics(_KEY):
+            averages, now = zip(*pairs, strict=True)
+            torch._foreach_lerp_(averages, now, share)
+
+    def keep(self, state: State) -> None:
+        """Keeps the average as it is now, to go back to."""
+        self._norms = None
+        torch._foreach_copy_(self.before(state), self.values(state))
+        for (average, now), (before, _) in zip(self._statistics(_KEY), self._statistics(_BEFORE), strict=True):
+            average.copy_(torch.where(average.isfinite(), average, now))  # one bad batch is forgotten
+            before.copy_(average)
 
     def restore(self, state: State) -> None:
-        """Sends the weights, and what is evaluated, back to the average that they are compared with."""
-        averages = self.values(state)
-        torch._foreach_copy_([p.detach() for p in self.parameters], averages)
-        torch._foreach_copy_(self._kept(state, _SHOWN), averages)
-        for (average, now), (shown, _) in zip(self._statistics(_KEY), self._statistics(_SHOWN), strict=True):
-            now.copy_(average)
-            shown.copy_(average)
+        """Sends the weights, and their average, back to what was kept of it."""
+        before = self.before(state)
+        torch._foreach_copy_([p.detach() for p in self.parameters], before)
+        torch._foreach_copy_(self.values(state), before)
+        for (average, now), (kept, _) in zip(self._statistics(_KEY), self._statistics(_BEFORE), strict=True):
+            now.copy_(kept)
+            average.copy_(kept)
 
     def exchange(self, state: State) -> None:
-        """Puts the average of every step in the place of the weights, or the weights back in theirs."""
+        """Puts the average in the place of the weights, or the weights back in theirs."""
         if not self.is_in_place:
             self._norms = None
         self.is_in_place = not self.is_in_place
-        for average, now in (*zip(self._kept(state, _SHOWN), self.parameters, strict=True), *self._statistics(_SHOWN)):
+        for average, now in (*zip(self.values(state), self.parameters, strict=True), *self._statistics(_KEY)):
             before = now.clone()
             now.copy_(average)
             average.copy_(before)
 
-    def _kept(self, state: State, key: str) -> list[Tensor]:
-        """An average of each parameter; at first the weights."""
+    def _kept(self, state: State, key: str, first: Sequence[Tensor]) -> list[Tensor]:
+        """What is kept of each parameter; at first these."""
         memories = [state[p] for p in self.parameters]
-        for p, memory in zip(self.parameters, memories, strict=True):
+        for memory, tensor in zip(memories, first, strict=True):
             if key not in memory:
                 with torch.inference_mode(False):  # one that was made under inference_mode() could not be written later
-                    memory[key] = p.detach().clone(memory_format=torch.preserve_format)
+                    memory[key] = tensor.detach().clone(memory_format=torch.preserve_format)
         return [memory[key] for memory in memories]
 
     def _statistics(self, key: str) -> list[tuple[Tensor, Tensor]]:
@@ -124,11 +129,6 @@ class WeightAverage:
                 kept = [statistic.clone() for statistic in now]
             self._of_statistics[key] = [average.to(statistic) for average, statistic in zip(kept, now, strict=True)]
         return list(zip(self._of_statistics[key], now, strict=True))
-
-    def _lerp_statistics(self, key: str, share: float) -> None:
-        if pairs := self._statistics(key):
-            averages, now = zip(*pairs, strict=True)
-            torch._foreach_lerp_(averages, now, share)
 
     def state_dict(self) -> dict[str, Any]:
         """What the optimizer's state does not hold."""
