@@ -43,9 +43,9 @@ class NewtonSummary(MeasuredOptimizer):
        weight matrices where a count of operations finds that cheap (:class:`~newton_summary.optim.directions.SOAP`).
     2. Each tensor has a rate of its own.  All begin half way from 0.003 to a third of the best first step,
        and not above that step.
-    3. Every 20 steps one gradient on a fresh batch, half way from the weights to their average over the last quarter of
-       the run, tells what each tensor adds to the loss on the way: if the weights are better, its steps become longer,
-       else shorter, unless their noise costs next to nothing.
+    3. Every 20 steps one gradient on a fresh batch, on the way from the weights to their average over the last twelfth
+       of the run, tells what each tensor adds to the loss: if the weights are better, its steps become longer, else
+       shorter, unless their noise costs next to nothing.
     4. In a given share of the run's steps so far a rate changes by a given factor: quickly at first.
     5. A gradient three times as long as usual is shortened; where the loss has risen, all rates become a quarter;
        weights that diverge go back to their average, too, and the momentum is forgotten.
@@ -58,8 +58,8 @@ class NewtonSummary(MeasuredOptimizer):
     second and third derivatives (:class:`~newton_summary.optim.rates.AveragedRates`); so they all are with
     ``compare_every=0``, and every so often with ``every=``.
 
-    Beside what the direction remembers, two moving averages of the weights are kept: one that they are compared with,
-    and one that is evaluated (:meth:`eval`).
+    Beside what the direction remembers, a moving average of the weights is kept, which they are compared with and which
+    is evaluated (:meth:`eval`), and a copy of it as it was at the last comparison.
 
     With several processes each measures on its own samples, and all take the same step (docs/distributed.md).
 

@@ -42,12 +42,13 @@ class Constants:
 class RateAdaptation:
     """Longer steps for groups whose weights are better than their average, shorter ones where the average is better.
 
-    The average is over the last quarter of the run.  It is behind by what the run gains in an eighth of its length, and
-    it is ahead by the noise that steps of this length leave in the weights.  Where the second is more than the first,
-    shorter steps would gain more than time does.
+    The average is over the last twelfth of the run.  It is behind by what the run gains in a thirteenth of its length,
+    and it is ahead by the noise that steps of this length leave in the weights.  Where the second is more than the
+    first, shorter steps would gain more than time does.
 
-    The loss of the average, less that of the weights, is the sum over the groups of gradient times difference, half way
-    between the two: exactly so where the loss is quadratic, whose interactions between groups count half for either.
+    The loss of the average, less that of the weights, is the sum over the groups of gradient times difference, on the
+    way between the two: half way exactly so where the loss is quadratic, and at two thirds of it with two thirds of the
+    noise.  Interactions between groups count half for either.
     At each *comparison* these parts are found on a fresh batch.  A constant in the loss does not enter them; what is
     used of each is its sign, so that a factor on the loss, and what a group matters for it, does not, either, and large
     differences of long ago do not outweigh those of today.  But steps become shorter only where that gains something:
@@ -141,7 +142,7 @@ class RateAdaptation:
             behind: by how much the loss of the average is higher, as the parts of the groups: S numbers.
             steps: the number of steps taken.
             gap: those of them since the last comparison.
-            loss: half way to the average, if known.
+            loss: on the way to the average, if known.
         """
         total = sum(behind)
         if not abs(total) < _LARGEST:
