@@ -140,10 +140,31 @@ def test_what_has_no_factors_moves_as_with_nadam() -> None:
     assert direction.sides_of(nn.Parameter(torch.zeros(4, 9))) == Sides(True, False)
     assert direction.sides_of(nn.Parameter(torch.zeros(1, 8))) == Sides(False, True)
     assert direction.sides_of(nn.Parameter(torch.zeros(8, 2, 2, 2))) == BOTH
-    assert not direction.is_plain
-    assert not descends(direction)
-    assert descends(SOAP(sides={}))
+    assert descends(direction)
     assert type(resolve("soap")) is SOAP
+
+
+def test_a_step_without_tensors_for_large_parameters_is_the_same_step() -> None:
+    """Large ones without a factor and with one, small ones with and without, each at a rate of its own."""
+    torch.manual_seed(0)
+    shapes = ((300, 200), (2, 40_000), (8, 4), (7,))
+    sides = (NONE, Sides(True, False), BOTH, NONE)
+    here = [nn.Parameter(torch.randn(shape)) for shape in shapes]
+    there = [nn.Parameter(p.detach().clone()) for p in here]
+    sizes = (0.1, 0.02, 0.3, 0.3)
+    first = SOAP(sides=dict(zip(here, sides, strict=True)))
+    second = SOAP(sides=dict(zip(there, sides, strict=True)))
+    states = defaultdict(dict), defaultdict(dict)
+    for _ in range(12):
+        for p, q in zip(here, there, strict=True):
+            p.grad = torch.randn_like(p)
+            q.grad = p.grad.clone()
+        with torch.no_grad():
+            first.descend(groups(first, here), states[0], dict(zip(here, sizes, strict=True)))
+            for size, (q, u) in zip(sizes, second.update(groups(second, there), states[1]).items(), strict=True):
+                q.sub_(u, alpha=size)
+    for p, q in zip(here, there, strict=True):
+        torch.testing.assert_close(p, q, rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.parametrize(

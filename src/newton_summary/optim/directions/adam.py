@@ -53,12 +53,16 @@ class Adam(Stateless):
             sizes: of the step, for every parameter that has a gradient.
         """
         for alike, parameters, memories in for_one_kernel(groups, state, begin, sizes):
-            gradients = gradients_of(parameters)
-            laid_out = (p.stride() == m["exp_avg"].stride() for p, m in zip(parameters, memories, strict=True))
-            if alike.eps > 0 and all(laid_out):
-                self._move(parameters, gradients, memories, alike, alike.size)
-            else:
-                torch._foreach_sub_(parameters, self.directions(gradients, memories, alike), alpha=alike.size)
+            self.descend_alike(parameters, memories, alike)
+
+    def descend_alike(self, parameters: list[Tensor], memories: list[dict[str, Any]], alike: Alike) -> None:
+        """The same of parameters that one kernel can move."""
+        gradients = gradients_of(parameters)
+        laid_out = (p.stride() == m["exp_avg"].stride() for p, m in zip(parameters, memories, strict=True))
+        if alike.eps > 0 and all(laid_out):
+            self._move(parameters, gradients, memories, alike, alike.size)
+        else:
+            torch._foreach_sub_(parameters, self.directions(gradients, memories, alike), alpha=alike.size)
 
     def directions(self, gradients: list[Tensor], memories: list[dict[str, Any]], alike: Alike) -> list[Tensor]:
         """What a step leads to from zero, at a rate of −1: new tensors, shaped as the memories are."""

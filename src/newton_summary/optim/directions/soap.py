@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from newton_summary._checks import check_count, check_fraction
-from newton_summary.optim.directions.adam import Adam, NAdam, begin, for_one_kernel
+from newton_summary.optim.directions.adam import Adam, Alike, NAdam, begin, for_one_kernel
 from newton_summary.optim.directions.base import Groups, State, gradients_of
 from newton_summary.parallel.sharding import is_sharded
 
@@ -32,6 +32,8 @@ class Keys(NamedTuple):
     basis: str
 
 
+_TOGETHER = -1.0  # in the place of the size of a step: of those that one kernel finds
+_LARGE = 1 << 15  # entries
 _OUT, _INTO = Keys("factor_out", "basis_out"), Keys("factor_into", "basis_into")
 
 
@@ -76,26 +78,41 @@ class SOAP(NAdam):
         self.factor_beta, self.refresh_every, self.largest = factor_beta, refresh_every, largest
         self.sides = sides
 
-    @property
-    def is_plain(self) -> bool:
-        """Whether it is known that no parameter has a factor."""
-        return self.sides is not None and not any(any(s) for s in self.sides.values())
-
     def update(self, groups: Groups, state: State) -> dict[Tensor, Tensor]:
         """New tensors."""
         result: dict[Tensor, Tensor] = {}
         for alike, parameters, memories in for_one_kernel(groups, state, self._begin):
-            gradients = gradients_of(parameters)
-            factored = [number for number, memory in enumerate(memories) if _is_factored(memory)]
-            for number in factored:
-                gradients[number] = self._observe(gradients[number], memories[number])
-            steps = self.directions(gradients, memories, alike)
-            for number in factored:
-                steps[number] = _back(steps[number], memories[number]).view(parameters[number].shape)
-                if alike.step % self.refresh_every == 0:
-                    _refresh(memories[number])
-            result.update(zip(parameters, steps, strict=True))
+            result.update(zip(parameters, self._steps(parameters, memories, alike), strict=True))
         return result
+
+    def descend(self, groups: Groups, state: State, sizes: Mapping[Tensor, float]) -> None:
+        """θ ← θ − size · u, as with the u of :meth:`update`, but without tensors for u where they would be large."""
+        of_kernels = {p: size if self._moves_alone(p, state[p]) else _TOGETHER for p, size in sizes.items()}
+        for alike, parameters, memories in for_one_kernel(groups, state, self._begin, of_kernels):
+            if alike.size != _TOGETHER:
+                self.descend_alike(parameters, memories, alike)
+                continue
+            for p, step in zip(parameters, self._steps(parameters, memories, alike), strict=True):
+                p.sub_(step, alpha=sizes[p])
+
+    def _steps(self, parameters: list[Tensor], memories: list[dict[str, Any]], alike: Alike) -> list[Tensor]:
+        """The directions of parameters that one kernel can move."""
+        gradients = gradients_of(parameters)
+        factored = [number for number, memory in enumerate(memories) if _is_factored(memory)]
+        for number in factored:
+            gradients[number] = self._observe(gradients[number], memories[number])
+        steps = self.directions(gradients, memories, alike)
+        for number in factored:
+            steps[number] = _back(steps[number], memories[number]).view(parameters[number].shape)
+            if alike.step % self.refresh_every == 0:
+                _refresh(memories[number])
+        return steps
+
+    def _moves_alone(self, parameter: Tensor, memory: dict[str, Any]) -> bool:
+        """Whether a parameter has no factor, and a tensor for its step would take longer than a kernel of its own."""
+        if parameter.numel() < _LARGE:
+            return False
+        return not (_is_factored(memory) if "step" in memory else any(self.sides_of(parameter)))
 
     def sides_of(self, parameter: Tensor) -> Sides:
         """Which sides of a parameter have factors."""
@@ -203,8 +220,5 @@ def _refresh(memory: dict[str, Any]) -> None:
 
 
 def descends(direction: object) -> TypeGuard[Adam]:
-    """Whether a direction can take its step by itself, in one kernel; a subclass that gives another one cannot."""
-    if not isinstance(direction, Adam):
-        return False
-    update = type(direction).update
-    return update is Adam.update or (update is SOAP.update and isinstance(direction, SOAP) and direction.is_plain)
+    """Whether a direction can take its step by itself, in fewer kernels; a subclass that gives another one cannot."""
+    return isinstance(direction, Adam) and type(direction).update in (Adam.update, SOAP.update)
