@@ -87,7 +87,7 @@ class SOAP(NAdam):
 
     def descend(self, groups: Groups, state: State, sizes: Mapping[Tensor, float]) -> None:
         """θ ← θ − size · u, as with the u of :meth:`update`, but without tensors for u where they would be large."""
-        of_kernels = {p: size if self._moves_alone(p, state[p]) else _TOGETHER for p, size in sizes.items()}
+        of_kernels = {p: size if self._moves_alone(p, state.get(p, {})) else _TOGETHER for p, size in sizes.items()}
         for alike, parameters, memories in for_one_kernel(groups, state, self._begin, of_kernels):
             if alike.size != _TOGETHER:
                 self.descend_alike(parameters, memories, alike)
