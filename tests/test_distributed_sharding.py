@@ -70,6 +70,29 @@ def test_sharded_training_in_four_processes_is_that_of_one(four, kind) -> None:
         assert own_counts == counts
 
 
+def leap(steps: int):
+    """Weights that are thrown far between two comparisons."""
+    model = shard(make_model())
+    optimizer = ns.NewtonSummary(model, loss_fn, curvature_data=plain_loader(), direction="nadam", compare_every=4)
+    for t in range(steps):
+        if t == steps - 1:
+            with torch.no_grad():
+                for p in model.parameters():
+                    p.mul_(1e6)
+        step(model, optimizer, t)
+    return whole(model), optimizer._comparison.adaptation.cuts
+
+
+def test_sharded_weights_that_diverge_go_back_to_their_average(two) -> None:
+    parameters, cuts = leap(25)
+    assert cuts == 1
+    assert max(p.abs().max().item() for p in parameters) < 1e3
+    for own, own_cuts in two.run(leap, 25):
+        assert own_cuts == cuts
+        for p, q in zip(own, parameters, strict=True):
+            torch.testing.assert_close(p, q, rtol=1e-8, atol=1e-10)
+
+
 def odd():
     """Frozen, tied and buffered: what else a model has."""
     torch.manual_seed(2)
