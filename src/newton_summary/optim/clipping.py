@@ -62,7 +62,7 @@ class GradientClipping:
         if len(present) < len(gradients):
             here = torch.tensor([n for n, g in enumerate(gradients) if g is not None], device=norms.device)
             norms = norms.new_zeros(len(gradients)).index_copy(0, here, norms)
-        if any(type(g) is not Tensor and is_sharded(g) for g in present):
+        if any(map(is_sharded, present)):
             norms = total(norms.square()).sqrt()
         if norms.device.type == _HOST:
             share, self.usual = _follow(norms.tolist(), list(self.usual) or [0.0] * len(norms))

@@ -241,7 +241,7 @@ class NewtonSummary(MeasuredOptimizer):
 
     @torch.no_grad()
     def eval(self) -> None:
-        """Puts a moving average of the weights in their place, if comparisons have found the loss lower at such a one.
+        """Puts the moving average of the weights in their place, if comparisons have found the loss lower there.
 
         For validation, and for a model that is kept; call :meth:`train` before the next step.  Training is the same
         whether this is ever called.  Running statistics of batch norms are averaged as the weights are, and go along.

@@ -49,6 +49,7 @@ class RateAdaptation:
     The loss of the average, less that of the weights, is the sum over the groups of gradient times difference, on the
     way between the two: half way exactly so where the loss is quadratic, and at two thirds of it with two thirds of the
     noise.  Interactions between groups count half for either.
+
     At each *comparison* these parts are found on a fresh batch.  A constant in the loss does not enter them; what is
     used of each is its sign, so that a factor on the loss, and what a group matters for it, does not, either, and large
     differences of long ago do not outweigh those of today.  But steps become shorter only where that gains something:

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
 
 from newton_summary.optim.directions import State
-from newton_summary.parallel.sharding import local
+from newton_summary.parallel.sharding import copy_parts
 
 _KEY, _BEFORE = "average", "average_before"
 
@@ -83,7 +83,7 @@ class WeightAverage:
     def keep(self, state: State) -> None:
         """Keeps the average as it is now, to go back to."""
         self._norms = None
-        _copy(self.before(state), self.values(state))
+        copy_parts(self.before(state), self.values(state))
         for (average, now), (before, _) in zip(self._statistics(_KEY), self._statistics(_BEFORE), strict=True):
             average.copy_(torch.where(average.isfinite(), average, now))  # one bad batch is forgotten
             before.copy_(average)
@@ -91,8 +91,8 @@ class WeightAverage:
     def restore(self, state: State) -> None:
         """Sends the weights, and their average, back to what was kept of it."""
         before = self.before(state)
-        _copy([p.detach() for p in self.parameters], before)
-        _copy(self.values(state), before)
+        copy_parts([p.detach() for p in self.parameters], before)
+        copy_parts(self.values(state), before)
         for (average, now), (kept, _) in zip(self._statistics(_KEY), self._statistics(_BEFORE), strict=True):
             now.copy_(kept)
             average.copy_(kept)
@@ -141,8 +141,3 @@ class WeightAverage:
         self.is_in_place = state["is_in_place"]
         kept = state.get("statistics", {})
         self._of_statistics = {key: [average.clone() for average in averages] for key, averages in kept.items()}
-
-
-def _copy(targets: Sequence[Tensor], sources: Sequence[Tensor]) -> None:
-    """Copies tensors, this process's parts of sharded ones, for which torch has no such operation."""
-    torch._foreach_copy_([local(t) for t in targets], [local(s) for s in sources])

@@ -126,6 +126,11 @@ def local(tensor: Tensor) -> Tensor:
     return part
 
 
+def copy_parts(targets: Sequence[Tensor], sources: Sequence[Tensor]) -> None:
+    """Copies tensors into others, of sharded ones this process's parts: torch has no such operation for the whole."""
+    torch._foreach_copy_([local(t) for t in targets], [local(s) for s in sources])
+
+
 def sharded_like(tensor: Tensor, parameter: Tensor) -> Tensor:
     """This process's part of a tensor that every process has, split as a parameter is."""
     if not is_sharded(parameter):

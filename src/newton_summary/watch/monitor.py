@@ -230,7 +230,7 @@ class Monitor:
             self._end_of_step()
         if not self._is_due():
             return None
-        if not self._has_gradients():
+        if not _has_gradients(self.optimizer):
             self._warn_of_no_gradients()
             return None
         if not self.counts["measured"] and self._used.have_all_of(self._all_held()):
@@ -288,7 +288,7 @@ class Monitor:
         """From now on, measures within the optimizers' steps, as soon as the gradients are there."""
 
         def measure() -> None:
-            if self._has_gradients():
+            if _has_gradients(self.optimizer):
                 self._bare = {id(member) for member in self.optimizers if not _has_gradients(member)}
                 self._attempt(batches)
 
@@ -319,9 +319,6 @@ class Monitor:
     def _moves(self) -> bool:
         """Whether some learning rate is not 0, as all are in the first step of a warm-up, which so says nothing."""
         return any(bool(group.get("lr", 1.0) != 0) for group in self.optimizer.param_groups)
-
-    def _has_gradients(self) -> bool:
-        return _has_gradients(self.optimizer)
 
     def _all_held(self) -> list[Tensor]:
         """What the optimizers hold, be it of this model or not."""

@@ -39,7 +39,7 @@ class Adam(Stateless):
     def update(self, groups: Groups, state: State) -> dict[Tensor, Tensor]:
         """New tensors."""
         result: dict[Tensor, Tensor] = {}
-        for alike, parameters, memories in for_one_kernel(groups, state, begin):
+        for alike, parameters, memories in for_one_kernel(groups, state, begin_memory):
             directions = self.directions(gradients_of(parameters), memories, alike)
             result.update(zip(parameters, directions, strict=True))
         return result
@@ -52,7 +52,7 @@ class Adam(Stateless):
             state: the optimizer's.
             sizes: of the step, for every parameter that has a gradient.
         """
-        for alike, parameters, memories in for_one_kernel(groups, state, begin, sizes):
+        for alike, parameters, memories in for_one_kernel(groups, state, begin_memory, sizes):
             self.descend_alike(parameters, memories, alike)
 
     def descend_alike(self, parameters: list[Tensor], memories: list[dict[str, Any]], alike: Alike) -> None:
@@ -152,7 +152,7 @@ def for_one_kernel(
     return [(alike, *found) for alike, found in kernels.items()]
 
 
-def begin(parameter: Tensor, memory: dict[str, Any]) -> None:
+def begin_memory(parameter: Tensor, memory: dict[str, Any]) -> None:
     """An empty memory: no step was taken, and no gradient seen."""
     memory["step"] = 0
     memory["exp_avg"] = torch.zeros_like(parameter, memory_format=torch.preserve_format)

@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from newton_summary._checks import check_count, check_fraction
-from newton_summary.optim.directions.adam import Adam, Alike, NAdam, begin, for_one_kernel
+from newton_summary.optim.directions.adam import Adam, Alike, NAdam, begin_memory, for_one_kernel
 from newton_summary.optim.directions.base import Groups, State, gradients_of
 from newton_summary.parallel.sharding import is_sharded
 
@@ -126,9 +126,9 @@ class SOAP(NAdam):
         """An empty memory: a matrix in the eigenbases where a side has a factor, else as Adam's."""
         sides = self.sides_of(parameter)
         if not any(sides):
-            begin(parameter, memory)
+            begin_memory(parameter, memory)
             return
-        begin(parameter.new_empty(matrix_shape(parameter)), memory)
+        begin_memory(parameter.new_empty(matrix_shape(parameter)), memory)
         for keys, has_factor, length in zip((_OUT, _INTO), sides, matrix_shape(parameter), strict=True):
             if has_factor:
                 memory[keys.factor] = parameter.new_zeros((length, length))

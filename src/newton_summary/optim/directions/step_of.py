@@ -10,7 +10,7 @@ from torch import Tensor
 from newton_summary.measure.next_step import needs_closure
 from newton_summary.measure.together import OneOrSeveral, members_of, together
 from newton_summary.optim.directions.base import Groups, State
-from newton_summary.parallel.sharding import local
+from newton_summary.parallel.sharding import copy_parts
 
 
 class StepOf:
@@ -52,7 +52,7 @@ class StepOf:
         for optimizer in self.optimizers:
             optimizer.step()
         steps = torch._foreach_sub(before, [p.detach() for p in parameters])
-        torch._foreach_copy_([local(p.detach()) for p in parameters], [local(b) for b in before])
+        copy_parts([p.detach() for p in parameters], before)
         return dict(zip(parameters, steps, strict=True))
 
     def unit(self, parameter: Tensor) -> float:
