@@ -17,7 +17,7 @@ from newton_summary.optim.backtracking import halvings_to_agreement
 from newton_summary.optim.cadence import ComparisonCadence
 from newton_summary.optim.relative_rates import RelativeRates
 from newton_summary.optim.state import packed, unpack
-from newton_summary.optim.weight_average import WeightAverage
+from newton_summary.optim.weight_average import WeightAverage, go_towards
 
 DTYPE = torch.float64
 
@@ -115,6 +115,31 @@ def test_the_average_of_the_weights_follows_them_and_changes_places() -> None:
         assert torch.equal(parameters[0], kept)
         average.exchange(state)
         assert torch.equal(parameters[0], kept), "what has diverged is not evaluated"
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_the_average_of_weights_in_half_precision_has_digits_for_small_shares(dtype) -> None:
+    weight, state = nn.Parameter(torch.ones(3, dtype=dtype)), defaultdict(dict)
+    average, share = WeightAverage([weight]), 1e-4
+    average.values(state)
+    with torch.no_grad():
+        weight.fill_(2.0)
+        for _ in range(2000):
+            average.follow(state, share)
+        expected = 2 - (1 - share) ** 2000  # 1.18
+        torch.testing.assert_close(average.values(state)[0], torch.full((3,), expected), rtol=1e-4, atol=0)
+        digits = average.values(state)[0].clone()
+        average.exchange(state)
+        assert torch.equal(weight, digits.to(dtype))
+        average.exchange(state)
+        assert torch.equal(weight, torch.full((3,), 2.0, dtype=dtype))
+        assert torch.equal(average.values(state)[0], digits), "to be looked at costs it nothing"
+        average.keep(state)
+        average.restore(state)
+        assert torch.equal(weight, digits.to(dtype))
+        way = [weight.clone().fill_(2.0)]
+        go_towards(way, average.values(state), 0.5)
+    torch.testing.assert_close(way[0], torch.full((3,), (2 + expected) / 2, dtype=dtype), rtol=1e-2, atol=0)
 
 
 def take_in(average, state, share) -> None:

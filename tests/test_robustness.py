@@ -344,6 +344,38 @@ def test_torchs_default_type_is_nothing_to_a_step(dtype) -> None:
     assert same(*models)
 
 
+@pytest.mark.parametrize("evaluates", [False, True])
+def test_weights_in_half_precision_resume_with_all_digits_of_their_average(evaluates) -> None:
+    batches = [(x.bfloat16(), y) for x, y in make_batches()]
+    models = make_model().bfloat16(), make_model().bfloat16()
+    first, second = (ns.NewtonSummary(model, loss_fn, curvature_data=batches) for model in models)
+
+    def run(model, optimizer) -> None:
+        for batch in batches * 8:
+            optimizer.zero_grad()
+            loss_fn(model, batch).backward()
+            optimizer.step()
+
+    run(models[0], first)
+    if evaluates:
+        first._comparison.adaptation.advantage = 1.0  # so that the average is in place while it is saved
+        first.eval()
+        assert first._comparison.average.is_in_place
+    file = io.BytesIO()
+    torch.save([models[0].state_dict(), first.state_dict()], file)
+    file.seek(0)
+    weights, state = torch.load(file, weights_only=True)
+    models[1].load_state_dict(weights)
+    second.load_state_dict(state)
+    for model, optimizer in zip(models, (first, second), strict=True):
+        optimizer.train()
+        run(model, optimizer)
+    averages = [[optimizer.state[p]["average"] for p in optimizer.state] for optimizer in (first, second)]
+    assert averages[0][0].dtype == torch.float32
+    assert all(map(torch.equal, *averages))
+    assert same(*models)
+
+
 def test_a_model_that_is_converted_while_it_trains_is_refused() -> None:
     model = make_model()
     optimizer = ns.NewtonSummary(model.half(), loss_fn, curvature_data=make_batches())

@@ -20,7 +20,7 @@ from newton_summary.optim.directions.affordable import SidesByCount
 from newton_summary.optim.first_length import first_scale
 from newton_summary.optim.rate_adaptation import RateAdaptation
 from newton_summary.optim.samples import Samples
-from newton_summary.optim.weight_average import WeightAverage
+from newton_summary.optim.weight_average import WeightAverage, go_towards
 
 logger = logging.getLogger(__name__)
 
@@ -118,7 +118,7 @@ class AverageComparison:
             samples.whole(average) as (partition, average),
             samples.loss.movable(batch, partition, rewind) as (weights, loss),
         ):
-            torch._foreach_lerp_(weights, average, part)
+            go_towards(weights, average, part)
             here, gradient = loss.gradient()
             self._check(
                 any(g is not None for g in gradient),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from functools import partial
+from itertools import chain
 from typing import Any
 
 import torch
@@ -321,6 +322,17 @@ class NewtonSummary(MeasuredOptimizer):
         return super()._current_direction()
 
     # State ------------------------------------------------------------------------------------------------------------
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """The inverse of :meth:`state_dict`; raises as :meth:`MeasuredOptimizer.load_state_dict` does."""
+        super().load_state_dict(state_dict)
+        if self._comparison is not None:
+            numbers, parameters = (
+                chain.from_iterable(group["params"] for group in groups)
+                for groups in (state_dict["param_groups"], self.param_groups)
+            )
+            saved = {p: state_dict["state"].get(n, {}) for n, p in zip(numbers, parameters, strict=True)}
+            self._comparison.average.restore_digits(self.state, saved)
 
     def _parts(self) -> dict[str, Part | None]:
         """What remembers something, by name."""

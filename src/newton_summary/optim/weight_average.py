@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -12,14 +12,15 @@ from torch.nn.modules.batchnorm import _NormBase
 from newton_summary.optim.directions import State
 from newton_summary.parallel.sharding import copy_parts
 
-_KEY, _BEFORE = "average", "average_before"
+_KEY, _BEFORE, _DISPLACED = "average", "average_before", "displaced"
 
 
 class WeightAverage:
     """A moving average of the weights, kept in an optimizer's state, which oscillates less than they do.
 
     It takes the weights of every step in: where they sway from one step to the next, those of every twentieth sway as
-    much.  A copy of it, as it was when all was well, is what to go back to where the weights have diverged since.
+    much.  That of weights in half precision is in single precision, for a step adds less than they have digits for.  A
+    copy of it, as it was when all was well, is what to go back to where the weights have diverged since.
 
     The running statistics of normalisations belong to the weights that they were seen at.  So they are averaged, too,
     and go where the weights go.
@@ -51,12 +52,12 @@ class WeightAverage:
         self._of_statistics: dict[str, list[Tensor]] = {}
 
     def values(self, state: State) -> list[Tensor]:
-        """The average of each parameter; at first the weights."""
-        return self._kept(state, _KEY, self.parameters)
+        """The average of each parameter, in single precision at least; at first the weights."""
+        return self._kept(state, _KEY)
 
     def before(self, state: State) -> list[Tensor]:
-        """The average as it was when it was last kept; at first as it is."""
-        return self._kept(state, _BEFORE, self.values(state))
+        """The average as it was when it was last kept, in the weights' precision; at first the weights."""
+        return self._kept(state, _BEFORE)
 
     def check_kind(self, state: State) -> None:
         """Raises where the model has been converted or moved since: what is remembered of it would not fit.
@@ -65,7 +66,7 @@ class WeightAverage:
             RuntimeError: it has.
         """
         first = self.parameters[0]
-        now, then = ((t.dtype, t.device) for t in (first, state.get(first, {}).get(_KEY, first)))
+        now, then = ((t.dtype, t.device) for t in (first, state.get(first, {}).get(_BEFORE, first)))
         if now != then:
             raise RuntimeError(
                 f"the model's parameters are {str(now[0])[6:]} on {now[1]}, and were {str(then[0])[6:]} on {then[1]} "
@@ -75,7 +76,7 @@ class WeightAverage:
 
     def follow(self, state: State, share: float) -> None:
         """Takes the weights of a step in, as this share of the average."""
-        torch._foreach_lerp_(self.values(state), list(self.parameters), share)
+        torch._foreach_lerp_(self.values(state), [_in_single(p) for p in self.parameters], share)
         if pairs := self._statistics(_KEY):
             averages, now = zip(*pairs, strict=True)
             torch._foreach_lerp_(averages, now, share)
@@ -102,18 +103,37 @@ class WeightAverage:
         if not self.is_in_place:
             self._norms = None
         self.is_in_place = not self.is_in_place
-        for average, now in (*zip(self.values(state), self.parameters, strict=True), *self._statistics(_KEY)):
+        for average, p in zip(self.values(state), self.parameters, strict=True):
+            weights = p.clone()
+            p.copy_(state[p].pop(_DISPLACED, average))
+            if average.dtype == p.dtype:
+                average.copy_(weights)
+            elif self.is_in_place:  # it has digits that weights have no room for
+                state[p][_DISPLACED] = weights
+        for average, now in self._statistics(_KEY):
             before = now.clone()
             now.copy_(average)
             average.copy_(before)
 
-    def _kept(self, state: State, key: str, first: Sequence[Tensor]) -> list[Tensor]:
-        """What is kept of each parameter; at first these."""
+    def restore_digits(self, state: State, saved: Mapping[Tensor, Mapping[str, Any]]) -> None:
+        """Gives averages the digits back that torch takes from them when it loads a state: as many as weights have.
+
+        Args:
+            state: the optimizer's, loaded.
+            saved: what was loaded, by the parameter that it is of.
+        """
+        for p, memory in saved.items():
+            if p.dtype in _IN_SINGLE and _KEY in memory:
+                state[p][_KEY] = _in_single(memory[_KEY].detach()).to(p.device, copy=True)
+
+    def _kept(self, state: State, key: str) -> list[Tensor]:
+        """What is kept of each parameter; at first itself."""
         memories = [state[p] for p in self.parameters]
-        for memory, tensor in zip(memories, first, strict=True):
+        for memory, p in zip(memories, self.parameters, strict=True):
             if key not in memory:
                 with torch.inference_mode(False):  # one that was made under inference_mode() could not be written later
-                    memory[key] = tensor.detach().clone(memory_format=torch.preserve_format)
+                    for kept, value in ((_KEY, _in_single(p)), (_BEFORE, p)):
+                        memory.setdefault(kept, value.detach().clone(memory_format=torch.preserve_format))
         return [memory[key] for memory in memories]
 
     def _statistics(self, key: str) -> list[tuple[Tensor, Tensor]]:
@@ -141,3 +161,21 @@ class WeightAverage:
         self.is_in_place = state["is_in_place"]
         kept = state.get("statistics", {})
         self._of_statistics = {key: [average.clone() for average in averages] for key, averages in kept.items()}
+
+
+def _in_single(tensor: Tensor) -> Tensor:
+    """A tensor in single precision, where it is in half."""
+    exact = _IN_SINGLE.get(tensor.dtype)
+    return tensor if exact is None else tensor.to(exact)
+
+
+def go_towards(weights: Sequence[Tensor], average: Sequence[Tensor], part: float) -> None:
+    """Moves weights a part of the way to their average, in place."""
+    ways = [_in_single(w) for w in weights]  # themselves, where they are not in half precision
+    torch._foreach_lerp_(ways, list(average), part)
+    for w, way in zip(weights, ways, strict=True):
+        if way is not w:
+            w.copy_(way)
+
+
+_IN_SINGLE = {torch.float16: torch.float32, torch.bfloat16: torch.float32, torch.complex32: torch.complex64}
