@@ -72,6 +72,21 @@ def pairs(x):
     return torch.complex(x, 0.3 * x.cos() + 0.4)
 
 
+def turned(x):
+    """Written into, and then looked at in another way: what it was before keeps its shape."""
+    y = 2 * x[:4]
+    y.lerp_(x[2:].sin(), torch.full((4, 6), 0.3, dtype=x.dtype))
+    y.transpose_(0, 1).atan2_(x[:, 1:5].cos() + 2)
+    return y.unsqueeze_(0) * x[:, :4]
+
+
+def added_logs(x):
+    """Of numbers of which one, the other or both are log 0."""
+    none = torch.arange(36).view(6, 6) % 4
+    first, second = x.masked_fill(none % 2 == 1, -torch.inf), x.cos().masked_fill(none > 1, -torch.inf)
+    return torch.logaddexp(first, second).masked_fill(none == 3, 0.0)
+
+
 def written_conjugate(z):
     y = z.clone().conj()
     y[0] = z[1].square()
@@ -143,6 +158,11 @@ FUNCTIONS = {
     "norms of rows": lambda x: F.normalize(x, dim=1),
     "cumulated largest": lambda x: x.cummax(1)[0] * x,
     "log of sums": lambda x: torch.logcumsumexp(x, 1),
+    "log of sums, far apart": lambda x: torch.logcumsumexp(x + 12 * torch.arange(6.0)[:, None], 0),
+    "log of a sum, of which some are 0": added_logs,
+    "quantiles": lambda x: torch.quantile(x.view(3, 2, 6), 0.3, dim=1, keepdim=True),
+    "turned": turned,
+    "a product along nothing": lambda x: torch.linalg.multi_dot([x, x[:, :0], x[:0]]) + x.sin(),
     "products": lambda x: x.prod(1) + x.cumprod(0)[-1],
     "Fourier transforms": lambda x: torch.fft.irfft(torch.fft.rfft(x) * torch.fft.rfft(x.sin()), n=6),
     "spectrum": lambda x: torch.fft.fft2(x).abs(),

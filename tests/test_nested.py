@@ -672,3 +672,21 @@ def test_compositions_refuse_what_torch_refuses():
     case.batch = tuple(t[:1] for t in case.batch)
     with pytest.raises(ValueError, match="Expected more than 1 value per channel when training"):
         measure(case)
+
+
+@pytest.mark.parametrize("options", [{}, {"rtol": 0.3}, {"atol": 0.5}, {"hermitian": True}])
+def test_complex_pseudoinverses_are_those_that_nobody_watches(options) -> None:
+    torch.manual_seed(0)
+    model, w = nn.Module(), torch.randn(3, 3, dtype=torch.complex128)
+    model.weight = nn.Parameter(torch.randn(3, 3, dtype=torch.complex128))
+
+    def loss_fn(m, _):
+        x = m.weight + m.weight.mH if options.get("hermitian") else m.weight
+        inverse = torch.linalg.pinv(x, **options)
+        return (inverse * w).real.sum() + inverse.abs().square().sum()
+
+    u = [0.1 * torch.randn(3, 3, dtype=torch.complex128)]
+    got = ns.summarize(loss_fn, model, [torch.zeros(1)], direction=u, engine="nested", order=2)
+    assert float(got.loss) == pytest.approx(loss_fn(model, None).item(), rel=1e-12)
+    (gradient,) = torch.autograd.grad(loss_fn(model, None), [model.weight])
+    assert float(got.gradient) == pytest.approx((gradient.conj() * u[0]).real.sum().item(), rel=1e-10)

@@ -14,6 +14,7 @@ from torch.utils._python_dispatch import TorchDispatchMode, _get_current_dispatc
 from typing_extensions import override
 
 from newton_summary._effects import effects_of
+from newton_summary.measure.unwatched import as_unwatched
 
 _RECURRENT = {torch.lstm, torch.gru, torch.rnn_tanh, torch.rnn_relu}
 
@@ -44,7 +45,7 @@ class Journal(TorchDispatchMode):
         if effects.writes:
             for tensor in effects.written(args, kwargs or {}):
                 self.protect(tensor)
-        out = func(*args, **kwargs) if kwargs else func(*args)
+        out = as_unwatched(func, args, kwargs or {})
         if not effects.shares:
             self.claim(out)
         return out

@@ -21,6 +21,7 @@ from typing_extensions import override
 from newton_summary._effects import Effects, effects_of
 from newton_summary.measure.record import Leaf, Recording, ref
 from newton_summary.measure.tracer import BESIDE, Tracer, overwritten
+from newton_summary.measure.unwatched import as_unwatched
 
 aten = torch.ops.aten
 
@@ -136,7 +137,7 @@ class Recorder(Tracer):
             return out
         for tensor in effects.written(args, kwargs) if effects.writes else ():
             self.before_writing(tensor)
-        out = func(*args, **kwargs)
+        out = as_unwatched(func, args, kwargs)
         if not effects.shares:
             self.claim(out)
         return out

@@ -14,6 +14,7 @@ from newton_summary.measure.journal import Journal
 from newton_summary.measure.lowering import CONSTANT
 from newton_summary.measure.memory import Memory, Views, geometry
 from newton_summary.measure.record import Leaf, Record, Refusal, ref
+from newton_summary.measure.unwatched import as_unwatched
 
 aten = torch.ops.aten
 
@@ -149,7 +150,7 @@ class Tracer(Journal):
                 return self._run_in_place(func, args, kwargs, effects)
         templates = tuple(self.template(a) for a in args)
         plain = tuple((k, self.template(v)) for k, v in kwargs.items()) if kwargs else ()
-        out = func(*args, **kwargs)
+        out = as_unwatched(func, args, kwargs)
         if not effects.shares:
             self.claim(out)
         if effects.draws:
@@ -217,7 +218,10 @@ class Tracer(Journal):
         """Runs an operation that makes its argument look at its memory in another way."""
         target, functional = args[0], functional_of(func)
         templates = tuple(self.template(a) for a in args)
-        self.values[templates[0].slot] = target.detach()
+        as_it_was = target.detach()
+        for slot, value in self.values.items():  # what it was before it was written into is this tensor, too
+            if value is target:
+                self.values[slot] = as_it_was
         out = func(*args, **kwargs)
         self.name(target, self.put(functional, templates, tuple(kwargs.items()), target))
         return out

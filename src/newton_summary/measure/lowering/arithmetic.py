@@ -66,6 +66,34 @@ def _log_sigmoid(x: Tensor) -> tuple[Tensor, Tensor]:
     return torch.where(is_positive, 0.0, x) - torch.where(is_positive, -x, x).exp().log1p(), x.new_zeros(0)
 
 
+@lowers(aten.logaddexp.default)
+def _logaddexp(x: Tensor, y: Tensor) -> Any:
+    """The larger of two numbers, and by how much their sum is more; of two that are −∞, a constant."""
+    x, y = in_one_type(x, y)
+    if x.is_complex():
+        return NotImplemented
+    is_void = (x == y) & x.isinf()
+    fixed = as_it_is(aten.logaddexp.default, CONSTANT(x), CONSTANT(y))
+    x, y = (torch.where(is_void, 0.0, v) for v in (x, y))
+    is_first = x >= y
+    larger, smaller = torch.where(is_first, x, y), torch.where(is_first, y, x)
+    return torch.where(is_void, fixed, larger + (smaller - larger).exp().log1p())
+
+
+@lowers(aten.logcumsumexp.default)
+def _logcumsumexp(x: Tensor, dim: int) -> Any:
+    """All entries so far, each taking in 1, 2, 4, … of those before: torch's own tangents lack digits of small ones."""
+    if x.is_complex():
+        return NotImplemented
+    length, reach = x.shape[dim] if x.dim() else 1, 1
+    while reach < length:
+        ahead = length - reach
+        further = torch.logaddexp(x.narrow(dim, reach, ahead), x.narrow(dim, 0, ahead))
+        x = torch.cat([x.narrow(dim, 0, reach), further], dim)
+        reach *= 2
+    return x.clone()
+
+
 @lowers(aten.special_log_ndtr.default)
 def _log_ndtr(x: Tensor) -> Tensor:
     """Log Φ(x), in two pieces as torch has it, neither of which sees what overflows there and belongs to the other."""

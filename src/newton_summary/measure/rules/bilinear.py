@@ -258,8 +258,8 @@ def multiply(
         out = a.new_empty((n, *batch, a.shape[-2], b.shape[-1]))
     beta = 1 if add else 0
     if rows == (True, False) and b.dim() == 2:
-        target = out.view(-1, out.shape[-1])
-        torch.addmm(target, a.reshape(-1, a.shape[-1]), b, beta=beta, alpha=factor, out=target)
+        target = out.view(out.shape[:-1].numel(), out.shape[-1])
+        torch.addmm(target, a.reshape(len(target), a.shape[-1]), b, beta=beta, alpha=factor, out=target)
         return out
     product = torch.addmm if out.dim() == 3 else torch.baddbmm
     for i in range(n):
