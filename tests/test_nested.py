@@ -26,7 +26,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import newton_summary as ns
 from newton_summary import Partition
-from newton_summary.measure import Loss, NestedEngine, taylor
+from newton_summary.measure import ForwardEngine, Loss, NestedEngine, taylor
 from newton_summary.measure.composed import Composed
 
 BY_FUNCTION = [c for c in CASES if c not in (*OWN_BACKWARD, *STOCHASTIC, "gru", "lstm")]
@@ -518,6 +518,17 @@ def test_recurrent_layers_are_measured_without_their_fused_kernels():
         case.loss_fn = loss_fn
         measure(case, order=1)
         assert seen == [(enabled, enabled)]
+
+
+@pytest.mark.parametrize("engine", [NestedEngine(), ForwardEngine()])
+def test_switches_that_are_locked_do_not_matter(engine, monkeypatch) -> None:
+    """As ``torch.backends.disable_global_flags()`` leaves them."""
+    case = make("lstm")
+    expected = measure(case)
+    monkeypatch.setattr(torch.backends, "__allow_nonbracketed_mutation_flag", False)
+    found = measure(case, engine=engine)
+    assert_rounded(found.hessian, expected.hessian)
+    assert torch.backends.mkldnn.enabled
 
 
 def test_autocast_is_the_users():

@@ -294,18 +294,18 @@ def differentiable_recurrence(model: nn.Module) -> Iterator[None]:
     if not is_recurrent(model):
         yield
         return
-    backends: tuple[Any, ...] = (
-        torch.backends.mkldnn,
-        torch.backends.cudnn,
-    )  # their flags() would touch more than this one switch
-    before = [backend.enabled for backend in backends]
+    core: Any = torch._C  # flags() of torch.backends would touch more than these switches, which may be locked there
+    switches = (
+        (core._get_mkldnn_enabled(), core._set_mkldnn_enabled),
+        (core._get_cudnn_enabled(), core._set_cudnn_enabled),
+    )
     try:
-        for backend in backends:
-            backend.enabled = False
+        for _, switch in switches:
+            switch(False)
         yield
     finally:
-        for backend, enabled in zip(backends, before, strict=True):
-            backend.enabled = enabled
+        for before, switch in switches:
+            switch(before)
 
 
 @contextlib.contextmanager

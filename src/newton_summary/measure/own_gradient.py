@@ -66,7 +66,8 @@ def check_own_gradient(tape: Tape, leaves: Sequence[Leaf], request: Request, gra
             f"autograd's gradient is not that of the loss: along the direction it gives {slope:.6g}, differences of "
             f"the loss give {found.value:.6g}, because of {culprit}.  A matrix "
             "is taken for symmetric or triangular that is not (build it so: A + A.T, A.tril()), an entry is written "
-            "twice (write each once, or accumulate), or gradients are scaled (scale_grad_by_freq=False)"
+            "twice (write each once, or accumulate), gradients are scaled (scale_grad_by_freq=False), or a CTC loss "
+            "has other numbers than logarithms of probabilities (log_softmax)"
         )
 
 
