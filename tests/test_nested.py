@@ -525,7 +525,10 @@ def test_switches_that_are_locked_do_not_matter(engine, monkeypatch) -> None:
     """As ``torch.backends.disable_global_flags()`` leaves them."""
     case = make("lstm")
     expected = measure(case)
-    monkeypatch.setattr(torch.backends, "__allow_nonbracketed_mutation_flag", False)
+    flags = torch.backends.flags_frozen.__globals__
+    monkeypatch.setitem(flags, "__allow_nonbracketed_mutation_flag", False)
+    with pytest.raises(RuntimeError, match="not allowed"):
+        torch.backends.mkldnn.enabled = False
     found = measure(case, engine=engine)
     assert_rounded(found.hessian, expected.hessian)
     assert torch.backends.mkldnn.enabled
