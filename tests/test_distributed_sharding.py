@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import gc
 import io
 import warnings
@@ -284,6 +285,44 @@ def test_the_monitor_of_a_sharded_model(two) -> None:
     assert len(expected) == 3
     for own in two.run(watch):
         torch.testing.assert_close(torch.tensor(own), expected, rtol=1e-9, atol=1e-12)
+
+
+def train_in_half(steps: int):
+    """What is evaluated, and the weights of a copy that goes on from a checkpoint."""
+    batches = [(x.bfloat16(), y) for x, y in plain_loader()]
+
+    def make():
+        model = shard(make_model().bfloat16())
+        return model, ns.NewtonSummary(model, floating_loss, curvature_data=batches, compare_every=4)
+
+    def run(model, optimizer):
+        for t in range(steps):
+            optimizer.zero_grad()
+            floating_loss(model, part(batches[t % len(batches)])).backward()
+            optimizer.step()
+
+    (model, optimizer), (again, other) = make(), make()
+    run(model, optimizer)
+    optimizer._comparison.adaptation.advantage = 1.0  # so that the average is shown
+    optimizer.eval()
+    shown = whole(model)
+    saved = copy.deepcopy([model.state_dict(), optimizer.state_dict()])
+    again.load_state_dict(saved[0])
+    other.load_state_dict(saved[1])
+    for one in (optimizer, other):
+        one.train()
+    run(model, optimizer)
+    run(again, other)
+    averages = [[unsharded(memory["average"]) for memory in one.state.values()] for one in (optimizer, other)]
+    return shown, averages, [whole(model), whole(again)]
+
+
+def test_weights_in_half_precision_are_averaged_in_single(two) -> None:
+    for shown, averages, weights in two.run(train_in_half, 12):
+        assert all(x.dtype == torch.float32 for x in averages[0])
+        assert all(map(torch.equal, *averages)), "a checkpoint has all digits"
+        assert all(map(torch.equal, *weights))
+        assert {x.dtype for x in shown} == {torch.bfloat16}
 
 
 def refuse_shards():
