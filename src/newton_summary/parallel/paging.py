@@ -20,7 +20,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._python_dispatch import TorchDispatchMode, _get_current_dispatch_mode, _pop_mode_temporarily
 from typing_extensions import override
 
 from newton_summary._effects import effects_of
@@ -232,18 +232,25 @@ class Pages(TorchDispatchMode):
 
     def _serve(self, wanted: int) -> bool:
         """One turn; whether any process wants something."""
+        is_watching = _get_current_dispatch_mode() is self
         try:
-            wishes = sorted({number for number in self._exchange(wanted) if number != _NOTHING})
-            for number in wishes:
-                self._keep_parts(self.blocks[number])
-                for page in self.blocks[number].pages:
-                    page.fill(keep=number == wanted)
+            with _pop_mode_temporarily() if is_watching else contextlib.nullcontext():  # collectives are not its affair
+                wishes = self._exchanged(wanted)
         except BaseException:
             self._is_broken = True
             raise
         if wanted in wishes:
             self.blocks[wanted].is_here = True
         return bool(wishes)
+
+    def _exchanged(self, wanted: int) -> list[int]:
+        """What any process wants, now that all have given their parts of it."""
+        wishes = sorted({number for number in self._exchange(wanted) if number != _NOTHING})
+        for number in wishes:
+            self._keep_parts(self.blocks[number])
+            for page in self.blocks[number].pages:
+                page.fill(keep=number == wanted)
+        return wishes
 
     def _keep_parts(self, block: Block) -> None:
         """Keeps of what was written what this process keeps of tensors, where the others do likewise."""
