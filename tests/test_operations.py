@@ -1,9 +1,10 @@
-"""Every operation that torch has samples of for its own tests: exact by differences of its gradient, or refused."""
+"""Every operation and module that torch has samples of for its own tests: exact by differences, or refused."""
 
 from __future__ import annotations
 
 import warnings
 from collections.abc import Iterator
+from itertools import product
 
 import pytest
 import torch
@@ -29,6 +30,8 @@ REFUSED = {
     "index_fill": TWICE,
     "logcumsumexp": "third derivatives of complex ones are no numbers in torch",
     "matrix_exp": "so large that differences of the loss tell nothing",
+    "nn.CTCLoss": "of what are no logarithms of probabilities, for which torch's gradient is another one",
+    "nn.LinearCrossEntropyLoss": "torch can differentiate it once, where it works in chunks",
     "native_layer_norm": "of a single feature, where the gradient is rounding and nothing else",
     "nn.functional.linear_cross_entropy.chunked": "torch can differentiate it once",
     "nn.functional.linear_cross_entropy.chunked_none": "torch can differentiate it once",
@@ -40,28 +43,34 @@ REFUSED = {
 """What no engine measures, or not all samples of, and why."""
 
 
-class Operation(nn.Module):
-    """An operation whose arguments are parameters."""
+class Sampled(nn.Module):
+    """A function of some arguments, of which those that torch would differentiate by are parameters."""
 
-    def __init__(self, op, sample) -> None:
+    def __init__(self, function, *arguments, parts=lambda result: result) -> None:
         super().__init__()
-        self.op, self.sample = op, sample
-        self.leaves = [t for t in tensors([sample.input, sample.args, sample.kwargs]) if t.requires_grad and t.numel()]
+        self.function, self.arguments, self.parts = function, arguments, parts
+        self.leaves = [t for t in tensors(arguments) if t.requires_grad and t.numel()]
         self.moving = nn.ParameterList([nn.Parameter(t.detach().clone()) for t in self.leaves])
 
     def forward(self) -> Tensor:
         """Some smooth function of all results."""
         values = {id(leaf): p.clone() for leaf, p in zip(self.leaves, self.moving, strict=True)}
-        first, args, kwargs = (replaced(v, values) for v in (self.sample.input, self.sample.args, self.sample.kwargs))
-        result = self.op.gradcheck_wrapper(self.op.get_op(), first, *args, **kwargs)
+        first, args, kwargs = replaced(list(self.arguments), values)
         total = torch.zeros((), dtype=torch.float64)
-        for x in tensors(self.sample.output_process_fn_grad(result)):
+        for x in tensors(self.parts(self.function(*first, *args, **kwargs))):
             if x.requires_grad and x.numel():
                 x = x.to_dense() if x.layout is not torch.strided else x
                 x = torch.view_as_real(x.resolve_conj()) if x.is_complex() else x
                 part = (x * torch.linspace(-1, 1.3, x.numel(), dtype=x.dtype).sin().view(x.shape)).sum()
                 total = total + part + 0.3 * x.square().mean() + 0.05 * part**3 / (1 + x.numel())
         return total
+
+
+def operation(op, sample) -> Sampled:
+    """One of torch's, and a sample of its arguments."""
+    function = op.get_op()
+    wrapped = lambda *args, **kwargs: op.gradcheck_wrapper(function, *args, **kwargs)  # noqa: E731
+    return Sampled(wrapped, [sample.input], sample.args, sample.kwargs, parts=sample.output_process_fn_grad)
 
 
 def tensors(values) -> Iterator[Tensor]:
@@ -125,8 +134,8 @@ def differences(model, partition, u) -> tuple[Tensor, ...]:
     return here, (4 * second - wide_second) / 3, (4 * third - wide_third) / 3, *off
 
 
-def cases(part: int):
-    """Operations, numbers of samples and models."""
+def operations(part: int):
+    """Titles, names and models."""
     from torch.testing._internal.common_methods_invocations import op_db
 
     for op in op_db[part::PARTS]:
@@ -137,13 +146,30 @@ def cases(part: int):
             torch.manual_seed(0)
             samples = list(op.sample_inputs("cpu", dtype, requires_grad=True))
             for number in range(0, len(samples), max(1, len(samples) // count)):
-                model = Operation(op, samples[number])
-                kinds = {(p.layout, p.dtype) for p in model.leaves}
-                if (
-                    kinds <= {(torch.strided, kind) for kind in SAMPLES}
-                    and 0 < sum(map(Tensor.numel, model.leaves)) < MOST
-                ):
-                    yield f"{name}, sample {number} in {str(dtype)[6:]}", name, model
+                yield f"{name}, sample {number} in {str(dtype)[6:]}", name, operation(op, samples[number])
+
+
+def modules(part: int):
+    """The same of layers and losses, in both modes."""
+    from torch.testing._internal.common_modules import module_db
+
+    for info, training in product(module_db[part::PARTS], (True, False)):
+        torch.manual_seed(0)
+        options = {"device": "cpu", "dtype": torch.float64, "requires_grad": True, "training": training}
+        samples = list(info.module_inputs_func(info, **options))
+        for number in range(0, len(samples), max(1, len(samples) // SAMPLES[torch.float64])):
+            made, given = samples[number].constructor_input, samples[number].forward_input
+            module = info.module_cls(*made.args, **made.kwargs).double().train(training)
+            yield f"{info.name}, sample {number}", info.name, Sampled(module, [], given.args, given.kwargs)
+
+
+def is_usable(model) -> bool:
+    """Whether all parameters are there, dense, and in double precision, and there are not too many."""
+    parameters = [*model.parameters(), *model.leaves]
+    if any(map(nn.parameter.is_lazy, parameters)):
+        return False
+    kinds = {(p.layout, p.dtype) for p in parameters}
+    return kinds <= {(torch.strided, kind) for kind in SAMPLES} and 0 < sum(map(Tensor.numel, parameters)) < MOST
 
 
 def is_differentiable(model) -> bool:
@@ -182,12 +208,13 @@ def wrong(model) -> str:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("part", range(PARTS))
-def test_derivatives_are_those_of_the_operation_or_refused(part) -> None:
+@pytest.mark.parametrize("kind", [operations, modules])
+def test_derivatives_are_those_of_the_operation_or_refused(kind, part) -> None:
     found, refused = [], set()
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # torch's, of what is deprecated
-        for title, name, model in cases(part):
-            if is_differentiable(model):
+        for title, name, model in kind(part):
+            if is_usable(model) and is_differentiable(model):
                 try:
                     how = wrong(model)
                 except Refusal:
