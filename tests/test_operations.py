@@ -6,6 +6,7 @@ import warnings
 from collections.abc import Iterator
 from itertools import product
 
+import hypothesis
 import pytest
 import torch
 from torch import Tensor, nn
@@ -41,6 +42,16 @@ REFUSED = {
     "to_sparse": "a sparse tensor of what moves",
 }
 """What no engine measures, or not all samples of, and why."""
+
+
+@pytest.fixture(autouse=True)
+def _settings(monkeypatch) -> Iterator[None]:
+    """Torch's own tests, as they are imported, lock the switches of ``torch.backends``, and set hypothesis up."""
+    flags = torch.backends.flags_frozen.__globals__
+    name = "__allow_nonbracketed_mutation_flag"
+    monkeypatch.setitem(flags, name, flags[name])
+    yield
+    hypothesis.settings.load_profile("repeatable")
 
 
 class Sampled(nn.Module):
