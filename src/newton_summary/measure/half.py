@@ -7,7 +7,11 @@ from torch import Tensor
 
 HALF = (torch.float16, torch.bfloat16)
 
+SINGLE = {torch.float16: torch.float32, torch.bfloat16: torch.float32, torch.complex32: torch.complex64}
+"""What stands for types of half precision in single."""
+
 
 def wide(x: Tensor) -> Tensor:
     """A value in the type that torch computes sums of it in: half precision in single."""
-    return x.float() if x.dtype in HALF else x
+    kind = SINGLE.get(x.dtype)
+    return x if kind is None else x.to(kind)

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
 
+from newton_summary.measure.half import SINGLE, wide
 from newton_summary.optim.directions import State
 from newton_summary.parallel.sharding import copy_parts
 
@@ -76,7 +77,7 @@ class WeightAverage:
 
     def follow(self, state: State, share: float) -> None:
         """Takes the weights of a step in, as this share of the average."""
-        torch._foreach_lerp_(self.values(state), [_in_single(p) for p in self.parameters], share)
+        torch._foreach_lerp_(self.values(state), [wide(p) for p in self.parameters], share)
         if pairs := self._statistics(_KEY):
             averages, now = zip(*pairs, strict=True)
             torch._foreach_lerp_(averages, now, share)
@@ -123,8 +124,8 @@ class WeightAverage:
             saved: what was loaded, by the parameter that it is of.
         """
         for p, memory in saved.items():
-            if p.dtype in _IN_SINGLE and _KEY in memory:
-                state[p][_KEY] = _in_single(memory[_KEY].detach()).to(p.device, copy=True)
+            if p.dtype in SINGLE and _KEY in memory:
+                state[p][_KEY] = wide(memory[_KEY].detach()).to(p.device, copy=True)
 
     def _kept(self, state: State, key: str) -> list[Tensor]:
         """What is kept of each parameter; at first itself."""
@@ -132,7 +133,7 @@ class WeightAverage:
         for memory, p in zip(memories, self.parameters, strict=True):
             if key not in memory:
                 with torch.inference_mode(False):  # one that was made under inference_mode() could not be written later
-                    for kept, value in ((_KEY, _in_single(p)), (_BEFORE, p)):
+                    for kept, value in ((_KEY, wide(p)), (_BEFORE, p)):
                         memory.setdefault(kept, value.detach().clone(memory_format=torch.preserve_format))
         return [memory[key] for memory in memories]
 
@@ -163,19 +164,10 @@ class WeightAverage:
         self._of_statistics = {key: [average.clone() for average in averages] for key, averages in kept.items()}
 
 
-def _in_single(tensor: Tensor) -> Tensor:
-    """A tensor in single precision, where it is in half."""
-    exact = _IN_SINGLE.get(tensor.dtype)
-    return tensor if exact is None else tensor.to(exact)
-
-
 def go_towards(weights: Sequence[Tensor], average: Sequence[Tensor], part: float) -> None:
     """Moves weights a part of the way to their average, in place."""
-    ways = [_in_single(w) for w in weights]  # themselves, where they are not in half precision
+    ways = [wide(w) for w in weights]  # themselves, where they are not in half precision
     torch._foreach_lerp_(ways, list(average), part)
     for w, way in zip(weights, ways, strict=True):
         if way is not w:
             w.copy_(way)
-
-
-_IN_SINGLE = {torch.float16: torch.float32, torch.bfloat16: torch.float32, torch.complex32: torch.complex64}
