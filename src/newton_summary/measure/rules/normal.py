@@ -118,27 +118,28 @@ class Softmax(_Local):
         n, m = len(jet.first), len(jet.second)
         place = rows_of(jet.first, jet.second)
         x, a = rows[m:], rows[:m]
-        c = x - _means(x, p)
-        weighted = c * w
-        if add:
-            gram.addmm_(weighted.view(n, -1), c.view(n, -1).T)
         first = new[n:] if third is not None else new
+        c = torch.sub(x, _means(x, p), out=first)
+        if add:
+            weighted = c * w
+            gram.addmm_(weighted.view(n, -1), c.view(n, -1).T)
         if third is None:
-            first.copy_(c) if self.log else torch.mul(c, p, out=first)
+            if not self.log:
+                first.mul_(p)
             return
         accelerations = _means(a, p)
-        if add and m:  # 3 Σ w c a, where Σ w c times the mean of a is left out
-            sums = dots(weighted[place].flatten(1), a.flatten(1))
-            if not self.log:  # for log_softmax Σ p c = 0
-                sums -= dots(weighted[place].sum(-1), accelerations.squeeze(-1))
-            add_rows(third, place, 3 * sums)
         square = c * c
         variance = _means(square, p)
         if add:
-            # Σ w c³ − 3 var Σ w c
+            # Σ w c³ − 3 var Σ w c, and 3 Σ w c a, where Σ w c times the mean of a is left out
             third += dots(weighted.flatten(1), square.flatten(1))
-            if not self.log:
-                third -= 3 * dots(weighted.sum(-1), variance.squeeze(-1))
+            if m:
+                add_rows(third, place, 3 * dots(weighted[place].flatten(1), a.flatten(1)))
+            if not self.log:  # for log_softmax Σ w c = 0
+                tilt = weighted.sum(-1)
+                third -= 3 * dots(tilt, variance.squeeze(-1))
+                if m:
+                    add_rows(third, place, -3 * dots(tilt[place], accelerations.squeeze(-1)))
         second = new[:n]
         if m == n:
             torch.sub(a, accelerations.add_(variance), out=second)
@@ -150,7 +151,8 @@ class Softmax(_Local):
                 add_rows(second, place, a - accelerations)
             if not self.log:
                 second.mul_(p)
-        first.copy_(c) if self.log else torch.mul(c, p, out=first)
+        if not self.log:
+            first.mul_(p)
 
     @override
     def sources(self, call: Call, adjoint: Any) -> dict[Place, tuple[Groups, Tensor]]:
@@ -258,6 +260,8 @@ class Standardisation(_Local):
 
 def _means(x: Tensor, p: Tensor) -> Tensor:
     """Means under p along the last dimension, kept: (n, positions, 1)."""
+    if len(p) == 1:  # of a vocabulary, say, in one pass over memory
+        return torch.mv(x[:, 0], p[0])[:, None, None]
     return _dots(x, p).unsqueeze(-1)
 
 
