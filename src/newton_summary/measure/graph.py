@@ -13,8 +13,9 @@ from typing_extensions import override
 
 from newton_summary._effects import effects_of
 from newton_summary.measure.arena import Layout
+from newton_summary.measure.chains import with_chains
 from newton_summary.measure.lowering import CONSTANT, lowering_of, square_of
-from newton_summary.measure.record import Record, Recording, Ref, Refusal, ref
+from newton_summary.measure.record import Record, Recording, Ref, Refusal, ref, slots_in
 from newton_summary.measure.tracer import Tracer
 
 aten = torch.ops.aten
@@ -303,8 +304,10 @@ def squared_slot(record: Record) -> int | None:
 def _compile(lowerer: _Lowerer, inputs: list[tuple[int, int, int | None]], result: int) -> Graph:
     """What was lowered as a list of instructions, without what the loss does not need."""
     needed = _needed(lowerer.records, result)
+    records = with_chains([r for r in lowerer.records if r.out in needed], lowerer.moving, result)
+    needed = _needed(records, result)
     number = {slot: i for i, slot in enumerate(sorted(needed))}
-    instructions = [_instruction(r, number) for r in lowerer.records if r.out in needed]
+    instructions = [_instruction(r, number) for r in records]
     graph = Graph(
         instructions,
         [(number[slot], leaf, parameter) for slot, leaf, parameter in inputs if slot in needed],
@@ -345,15 +348,6 @@ def _by_position(op: Any, args: tuple[Any, ...], named: Any) -> tuple[tuple[Any,
 
 
 # References -----------------------------------------------------------------------------------------------------------
-
-
-def slots_in(argument: Any) -> list[int]:
-    """The slots that an argument, or any nesting of them, refers to."""
-    if type(argument) is Ref:
-        return [argument.slot]
-    if isinstance(argument, list | tuple):
-        return [slot for a in argument for slot in slots_in(a)]
-    return []
 
 
 def _mapped(argument: Any, number: Mapping[int, Any]) -> Any:

@@ -89,3 +89,12 @@ class Recording:
     def operations(self) -> tuple[Any, ...]:
         """The operations alone, whatever the shapes."""
         return tuple(r.op for r in self.records)
+
+
+def slots_in(argument: Any) -> list[int]:
+    """The slots that an argument, or any nesting of them, refers to."""
+    if type(argument) is Ref:
+        return [argument.slot]
+    if isinstance(argument, list | tuple):
+        return [slot for a in argument for slot in slots_in(a)]
+    return []

@@ -18,6 +18,7 @@ from newton_summary.measure.rules.bilinear import (
     MatrixProduct,
 )
 from newton_summary.measure.rules.call import Call, Place
+from newton_summary.measure.rules.chain import Chain
 from newton_summary.measure.rules.elementwise import TABLE, Elementwise
 from newton_summary.measure.rules.general import General
 from newton_summary.measure.rules.jets import Groups, Jet, Part, combine
@@ -218,6 +219,6 @@ def has_rule(op: Any) -> bool:
 
 
 def rule_for(call: Call) -> Rule:
-    """The rule of an operation; the general one where none takes the arguments that move."""
-    rule = _RULES.get(call.op, _GENERAL)
+    """The rule of an operation, which a chain is itself; the general one where none takes the arguments that move."""
+    rule = call.op if isinstance(call.op, Chain) else _RULES.get(call.op, _GENERAL)
     return rule if rule.takes(set(call.jets)) else _GENERAL

@@ -1,0 +1,116 @@
+"""Finds the chains of a graph: operations on every entry of one value that nothing else reads in between."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Iterable, Mapping, Sequence
+from typing import TypeAlias
+
+from newton_summary.measure.record import Record, Ref, ref, slots_in
+from newton_summary.measure.rules.chain import Chain, Earlier, Link, can_link
+
+Made: TypeAlias = Mapping[int, Record]
+"""The operation that gave a value, by its slot."""
+
+
+def with_chains(records: Sequence[Record], moving: set[int], result: int) -> list[Record]:
+    """The same operations, where chains have become one each, in the place of their last one.
+
+    GPT-2 writes its GELU as eight operations, each of which would push the tangents of all groups through memory.
+
+    Args:
+        records: all that a result depends on, in order.
+        moving: the slots of what moves with the parameters.
+        result: the slot that must be kept.
+    """
+    made = {r.out: r for r in records if _can_link(r, moving)}
+    readers: defaultdict[int, set[int]] = defaultdict(set)
+    for record in records:
+        for slot in slots_in((record.args, tuple(v for _, v in record.kwargs))):
+            readers[slot].add(record.out)
+    readers[result].add(-1)
+    chains = _chains(made, readers)
+    inner = {slot for members in chains.values() for slot in members[:-1]}
+    kept = []
+    for record in records:
+        members = chains.get(record.out)
+        if members is not None:
+            kept.append(_one(members, made))
+        elif record.out not in inner:
+            kept.append(record)
+    return kept
+
+
+def _can_link(record: Record, moving: set[int]) -> bool:
+    is_value = [isinstance(a, Ref) and a.slot in moving for a in record.args]
+    return any(is_value) and can_link(record.op, record.args, is_value, dict(record.kwargs))
+
+
+def _reads(record: Record) -> set[int]:
+    return {a.slot for a in record.args if isinstance(a, Ref)}
+
+
+def _chains(made: Made, readers: Mapping[int, set[int]]) -> dict[int, list[int]]:
+    """The slots of each chain's results, in order, by the last one of them.
+
+    Where something else reads a result in between, a chain ends there, and the next one begins.
+    """
+    ends: set[int] = set()
+    while True:
+        roots = _roots(made, ends)
+        chains = {}
+        cuts: set[int] = set()
+        for last, root in roots.items():
+            if last in ends or any(roots.get(r) != root for r in readers[last]):
+                members = sorted(_members(last, root, made, ends))
+                inside = set(members)
+                cuts |= {slot for slot in members[:-1] if not readers[slot] <= inside}
+                first = [slot for slot in members if root in _reads(made[slot])]
+                if len(first) == 1 and len(members) > 1 and _is_straight(made[first[0]]):
+                    cuts.add(first[0])  # a change of units comes before the curve, whose derivatives might overflow
+                chains[last] = members
+        if cuts <= ends:
+            break
+        ends |= cuts
+    return {last: members for last, members in chains.items() if len(members) > 1 and _is_curve(members, made)}
+
+
+def _roots(made: Made, ends: set[int]) -> dict[int, int]:
+    """The one value that each result depends on, where it does so by links alone."""
+    roots: dict[int, int] = {}
+    for slot, record in made.items():
+        found = {read if read in ends else roots.get(read, read) for read in _reads(record)}
+        if len(found) == 1:
+            roots[slot] = found.pop()
+    return roots
+
+
+def _members(last: int, root: int, made: Made, ends: set[int]) -> set[int]:
+    """The results that lead from a root to the last one."""
+    members, waiting = {last}, [last]
+    while waiting:
+        new = {r for r in _reads(made[waiting.pop()]) if r != root and r not in members and r not in ends}
+        members |= new
+        waiting += new
+    return members
+
+
+def _link(record: Record, number: Mapping[int, int]) -> Link:
+    args = tuple(Earlier(number[a.slot]) if isinstance(a, Ref) else a for a in record.args)
+    return Link(record.op, args, dict(record.kwargs))
+
+
+def _is_straight(record: Record) -> bool:
+    return _link(record, dict.fromkeys(_reads(record), 0)).is_straight
+
+
+def _is_curve(members: Iterable[int], made: Made) -> bool:
+    return not all(_is_straight(made[slot]) for slot in members)
+
+
+def _one(members: Sequence[int], made: Made) -> Record:
+    """A chain as one operation."""
+    (root,) = set().union(*(_reads(made[slot]) for slot in members)) - set(members)
+    number = {root: 0, **{slot: place for place, slot in enumerate(members, 1)}}
+    chain = Chain([_link(made[slot], number) for slot in members])
+    return made[members[-1]]._replace(op=chain, args=(ref(root),), kwargs=())

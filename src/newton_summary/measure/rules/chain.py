@@ -1,0 +1,186 @@
+"""Several operations on every entry of one value, as one curve with derivatives of its own."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, TypeAlias
+
+import torch
+from torch import Tensor
+from typing_extensions import override
+
+from newton_summary.measure.rules.call import Call
+from newton_summary.measure.rules.elementwise import TABLE, Elementwise, Slope
+
+aten = torch.ops.aten
+
+Expansion: TypeAlias = list[Any]
+"""A value and its derivatives by the chain's argument, entry by entry: tensors or numbers; ``None`` where zero."""
+
+_DIVIDED = {aten.div.Scalar, aten.div.Tensor}
+_SCALED = {aten.mul.Scalar, *_DIVIDED}
+_SHIFTED = {aten.add.Scalar, aten.sub.Scalar}
+_SUMMED = {aten.add.Tensor: 1, aten.sub.Tensor: -1}
+_STRAIGHT = {*_SCALED, *_SHIFTED, *_SUMMED, aten.neg.default}
+
+
+@dataclass(frozen=True, slots=True)
+class Earlier:
+    """The result of an earlier link; 0 is the chain's argument."""
+
+    number: int
+
+
+@dataclass(frozen=True, slots=True)
+class Link:
+    """One operation of a chain; its arguments are earlier results, and numbers."""
+
+    op: Any
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+
+    def arguments(self, results: Sequence[Any]) -> tuple[Any, ...]:
+        """The arguments with what they refer to in its place."""
+        return tuple(results[a.number] if isinstance(a, Earlier) else a for a in self.args)
+
+    @property
+    def is_straight(self) -> bool:
+        """Whether it takes one value in, and has no curvature."""
+        return self.op in _STRAIGHT or (self.op is aten.mul.Tensor and sum(map(_is_earlier, self.args)) == 1)
+
+
+class Chain(Elementwise):
+    """Operations on every entry of one value, from there to their last result.
+
+    Tangents of all groups are pushed once, where they would be through every operation, and what is much smaller, the
+    value, is expanded: each link has its own derivatives, which are put together by the rules of Leibniz and of Faà di
+    Bruno.
+
+    Args:
+        links: in an order in which they can run.
+    """
+
+    def __init__(self, links: Sequence[Link]) -> None:
+        super().__init__(self._expanded)
+        self.links = links
+
+    def __call__(self, x: Tensor) -> Any:
+        """The last result; differentiable."""
+        results: list[Any] = [x]
+        for link in self.links:
+            results.append(link.op(*link.arguments(results), **link.kwargs))
+        return results[-1]
+
+    @override
+    def __repr__(self) -> str:
+        return " → ".join(str(link.op).removeprefix("aten.") for link in self.links)
+
+    def _expanded(self, call: Call, order: int) -> tuple[Slope, ...]:
+        """The derivatives of the last result by the chain's argument."""
+        x = call.args[0]
+        results: list[Expansion] = [[x, 1.0, *[None] * (order - 1)]]
+        for link in self.links:
+            results.append(_through(link, link.arguments(results), order))
+        return tuple(s if s is None or isinstance(s, Tensor) else x.new_full((), s) for s in results[-1][1:])
+
+
+def can_link(op: Any, args: Sequence[Any], is_value: Sequence[bool], kwargs: dict[str, Any]) -> bool:
+    """Whether an operation can be a link of a chain.
+
+    Kinks, and curves that are steep at zero, keep a place of their own: what is known of them is told by operation.
+
+    Args:
+        op: the operation.
+        args: its arguments.
+        is_value: which of them are values that move; all others must be numbers.
+        kwargs: its keyword arguments.
+    """
+    if not all(v or _is_number(a) for a, v in zip(args, is_value, strict=True)) or not all(
+        _is_number(v) for v in kwargs.values()
+    ):
+        return False
+    if op in _SUMMED or op is aten.mul.Tensor:
+        return True
+    if not is_value or not is_value[0] or any(is_value[1:]):
+        return False
+    if op in _DIVIDED:
+        return bool(args[1] != 0)
+    rule = TABLE.get(op)
+    if rule is None:
+        return op in _STRAIGHT
+    steep = rule.steep(Call(op, tuple(args), kwargs, None, {})) if callable(rule.steep) else rule.steep
+    return not (rule.piecewise_linear or steep or op is aten.elu.default)
+
+
+def _is_number(argument: Any) -> bool:
+    return isinstance(argument, int | float | str)  # GELU has its name for an approximation
+
+
+def _is_earlier(argument: Any) -> bool:
+    return isinstance(argument, Earlier)
+
+
+def _through(link: Link, args: Sequence[Any], order: int) -> Expansion:
+    """The expansion of a link's result."""
+    one, *others = args
+    if link.op is aten.mul.Tensor:
+        return _product(_expansion(one, order), _expansion(others[0], order))
+    if link.op in _SUMMED:
+        factor = _SUMMED[link.op] * link.kwargs.get("alpha", 1)
+        return [_sum(x, _times(y, factor)) for x, y in zip(*(_expansion(a, order) for a in args), strict=True)]
+    if link.op in _SCALED:
+        factor = 1 / others[0] if link.op in _DIVIDED else others[0]
+        return [_times(x, factor) for x in one]
+    if link.op is aten.neg.default:
+        return [_times(x, -1) for x in one]
+    value = link.op(one[0], *others, **link.kwargs)
+    if link.op in _SHIFTED:
+        return [value, *one[1:]]
+    slopes = TABLE[link.op].derivatives(Call(link.op, (one[0], *others), link.kwargs, value, {}), order)
+    return [value, *_composed(slopes, one[1:])]
+
+
+def _expansion(argument: Any, order: int) -> Expansion:
+    return argument if isinstance(argument, list) else [argument, *[None] * order]
+
+
+def _product(one: Expansion, other: Expansion) -> Expansion:
+    """Leibniz: (fg)⁽ᵏ⁾ = Σ C(k, j) f⁽ʲ⁾ g⁽ᵏ⁻ʲ⁾."""
+    result: Expansion = []
+    for k in range(len(one)):
+        total = None
+        for j in range(k + 1):
+            total = _sum(total, _times(_times(one[j], other[k - j]), math.comb(k, j)))
+        result.append(total)
+    return result
+
+
+def _composed(outer: Sequence[Slope], inner: Expansion) -> Expansion:
+    """Faà di Bruno: the derivatives of h(f) by those of h at f, and of f.
+
+    Those of h come first in each product: where they are 0, a power of f' would be too large a number for nothing.
+    """
+    h1, h2, h3 = (*outer, None, None)[:3]
+    f1, f2, f3 = (*inner, None, None)[:3]
+    turned = _times(h2, f1)
+    twice = _times(_times(h3, f1), f1)
+    derivatives = [
+        _times(h1, f1),
+        _sum(_times(turned, f1), _times(h1, f2)),
+        _sum(_sum(_times(twice, f1), _times(_times(turned, f2), 3)), _times(h1, f3)),
+    ]
+    return derivatives[: len(inner)]
+
+
+def _sum(one: Any, other: Any) -> Any:
+    return other if one is None else one if other is None else one + other
+
+
+def _times(one: Any, other: Any) -> Any:
+    if one is None or other is None:
+        return None
+    if not isinstance(one, Tensor) and one == 1:
+        return other
+    return one if not isinstance(other, Tensor) and other == 1 else one * other
