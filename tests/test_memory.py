@@ -149,6 +149,15 @@ def test_lower_orders_in_blocks(order: int, pushed: list[int], monkeypatch: pyte
     assert_same(in_blocks, measure(plain, model, ids, order=order))
 
 
+def test_a_frozen_head_in_blocks(pushed: list[int], monkeypatch: pytest.MonkeyPatch) -> None:
+    model, ids = case(tied=False)
+    model.head.requires_grad_(False)
+    in_blocks = measure(plain, model, ids)
+    assert pushed
+    monkeypatch.setattr(positions, "ENTRIES", 1 << 40)
+    assert_same(in_blocks, measure(plain, model, ids))
+
+
 def test_groups_of_rows_of_the_head_in_blocks(pushed: list[int], monkeypatch: pytest.MonkeyPatch) -> None:
     model, ids = case()
     counts = torch.bincount(ids.flatten(), minlength=VOCABULARY)

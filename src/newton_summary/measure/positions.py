@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from newton_summary.measure.arena import empty
-from newton_summary.measure.rules import Bilinear, Call, Elementwise, Jet, Place, Rule, Sums
+from newton_summary.measure.rules import Bilinear, Call, Elementwise, Jet, Part, Place, Rule, Sums
 
 aten = torch.ops.aten
 
@@ -277,6 +277,8 @@ def push_section(
     flat = {slot: None if v is None else v.reshape(matrices[slot].shape) for slot, v in weights.items()}
     positions, width = values[section.head.out].shape
     step = max(1, most // max(width * _rows(instruction, jets, third), 1))
+    head = _Head(section, instruction.arguments(values), values[section.head.out], found, third)
+    head.rule.contract(head.call(slice(0, positions)), weights.get(section.head.out), sums)
     results: dict[int, Jet] = {}
     for start in range(0, positions, step):
         end = min(start + step, positions)
@@ -285,28 +287,82 @@ def push_section(
             block = _block(m.index, start, end)
             if block.stop == block.start or (m.source >= 0 and m.source not in here):
                 continue
-            adjoint = flat.get(m.out)
-            adjoint = None if adjoint is None else adjoint[block]
             if m is section.head:
-                args = list(instruction.arguments(values))
-                args[section.place] = args[section.place][block]
-                some = {p: j.like(j.rows[:, block]) if p == section.place else j for p, j in found.items()}
-                call = Call(m.op, tuple(args), {}, matrices[m.out][block], some, third)
+                here[m.out] = head.push(block, step, most)
             elif m.rule is None:
                 here[m.out] = _chosen(here[m.source], section, m, start, end)
-                continue
             else:
-                source = matrices[m.source][block]
-                args = [source, *m.rest(values, block)]
-                spare: frozenset[Place] = frozenset({0}) if m.spare else frozenset()
-                out = matrices[m.out][block]
-                out = out.squeeze(1) if m.exits and values[m.out].dim() < values[m.source].dim() else out
-                call = Call(m.op, tuple(args), {}, out, {0: here[m.source]}, third, spare=spare)
-            assert m.rule is not None
-            here[m.out] = m.rule.push(call, adjoint, sums)
+                adjoint = flat.get(m.out)
+                call = _call(m, here[m.source], matrices, values, block, third)
+                here[m.out] = m.rule.push(call, None if adjoint is None else adjoint[block], sums)
+                del call  # and with it tangents that nobody else reads
             if m.exits:
                 _keep(results, m, here.pop(m.out), matrices[m.out], block)
     return {slot: jet.like(jet.rows.view(-1, *values[slot].shape)) for slot, jet in results.items()}
+
+
+def _call(
+    m: Member, jet: Jet, matrices: Mapping[int, Tensor], values: Sequence[Any], block: slice, third: bool
+) -> Call:
+    """An operation of a section, not its product, for some positions."""
+    args = (matrices[m.source][block], *m.rest(values, block))
+    out = matrices[m.out][block]
+    out = out.squeeze(1) if m.exits and values[m.out].dim() < values[m.source].dim() else out
+    return Call(m.op, args, {}, out, {0: jet}, third, spare=frozenset({0}) if m.spare else frozenset())
+
+
+class _Head:
+    """The product of a section, some positions at a time.
+
+    What the tangents of its weight give has few rows, and is found for more positions at once: a product of a handful
+    of rows takes as long as its weight takes to be read.
+
+    Args:
+        section: whose product it is.
+        args: its arguments.
+        value: its result.
+        jets: the tangents of its arguments.
+        third: whether the diagonal of the third order is wanted.
+    """
+
+    def __init__(
+        self, section: Section, args: tuple[Any, ...], value: Tensor, jets: dict[Place, Jet], third: bool
+    ) -> None:
+        assert isinstance(section.head.rule, Bilinear)
+        self.rule = section.head.rule
+        self._op, self._place = section.head.op, section.place
+        self._args, self._value, self._jets, self._third = args, value, jets, third
+        self._start = self._end = 0
+        self._of_weight: list[Part] = []
+
+    def call(self, block: slice) -> Call:
+        """The product for some positions."""
+        args = list(self._args)
+        args[self._place] = args[self._place][block]
+        jets = {p: j.like(j.rows[:, block]) if p == self._place else j for p, j in self._jets.items()}
+        return Call(self._op, tuple(args), {}, self._value[block], jets, self._third)
+
+    def push(self, block: slice, step: int, most: int) -> Jet:
+        """Its tangents for some positions, which come ``step`` at a time."""
+        if block.start >= self._end:
+            parts = self.rule.right_parts(self.call(block))
+            rows = sum(len(p.second) + len(p.first) for p in parts)
+            several = max(1, most // max(2 * rows * self._value.shape[1] * step, 1))
+            self._start, self._end = block.start, min(block.start + several * step, len(self._value))
+            call = self.call(slice(self._start, self._end))
+            self._of_weight = [_written(p, call.out) for p in self.rule.right_parts(call)]
+        here = slice(block.start - self._start, block.stop - self._start)
+        parts = [replace(p, rows=p.rows[:, here]) for p in self._of_weight if isinstance(p.rows, Tensor)]
+        return self.rule.join(self.call(block), parts)
+
+
+def _written(part: Part, like: Tensor) -> Part:
+    """A part with its rows computed."""
+    count = len(part.second) + len(part.first)
+    rows = empty((count, *like.shape), like)
+    assert not isinstance(part.rows, Tensor)
+    part.rows(slice(0, count), rows, False)
+    return replace(part, rows=rows)
 
 
 def _matrix(value: Tensor, exits: bool, index: Tensor | None, wide: Tensor) -> Tensor:

@@ -81,57 +81,61 @@ class Bilinear(Rule):
 
     @override
     def push(self, call: Call, adjoint: Any, sums: Sums) -> Any:
-        a, b = call.jets.get(self.left), call.jets.get(self.right)
-        parts = self._products(call, a, b)
+        self.contract(call, adjoint, sums)
+        return self.join(call, self.right_parts(call))
+
+    def join(self, call: Call, right: list[Part]) -> Jet:
+        """The tangents of the result, where what :meth:`right_parts` gives is there."""
+        parts = [*right]
+        if self.left in call.jets:
+            jet, other = call.jets[self.left], call.args[self.right]
+            parts.insert(0, self._part(call, jet, lambda some: (jet.rows[some], other), (True, False)))
         if self.bias is not None and self.bias in call.jets:
-            jet = call.jets[self.bias]
-            parts.append(Part(jet.second, jet.first, self._bias_rows(call, jet.rows)))
-        if a is not None and b is not None and adjoint is not None:
-            self._contract(call, adjoint, a, b, sums)
+            jet_of_bias = call.jets[self.bias]
+            parts.append(Part(jet_of_bias.second, jet_of_bias.first, self._bias_rows(call, jet_of_bias.rows)))
         return combine(sorted(parts, key=lambda p: -len(p.first)), call.out)
 
-    def _products(self, call: Call, a: Jet | None, b: Jet | None) -> list[Part]:
-        product, left, right = self.product, call.args[self.left], call.args[self.right]
-        parts: list[Part] = []
-        if a is not None:
-            parts.append(
-                Part(
-                    a.second,
-                    a.first,
-                    lambda some, out, add: product.apply(call, a.rows[some], right, (True, False), out, add),
-                )
-            )
-        if b is not None:
-            parts.append(
-                Part(
-                    b.second,
-                    b.first,
-                    lambda some, out, add: product.apply(call, left, b.rows[some], (False, True), out, add),
-                )
-            )
-        if a is not None and b is not None and call.third:
-            common = tuple(g for g in a.first if g in b.first)
-            if common:
-                x, y = (jet.dot[rows_of(jet.first, common)] for jet in (a, b))
-                parts.append(
-                    Part(
-                        common,
-                        (),
-                        lambda some, out, add: product.apply(call, x[some], y[some], (True, True), out, add, 2),
-                    )
-                )
+    def right_parts(self, call: Call) -> list[Part]:
+        """What the right argument's tangents give, with the left one and with its tangents."""
+        a, b = call.jets.get(self.left), call.jets.get(self.right)
+        if b is None:
+            return []
+        left = call.args[self.left]
+        parts = [self._part(call, b, lambda some: (left, b.rows[some]), (False, True))]
+        common = tuple(g for g in a.first if g in b.first) if a is not None and call.third else ()
+        if a is not None and common:
+            x, y = (jet.dot[rows_of(jet.first, common)] for jet in (a, b))
+            parts.append(self._part(call, Jet(common, (), x), lambda some: (x[some], y[some]), (True, True), 2))
         return parts
+
+    def _part(
+        self,
+        call: Call,
+        jet: Jet,
+        pair: Callable[[slice], tuple[Tensor, Tensor]],
+        rows: tuple[bool, bool],
+        factor: float = 1,
+    ) -> Part:
+        """Rows of products, computed where they are wanted."""
+
+        def write(some: slice, out: Tensor, add: bool) -> None:
+            self.product.apply(call, *pair(some), rows, out, add, factor)
+
+        return Part(jet.second, jet.first, write)
 
     def _bias_rows(self, call: Call, rows: Tensor) -> Tensor:
         if call.op is aten.convolution.default:
             return rows.view(len(rows), -1, *[1] * (call.out.dim() - 2))
         return lift(rows, call.out.dim())
 
-    def _contract(self, call: Call, adjoint: Tensor, a: Jet, b: Jet, sums: Sums) -> None:
-        """v̄ · f(ȧ_i, ḃ_j), and with second rows 3 v̄ · (f(ä_i, ḃ_i) + f(ȧ_i, b̈_i)).
+    def contract(self, call: Call, adjoint: Tensor | None, sums: Sums) -> None:
+        """Adds v̄ · f(ȧ_i, ḃ_j), and with second rows 3 v̄ · (f(ä_i, ḃ_i) + f(ȧ_i, b̈_i)), where both sides move.
 
         One side's rows are pulled to the other through v̄, some at a time, and multiplied with its rows.
         """
+        a, b = call.jets.get(self.left), call.jets.get(self.right)
+        if a is None or b is None or adjoint is None:
+            return
         if isinstance(self.product, Entrywise) and a.rows.shape[1:] == b.rows.shape[1:] == adjoint.shape:
             _contract_entries(call, adjoint, a, b, sums)
             return
@@ -260,6 +264,10 @@ def multiply(
     if rows == (True, False) and b.dim() == 2:
         target = out.view(out.shape[:-1].numel(), out.shape[-1])
         torch.addmm(target, a.reshape(len(target), a.shape[-1]), b, beta=beta, alpha=factor, out=target)
+        return out
+    if out.dim() == 4 and out.shape[1] == 1:  # a batch of one, such as a head of attention: the rows are the batch
+        x, y = a[:, 0] if rows[0] else a.expand(n, -1, -1), b[:, 0] if rows[1] else b.expand(n, -1, -1)
+        torch.baddbmm(out[:, 0], x, y, beta=beta, alpha=factor, out=out[:, 0])
         return out
     product = torch.addmm if out.dim() == 3 else torch.baddbmm
     for i in range(n):
