@@ -10,9 +10,9 @@ from hypothesis import strategies as st
 from torch import nn
 
 import newton_summary as ns
-from newton_summary.measure import ForwardEngine, Loss
-from newton_summary.measure.rules import Call
-from newton_summary.measure.rules.chain import Chain, Earlier, Link, can_link
+from newton_summary.measure import ForwardEngine, Loss, rules
+from newton_summary.measure.rules import TABLE, Call, Elementwise, register_rule
+from newton_summary.measure.rules.chain import TAKEN, Chain, Earlier, Link, can_link
 
 aten = torch.ops.aten
 
@@ -71,6 +71,23 @@ def test_what_acts_on_every_entry_is_one_operation():
     kinds = kinds_of(gelu_of_gpt2)
     assert not {"tanh.default", "pow.Tensor_Scalar", "mul.Tensor"} & set(kinds)
     assert {kind for op, kind in kinds.items() if "pow.Tensor_Scalar → " in op} == {"elementwise"}
+
+
+def test_a_rule_of_somebodys_own_is_asked(monkeypatch):
+    monkeypatch.setattr(rules, "_RULES", dict(rules._RULES))
+    asked = []
+
+    def slopes(call, order):
+        asked.append(order)
+        return TABLE[aten.tanh.default].derivatives(call, order)
+
+    register_rule(aten.tanh.default, Elementwise(slopes))
+    try:
+        kinds = kinds_of(lambda x: x.sin().tanh().cos())
+    finally:
+        TAKEN.clear()
+    assert asked
+    assert "tanh.default" in kinds
 
 
 def test_a_result_that_is_read_in_between_ends_a_chain():

@@ -18,7 +18,7 @@ from newton_summary.measure.rules.bilinear import (
     MatrixProduct,
 )
 from newton_summary.measure.rules.call import Call, Place
-from newton_summary.measure.rules.chain import Chain
+from newton_summary.measure.rules.chain import TAKEN, Chain
 from newton_summary.measure.rules.elementwise import TABLE, Elementwise
 from newton_summary.measure.rules.general import General
 from newton_summary.measure.rules.jets import Groups, Jet, Part, combine
@@ -211,6 +211,7 @@ def register_rule(op: Any, rule: Rule) -> None:
         >>> register_rule(torch.ops.aten.erfinv.default, Elementwise())
     """
     _RULES[op] = rule
+    TAKEN.add(op)
 
 
 def has_rule(op: Any) -> bool:

@@ -19,6 +19,9 @@ aten = torch.ops.aten
 Expansion: TypeAlias = list[Any]
 """A value and its derivatives by the chain's argument, entry by entry: tensors or numbers; ``None`` where zero."""
 
+TAKEN: set[Any] = set()
+"""Operations that somebody gave a rule of their own, which a chain would not ask."""
+
 _DIVIDED = {aten.div.Scalar, aten.div.Tensor}
 _SCALED = {aten.mul.Scalar, *_DIVIDED}
 _SHIFTED = {aten.add.Scalar, aten.sub.Scalar}
@@ -100,6 +103,8 @@ def can_link(op: Any, args: Sequence[Any], is_value: Sequence[bool], kwargs: dic
     if not all(v or _is_number(a) for a, v in zip(args, is_value, strict=True)) or not all(
         _is_number(v) for v in kwargs.values()
     ):
+        return False
+    if op in TAKEN:
         return False
     if op in _SUMMED or op is aten.mul.Tensor:
         return True
