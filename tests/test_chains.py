@@ -97,19 +97,33 @@ def test_a_result_that_is_read_in_between_ends_a_chain():
 
 
 def test_a_change_of_units_stands_before_the_curve():
-    kinds = kinds_of(lambda x: torch.tanh(1e-20 * x).sin() * 1e20)
+    kinds = kinds_of(lambda x: torch.tanh(0.05 * x).sin() * 20)
     assert "mul.Tensor" in kinds
     assert "tanh.default → sin.default → mul.Tensor" in kinds
 
 
-def test_units_do_not_matter_in_single_precision():
+def test_a_large_change_of_units_is_no_link():
+    kinds = kinds_of(lambda x: torch.tanh(1e-20 * x).sin() * 1e20)
+    assert "tanh.default → sin.default" in kinds
+
+
+UNITS = {
+    "first": lambda x, unit: gelu_of_gpt2(x / unit),
+    "read twice": lambda x, unit: x / unit * torch.tanh(x * (1 / unit)),
+    "later": lambda x, unit: torch.tanh(torch.sin(x / unit * 1e-13) * 1e13) + x / unit,
+}
+
+
+@pytest.mark.parametrize("curve", UNITS.values(), ids=UNITS)
+@pytest.mark.parametrize("unit", [1e14, 1e20])
+def test_units_do_not_matter_in_single_precision(curve, unit):
     batch = torch.randn(6, 3)
     found = []
-    for unit in (1.0, 1e20):
-        model = Layers(lambda x, unit=unit: gelu_of_gpt2(x / unit))
+    for size in (1.0, unit):
+        model = Layers(lambda x, size=size: curve(x, size))
         with torch.no_grad():
             for p in model.parameters():
-                p.mul_(unit)
+                p.mul_(size)
         direction = [p.detach().clone() for p in model.parameters()]
         found.append(ns.summarize(loss_fn, model, [batch], order=3, direction=direction, engine="forward"))
     torch.testing.assert_close(found[1].hessian, found[0].hessian, rtol=1e-3, atol=1e-5)

@@ -26,6 +26,7 @@ _DIVIDED = {aten.div.Scalar, aten.div.Tensor}
 _SCALED = {aten.mul.Scalar, *_DIVIDED}
 _SHIFTED = {aten.add.Scalar, aten.sub.Scalar}
 _SUMMED = {aten.add.Tensor: 1, aten.sub.Tensor: -1}
+_MODERATE = 1e2  # factors are within this of 1: by a larger one units change, and powers of it would be no numbers
 _STRAIGHT = {*_SCALED, *_SHIFTED, *_SUMMED, aten.neg.default}
 
 
@@ -92,7 +93,8 @@ class Chain(Elementwise):
 def can_link(op: Any, args: Sequence[Any], is_value: Sequence[bool], kwargs: dict[str, Any]) -> bool:
     """Whether an operation can be a link of a chain.
 
-    Kinks, and curves that are steep at zero, keep a place of their own: what is known of them is told by operation.
+    Kinks, and curves that are steep at zero, keep a place of their own: what is known of them is told by operation.  So
+    do changes of units, wherever they stand: tangents in other units and powers of the factor would not fit together.
 
     Args:
         op: the operation.
@@ -104,14 +106,12 @@ def can_link(op: Any, args: Sequence[Any], is_value: Sequence[bool], kwargs: dic
         _is_number(v) for v in kwargs.values()
     ):
         return False
-    if op in TAKEN:
+    if op in TAKEN or not all(_is_moderate(f) for f in _factors(op, args, kwargs)):
         return False
     if op in _SUMMED or op is aten.mul.Tensor:
         return True
     if not is_value or not is_value[0] or any(is_value[1:]):
         return False
-    if op in _DIVIDED:
-        return bool(args[1] != 0)
     rule = TABLE.get(op)
     if rule is None:
         return op in _STRAIGHT
@@ -121,6 +121,17 @@ def can_link(op: Any, args: Sequence[Any], is_value: Sequence[bool], kwargs: dic
 
 def _is_number(argument: Any) -> bool:
     return isinstance(argument, int | float | str)  # GELU has its name for an approximation
+
+
+def _factors(op: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> list[Any]:
+    """The numbers that a value is multiplied with."""
+    if op in _SCALED or op is aten.mul.Tensor:
+        return [a for a in args if isinstance(a, int | float)]
+    return [kwargs["alpha"]] if op in _SUMMED and "alpha" in kwargs else []
+
+
+def _is_moderate(factor: float) -> bool:
+    return 1 / _MODERATE <= abs(factor) <= _MODERATE
 
 
 def _is_earlier(argument: Any) -> bool:
