@@ -130,6 +130,13 @@ def test_units_do_not_matter_in_single_precision(curve, unit):
     torch.testing.assert_close(found[1].third, found[0].third, rtol=1e-3, atol=1e-5)
 
 
+@pytest.mark.parametrize("kind", [torch.float16, torch.bfloat16])
+def test_a_curve_that_turns_fast_is_measured_in_half_precision(kind):
+    model = Layers(lambda x: (x * 90).sin() * (x * 90).cos()).to(kind)
+    direction = [0.1 * p.detach() for p in model.parameters()]
+    ns.summarize(loss_fn, model, [torch.randn(6, 3).to(kind)], direction=direction, order=2, engine="forward")
+
+
 def test_a_slope_that_is_too_steep_to_be_cubed_counts_for_nothing_where_the_curve_is_flat():
     chain = Chain([Link(aten.exp.default, (Earlier(0),), {}), Link(aten.tanh.default, (Earlier(1),), {})])
     x = torch.tensor([50.0])  # exp is 5e21, its cube no number in single precision; tanh is 1

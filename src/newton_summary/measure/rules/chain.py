@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 from typing_extensions import override
 
+from newton_summary.measure.half import wide
 from newton_summary.measure.rules.call import Call
 from newton_summary.measure.rules.elementwise import TABLE, Elementwise, Slope
 
@@ -81,13 +82,30 @@ class Chain(Elementwise):
     def __repr__(self) -> str:
         return " → ".join(str(link.op).removeprefix("aten.") for link in self.links)
 
+    @override
+    def _point(self, call: Call) -> tuple[Tensor, Tensor]:
+        """As they are: results in between are rounded, in half precision, and slopes are those at what was rounded."""
+        return call.args[0], call.out
+
     def _expanded(self, call: Call, order: int) -> tuple[Slope, ...]:
-        """The derivatives of the last result by the chain's argument."""
+        """The derivatives of the last result by the chain's argument; of half precision in single."""
         x = call.args[0]
-        results: list[Expansion] = [[x, 1.0, *[None] * (order - 1)]]
+        values: list[Any] = [x]
+        results: list[Expansion] = [[wide(x), 1.0, *[None] * (order - 1)]]
         for link in self.links:
-            results.append(_through(link, link.arguments(results), order))
-        return tuple(s if s is None or isinstance(s, Tensor) else x.new_full((), s) for s in results[-1][1:])
+            values.append(link.op(*link.arguments(values), **link.kwargs))
+            results.append([wide(values[-1]), *_slopes(link, link.arguments(results), wide(values[-1]), order)])
+        return tuple(
+            None if s is None else s.to(x.dtype) if isinstance(s, Tensor) else x.new_full((), s)
+            for s in results[-1][1:]
+        )
+
+
+def _of_type(x: Tensor, slope: Any) -> Slope:
+    """A slope as a tensor of a value's type."""
+    if isinstance(slope, Tensor):
+        return slope.to(x.dtype)
+    return None if slope is None else x.new_full((), slope)
 
 
 def can_link(op: Any, args: Sequence[Any], is_value: Sequence[bool], kwargs: dict[str, Any]) -> bool:
@@ -138,34 +156,34 @@ def _is_earlier(argument: Any) -> bool:
     return isinstance(argument, Earlier)
 
 
-def _through(link: Link, args: Sequence[Any], order: int) -> Expansion:
-    """The expansion of a link's result."""
+def _slopes(link: Link, args: Sequence[Any], value: Tensor, order: int) -> Sequence[Any]:
+    """The derivatives of a link's result, which is known."""
     one, *others = args
     if link.op is aten.mul.Tensor:
         return _product(_expansion(one, order), _expansion(others[0], order))
     if link.op in _SUMMED:
         factor = _SUMMED[link.op] * link.kwargs.get("alpha", 1)
-        return [_sum(x, _times(y, factor)) for x, y in zip(*(_expansion(a, order) for a in args), strict=True)]
+        pairs = zip(*(_expansion(a, order)[1:] for a in args), strict=True)
+        return [_sum(x, _times(y, factor)) for x, y in pairs]
     if link.op in _SCALED:
         factor = 1 / others[0] if link.op in _DIVIDED else others[0]
-        return [_times(x, factor) for x in one]
+        return [_times(x, factor) for x in one[1:]]
     if link.op is aten.neg.default:
-        return [_times(x, -1) for x in one]
-    value = link.op(one[0], *others, **link.kwargs)
+        return [_times(x, -1) for x in one[1:]]
     if link.op in _SHIFTED:
-        return [value, *one[1:]]
-    slopes = TABLE[link.op].derivatives(Call(link.op, (one[0], *others), link.kwargs, value, {}), order)
-    return [value, *_composed(slopes, one[1:])]
+        return list(one[1:])
+    outer = TABLE[link.op].derivatives(Call(link.op, (one[0], *others), link.kwargs, value, {}), order)
+    return _composed(outer, one[1:])
 
 
 def _expansion(argument: Any, order: int) -> Expansion:
     return argument if isinstance(argument, list) else [argument, *[None] * order]
 
 
-def _product(one: Expansion, other: Expansion) -> Expansion:
-    """Leibniz: (fg)⁽ᵏ⁾ = Σ C(k, j) f⁽ʲ⁾ g⁽ᵏ⁻ʲ⁾."""
-    result: Expansion = []
-    for k in range(len(one)):
+def _product(one: Expansion, other: Expansion) -> list[Any]:
+    """Leibniz: (fg)⁽ᵏ⁾ = Σ C(k, j) f⁽ʲ⁾ g⁽ᵏ⁻ʲ⁾, for k > 0."""
+    result = []
+    for k in range(1, len(one)):
         total = None
         for j in range(k + 1):
             total = _sum(total, _times(_times(one[j], other[k - j]), math.comb(k, j)))

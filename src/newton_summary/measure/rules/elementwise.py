@@ -106,7 +106,7 @@ class Elementwise(Rule):
 
     def _slopes(self, call: Call, rows: Tensor) -> Iterator[tuple[slice, tuple[Tensor, Tensor, Slope]]]:
         """Blocks of entries, and the derivatives of three orders there."""
-        point, out = map(wide, (call.args[0].reshape(-1), call.out.reshape(-1)))
+        point, out = (x.reshape(-1) for x in self._point(call))
         steep = self.steep(call) if callable(self.steep) else self.steep
         for block in blocks(rows.shape[1], len(rows)):
             here = Call(call.op, (point[block], *call.args[1:]), call.kwargs, out[block], {})
@@ -119,6 +119,10 @@ class Elementwise(Rule):
                 still = (rows[:, block] == 0).all(0)
                 d1, d2, d3 = (None if d is None else d.masked_fill(still, 0.0) for d in (d1, d2, d3))
             yield block, (zero if d1 is None else d1, zero if d2 is None else d2, d3)
+
+    def _point(self, call: Call) -> tuple[Tensor, Tensor]:
+        """Where slopes are taken: the argument and the result."""
+        return wide(call.args[0]), wide(call.out)
 
     @override
     def sources(self, call: Call, adjoint: Any) -> dict[Place, tuple[Groups, Tensor]]:
