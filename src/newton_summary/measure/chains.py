@@ -53,22 +53,18 @@ def _reads(record: Record) -> set[int]:
 def _chains(made: Made, readers: Mapping[int, set[int]]) -> dict[int, list[int]]:
     """The slots of each chain's results, in order, by the last one of them.
 
-    Where something else reads a result in between, a chain ends there, and the next one begins.
+    Where something else reads a result in between, a chain ends there, and the next one begins: with each such end
+    there are new chains, until none is read in between.
     """
     ends: set[int] = set()
     while True:
         roots = _roots(made, ends)
         chains = {}
-        cuts: set[int] = set()
         for last, root in roots.items():
-            if last in ends or any(roots.get(r) != root for r in readers[last]):
-                members = sorted(_members(last, root, made, ends))
-                inside = set(members)
-                cuts |= {slot for slot in members[:-1] if not readers[slot] <= inside}
-                first = [slot for slot in members if root in _reads(made[slot])]
-                if len(first) == 1 and len(members) > 1 and _is_straight(made[first[0]]):
-                    cuts.add(first[0])  # a change of units comes before the curve, whose derivatives might overflow
-                chains[last] = members
+            is_read_outside = any(roots.get(reader) != root for reader in readers[last])
+            if last in ends or is_read_outside:
+                chains[last] = sorted(_members(last, root, made, ends))
+        cuts = {slot for members in chains.values() for slot in members[:-1] if not readers[slot] <= set(members)}
         if cuts <= ends:
             break
         ends |= cuts

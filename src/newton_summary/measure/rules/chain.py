@@ -94,11 +94,8 @@ class Chain(Elementwise):
         results: list[Expansion] = [[wide(x), 1.0, *[None] * (order - 1)]]
         for link in self.links:
             values.append(link.op(*link.arguments(values), **link.kwargs))
-            results.append([wide(values[-1]), *_slopes(link, link.arguments(results), wide(values[-1]), order)])
-        return tuple(
-            None if s is None else s.to(x.dtype) if isinstance(s, Tensor) else x.new_full((), s)
-            for s in results[-1][1:]
-        )
+            results.append([wide(values[-1]), *_derivatives(link, link.arguments(results), wide(values[-1]), order)])
+        return tuple(_of_type(x, slope) for slope in results[-1][1:])
 
 
 def _of_type(x: Tensor, slope: Any) -> Slope:
@@ -156,7 +153,7 @@ def _is_earlier(argument: Any) -> bool:
     return isinstance(argument, Earlier)
 
 
-def _slopes(link: Link, args: Sequence[Any], value: Tensor, order: int) -> Sequence[Any]:
+def _derivatives(link: Link, args: Sequence[Any], value: Tensor, order: int) -> Sequence[Any]:
     """The derivatives of a link's result, which is known."""
     one, *others = args
     if link.op is aten.mul.Tensor:
