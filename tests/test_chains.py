@@ -1,5 +1,6 @@
 """Operations on every entry of one value as one curve, against torch's own derivatives of them and nested passes."""
 
+import copy
 import math
 
 import pytest
@@ -122,6 +123,19 @@ def test_units_do_not_matter_in_single_precision(curve, unit):
         found.append(ns.summarize(loss_fn, model, [batch], order=3, direction=direction, engine="forward"))
     torch.testing.assert_close(found[1].hessian, found[0].hessian, rtol=1e-3, atol=1e-5)
     torch.testing.assert_close(found[1].third, found[0].third, rtol=1e-3, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", ["gelu of GPT-2", "cap"])
+@pytest.mark.parametrize("kind", [torch.float16, torch.bfloat16])
+def test_squares_and_cubes_of_tangents_in_half_precision_are_numbers(kind, name):
+    model, batch = Layers(CURVES[name]).to(kind), torch.randn(6, 3).to(kind)
+    exact = copy.deepcopy(model).double()
+    direction = [0.01 * p.detach() for p in model.parameters()]
+    found = ns.summarize(loss_fn, model, [batch], order=3, direction=direction, engine="forward")
+    wide = [u.double() for u in direction]
+    expected = ns.summarize(loss_fn, exact, [batch.double()], order=3, direction=wide, engine="forward")
+    for one, other in ((found.hessian, expected.hessian), (found.third, expected.third)):
+        torch.testing.assert_close(one, other, rtol=0.05, atol=0.05 * float(other.abs().max()))
 
 
 @pytest.mark.parametrize("kind", [torch.float16, torch.bfloat16])

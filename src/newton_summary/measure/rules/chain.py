@@ -52,7 +52,7 @@ class Link:
 
     @property
     def is_straight(self) -> bool:
-        """Whether it takes one value in, and has no curvature."""
+        """Whether it has no curvature."""
         return self.op in _STRAIGHT or (self.op is aten.mul.Tensor and sum(map(_is_earlier, self.args)) == 1)
 
 
@@ -95,14 +95,8 @@ class Chain(Elementwise):
         for link in self.links:
             values.append(link.op(*link.arguments(values), **link.kwargs))
             results.append([wide(values[-1]), *_derivatives(link, link.arguments(results), wide(values[-1]), order)])
-        return tuple(_of_type(x, slope) for slope in results[-1][1:])
-
-
-def _of_type(x: Tensor, slope: Any) -> Slope:
-    """A slope as a tensor of a value's type."""
-    if isinstance(slope, Tensor):
-        return slope.to(x.dtype)
-    return None if slope is None else x.new_full((), slope)
+        like = wide(x)
+        return tuple(s if s is None or isinstance(s, Tensor) else like.new_full((), s) for s in results[-1][1:])
 
 
 def can_link(op: Any, args: Sequence[Any], is_value: Sequence[bool], kwargs: dict[str, Any]) -> bool:

@@ -70,17 +70,19 @@ class Elementwise(Rule):
         """Pushes tangents through a curve: f' ẋ, and f' ẍ + f'' ẋ².
 
         Adds Σ v̄ f'' ẋ_i ẋ_j to H̄ and Σ v̄ (f''' ẋ_i³ + 3 f'' ẋ_i ẍ_i) to the third diagonal.  Goes in blocks that fit
-        a cache, so that the tangents are read from memory once.
+        a cache, so that the tangents are read from memory once; those of half precision are in single there, for
+        squares and cubes of theirs may be no numbers.
         """
         jet, third = call.jets[0], call.third
         n, m = len(jet.first), len(jet.second)
         result = call.target((2 if third else 1) * n)
         rows, new = flat(jet.rows), flat(result)
-        v = None if adjoint is None else adjoint.reshape(-1)
-        gram, cubes = rows.new_zeros(n, n), rows.new_zeros(n)
+        v = None if adjoint is None else wide(adjoint.reshape(-1))
+        like = wide(rows[:0])
+        gram, cubes = like.new_zeros(n, n), like.new_zeros(n)
         place = rows_of(jet.first, jet.second)
         for block, (d1, d2, d3) in self._slopes(call, rows):
-            x, a = rows[m:, block], rows[:m, block]
+            x, a = wide(rows[m:, block]), wide(rows[:m, block])
             if v is not None:
                 bent = x * (v[block] * d2)
                 gram.addmm_(bent, x.T)
@@ -107,14 +109,15 @@ class Elementwise(Rule):
     def _slopes(self, call: Call, rows: Tensor) -> Iterator[tuple[slice, tuple[Tensor, Tensor, Slope]]]:
         """Blocks of entries, and the derivatives of three orders there."""
         point, out = (x.reshape(-1) for x in self._point(call))
+        like = wide(rows[:0])
         steep = self.steep(call) if callable(self.steep) else self.steep
         for block in blocks(rows.shape[1], len(rows)):
             here = Call(call.op, (point[block], *call.args[1:]), call.kwargs, out[block], {})
             d1, d2, d3 = (
-                None if d is None else d.to(rows.dtype)
+                None if d is None else d.to(like.dtype)
                 for d in (*self.derivatives(here, 3 if call.third else 2), None)[:3]
             )
-            zero = rows.new_zeros(())
+            zero = like.new_zeros(())
             if steep:
                 still = (rows[:, block] == 0).all(0)
                 d1, d2, d3 = (None if d is None else d.masked_fill(still, 0.0) for d in (d1, d2, d3))
