@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 from typing_extensions import override
 
+from newton_summary.measure.half import wide
 from newton_summary.measure.rules.base import Rule, Sums, add_cubes
 from newton_summary.measure.rules.call import Call, Place
 from newton_summary.measure.rules.jets import Groups, Jet, add_rows, blocks, dots, flat, rows_of
@@ -42,12 +43,16 @@ class _Local(Rule):
         result = call.target((2 if call.third else 1) * n)
         positions = out.reshape(shape).shape
         rows, new = jet.rows.reshape(n + m, *positions).contiguous(), result.view(len(result), *positions)
-        gram = out.new_zeros(n, n)
-        third = out.new_zeros(n) if call.third else None
-        v = None if v is None else v.reshape(shape).contiguous()
-        values = self.values(call, out.reshape(shape).contiguous(), v)
+        v = None if v is None else wide(v.reshape(shape).contiguous())
+        values = tuple(map(wide, self.values(call, wide(out.reshape(shape).contiguous()), v)))
+        gram = values[0].new_zeros(n, n)
+        third = values[0].new_zeros(n) if call.third else None
         for block in blocks(rows.shape[1], width * (n + m)):
-            self.block(jet, rows[:, block], tuple(x[block] for x in values), new[:, block], gram, third, v is not None)
+            here = wide(rows[:, block])  # of half precision squares and cubes may be no numbers
+            target = new[:, block] if here.dtype == new.dtype else torch.empty_like(new[:, block], dtype=here.dtype)
+            self.block(jet, here, tuple(x[block] for x in values), target, gram, third, v is not None)
+            if target.dtype != new.dtype:
+                new[:, block] = target
         if v is not None:
             sums.add_square(jet.first, gram)
             if third is not None:
