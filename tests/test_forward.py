@@ -585,6 +585,38 @@ def test_autocast_inside_the_loss():
     assert torch.linalg.matrix_norm(got.hessian - expected.hessian) < 0.05 * torch.linalg.matrix_norm(expected.hessian)
 
 
+class Attending(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.qkv, self.norm, self.out = nn.Linear(6, 18), nn.LayerNorm(6), nn.Linear(6, 9)
+
+    def forward(self, x):
+        q, k, v = self.qkv(self.norm(x)).chunk(3, -1)
+        return self.out(torch.tanh(x + F.scaled_dot_product_attention(q, k, v))).flatten(0, 1)
+
+
+@pytest.mark.parametrize("third", ["diagonal", "full"])
+@pytest.mark.parametrize("size", [0.1, 1e-5])  # that of a step of training
+@pytest.mark.parametrize("inside", [True, False])
+def test_float16_has_numbers_for_tangents_along_any_direction(inside, size, third):
+    torch.manual_seed(0)
+    model = Attending() if inside else Attending().half()
+    batch = torch.randn(4, 5, 6).to(model.out.weight.dtype), torch.randint(9, (20,))
+    exact = copy.deepcopy(model).double()
+    direction = [size * torch.randn_like(p) for p in model.parameters()]
+
+    def mixed(model, batch):
+        with torch.autocast("cpu", dtype=torch.float16, enabled=inside):
+            return cross_entropy(model, batch)
+
+    got = ns.summarize(mixed, model, [batch], third=third, order=3, direction=direction, engine="forward")
+    wide = [u.double() for u in direction]
+    batch = batch[0].double(), batch[1]
+    expected = ns.summarize(cross_entropy, exact, [batch], third=third, order=3, direction=wide, engine="forward")
+    for one, other in ((got.gradient, expected.gradient), (got.hessian, expected.hessian), (got.third, expected.third)):
+        torch.testing.assert_close(one, other, rtol=0.02, atol=0.02 * float(other.abs().max()))
+
+
 def test_autocast_around_a_normalisation():
     model = nn.Sequential(nn.Linear(6, 8), nn.LayerNorm(8), nn.GELU(), nn.Linear(8, 4))
 

@@ -9,6 +9,7 @@ of group i.  One backward pass gives all adjoints, one sweep over the graph all 
 
 from __future__ import annotations
 
+import math
 import weakref
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
@@ -28,6 +29,7 @@ from newton_summary.measure.agreement import (
 )
 from newton_summary.measure.autograd import own_derivatives
 from newton_summary.measure.batches import batch_size
+from newton_summary.measure.differences import ratio
 from newton_summary.measure.doubtful import reads_one_triangle, written_once, written_twice
 from newton_summary.measure.gradient import Gradient
 from newton_summary.measure.graph import Graph, first_line, lower
@@ -38,6 +40,7 @@ from newton_summary.measure.recorder import Recorder
 from newton_summary.measure.request import Request
 from newton_summary.measure.sweep import sweep
 from newton_summary.measure.tape import Tape
+from newton_summary.parallel import paging
 from newton_summary.partition import Partition
 from newton_summary.summary import Summary
 
@@ -90,6 +93,9 @@ class ForwardEngine:
         check_apart(partition)
         with loss.undisturbed(differentiable=not on_host) as rewind, differentiable_recurrence(loss.model):
             recording, gradient = _recorded(loss, batch, request)
+            factor = _factor(recording, request)
+            if factor != 1:
+                request = replace(request, direction=[u * factor for u in request.direction])
             twice = written_twice(recording)
             entry = self._entry(known, recording)
             recording.values.clear()
@@ -108,7 +114,7 @@ class ForwardEngine:
                         if gradient is not None:
                             expected.rows = replayed_rows(entry.graph, recording.leaves, request)
                     asked = _Asked(request, weight, gradient, expected, in_doubt)
-                    return self._swept(known, entry, recording, asked)
+                    return _divided(self._swept(known, entry, recording, asked), factor)
             except Refusal:
                 if bool(recording.loss.isfinite()):
                     raise
@@ -227,6 +233,29 @@ class _Known:
 
 
 _CHECKED = 256
+
+
+def _factor(recording: Recording, request: Request) -> float:
+    """What the direction is multiplied with: a power of two, so that in float16 tangents are about as large as values.
+
+    Those of a step of training would be no numbers, squared.
+    """
+    kinds = {value.dtype for value in recording.values.values() if isinstance(value, Tensor)}
+    if torch.float16 not in kinds or paging.is_active():
+        return 1.0
+    return 2.0 ** round(math.log2(ratio(request.partition.parameters, request.direction)))
+
+
+def _divided(summary: Summary, factor: float) -> Summary:
+    """The summary along a direction, from that along a multiple of it."""
+    if factor == 1:
+        return summary
+    return replace(
+        summary,
+        gradient=summary.gradient / factor,
+        hessian=None if summary.hessian is None else summary.hessian / factor**2,
+        third=None if summary.third is None else summary.third / factor**3,
+    )
 
 
 def _recorded(loss: Loss, batch: Any, request: Request) -> tuple[Recording, Gradient | None]:
