@@ -7,6 +7,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import TypeAlias
 
 from newton_summary.measure.record import Record, Ref, ref, slots_in
+from newton_summary.measure.rules import is_replaced
 from newton_summary.measure.rules.chain import Chain, Earlier, Link, can_link
 
 Made: TypeAlias = Mapping[int, Record]
@@ -42,8 +43,10 @@ def with_chains(records: Sequence[Record], moving: set[int], result: int) -> lis
 
 
 def _can_link(record: Record, moving: set[int]) -> bool:
+    """Whether an operation can be one of a chain, which would not ask a rule of somebody's own."""
     is_value = [isinstance(a, Ref) and a.slot in moving for a in record.args]
-    return any(is_value) and can_link(record.op, record.args, is_value, dict(record.kwargs))
+    can = any(is_value) and can_link(record.op, record.args, is_value, dict(record.kwargs))
+    return can and not is_replaced(record.op)
 
 
 def _reads(record: Record) -> set[int]:

@@ -18,7 +18,7 @@ from newton_summary.measure.rules.bilinear import (
     MatrixProduct,
 )
 from newton_summary.measure.rules.call import Call, Place
-from newton_summary.measure.rules.chain import TAKEN, Chain
+from newton_summary.measure.rules.chain import Chain
 from newton_summary.measure.rules.elementwise import TABLE, Elementwise
 from newton_summary.measure.rules.general import General
 from newton_summary.measure.rules.jets import Groups, Jet, Part, combine
@@ -40,6 +40,7 @@ __all__ = [
     "Sums",
     "combine",
     "has_rule",
+    "is_replaced",
     "register_rule",
     "rule_for",
 ]
@@ -198,6 +199,7 @@ class _Item(Rule):
 
 
 _RULES[operator.getitem] = _Item()
+_ORIGINAL = dict(_RULES)
 
 
 def register_rule(op: Any, rule: Rule) -> None:
@@ -211,12 +213,16 @@ def register_rule(op: Any, rule: Rule) -> None:
         >>> register_rule(torch.ops.aten.erfinv.default, Elementwise())
     """
     _RULES[op] = rule
-    TAKEN.add(op)
 
 
 def has_rule(op: Any) -> bool:
     """Whether there is a rule for this very operation."""
     return op in _RULES
+
+
+def is_replaced(op: Any) -> bool:
+    """Whether somebody gave an operation another rule than it comes with."""
+    return _RULES.get(op) is not _ORIGINAL.get(op)
 
 
 def rule_for(call: Call) -> Rule:

@@ -20,9 +20,6 @@ aten = torch.ops.aten
 Expansion: TypeAlias = list[Any]
 """A value and its derivatives by the chain's argument, entry by entry: tensors or numbers; ``None`` where zero."""
 
-TAKEN: set[Any] = set()
-"""Operations that somebody gave a rule of their own, which a chain would not ask."""
-
 _DIVIDED = {aten.div.Scalar, aten.div.Tensor}
 _SCALED = {aten.mul.Scalar, *_DIVIDED}
 _SHIFTED = {aten.add.Scalar, aten.sub.Scalar}
@@ -115,7 +112,7 @@ def can_link(op: Any, args: Sequence[Any], is_value: Sequence[bool], kwargs: dic
         _is_number(v) for v in kwargs.values()
     ):
         return False
-    if op in TAKEN or not all(_is_moderate(f) for f in _factors(op, args, kwargs)):
+    if not all(_is_moderate(f) for f in _factors(op, args, kwargs)):
         return False
     if op in _SUMMED or op is aten.mul.Tensor:
         return True
