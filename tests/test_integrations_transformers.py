@@ -150,6 +150,25 @@ def test_a_resumed_training_is_watched_as_if_it_had_not_stopped(tmp_path):
     assert [r.to_dict() for r in callback.monitor.records] == [r.to_dict() for r in expected.monitor.records]
 
 
+def test_two_monitors_of_one_training_are_resumed_each_by_itself(tmp_path):
+    from newton_summary.integrations.transformers import MonitorCallback
+
+    def watched(seed=0, **options):
+        model = make_model(seed)
+        trainer = make_trainer(tmp_path, model, torch.optim.AdamW(model.parameters(), lr=1e-3), **options)
+        callbacks = [MonitorCallback(every=3, partition=partition(model)), MonitorCallback(every=4)]
+        for callback in callbacks:
+            trainer.add_callback(callback)
+        return trainer, callbacks
+
+    trainer, expected = watched(save_strategy="steps", save_steps=7)
+    trainer.train()
+    trainer, callbacks = watched(3)
+    trainer.train(str(tmp_path / "checkpoint-7"))
+    for ours, theirs in zip(callbacks, expected, strict=True):
+        assert [r.to_dict() for r in ours.monitor.records] == [r.to_dict() for r in theirs.monitor.records]
+
+
 def test_a_measurement_that_fails_ends_no_training(tmp_path):
     from newton_summary.integrations.transformers import MonitorCallback
 

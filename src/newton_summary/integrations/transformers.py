@@ -29,10 +29,13 @@ def own_loss(model: Any, batch: Any) -> Tensor:
     return loss
 
 
-def _place(args: Any, state: Any) -> Path:
-    """Where this process's monitor is kept in the checkpoint of a step."""
+_COUNT = "_newton_summary_monitors"  # how many of these callbacks have begun a training, in the trainer's state
+
+
+def _place(args: Any, state: Any, number: int) -> Path:
+    """Where this process's monitor is kept in the checkpoint of a step; each of several in a file of its own."""
     folder = Path(args.output_dir) / f"checkpoint-{state.global_step}"
-    return folder / f"newton_summary_monitor_{args.process_index}.pt"
+    return folder / f"newton_summary_monitor_{args.process_index}{f'_{number}' if number else ''}.pt"
 
 
 class MonitorCallback(TrainerCallback):
@@ -76,12 +79,15 @@ class MonitorCallback(TrainerCallback):
         self.log, self.options = log, options
         self.monitor: Monitor | None = None
         self._news: News | None = None
+        self._number = 0  # which of the callbacks that watch this training it is
 
     def on_train_begin(
         self, args: Any, state: Any, control: Any, model: Any, optimizer: Any, train_dataloader: Any, **_: Any
     ) -> None:
         """Puts the monitor beside the optimizer."""
         optimizer = getattr(optimizer, "optimizer", optimizer)  # within accelerate's wrapper
+        self._number = getattr(state, _COUNT, 0)
+        setattr(state, _COUNT, self._number + 1)
         source: Source
         if isinstance(optimizer, MeasuredOptimizer):
             source = optimizer
@@ -89,7 +95,7 @@ class MonitorCallback(TrainerCallback):
             monitor = Monitor(model, self.loss_fn, optimizer=optimizer, every=self.every, **self.options)
             data = train_dataloader if self.data is None else self.data
             source = self.monitor = monitor.attach(data, repeats=self.repeats, seed=self.seed)
-            saved = _place(args, state)
+            saved = _place(args, state, self._number)
             if saved.is_file():
                 monitor.load_state_dict(torch.load(saved, weights_only=True))
         self._news = News(source)
@@ -107,7 +113,7 @@ class MonitorCallback(TrainerCallback):
     def on_save(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         """Adds the monitor's state to the checkpoint."""
         if self.monitor is not None:
-            place = _place(args, state)
+            place = _place(args, state, self._number)
             place.parent.mkdir(parents=True, exist_ok=True)
             torch.save(self.monitor.state_dict(), place)
 
