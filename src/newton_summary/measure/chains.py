@@ -6,9 +6,9 @@ from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from typing import TypeAlias
 
-from newton_summary.measure.record import Record, Ref, ref, slots_in
+from newton_summary.measure.record import Record, Ref, ref
 from newton_summary.measure.rules import is_replaced
-from newton_summary.measure.rules.chain import Chain, Earlier, Link, can_link
+from newton_summary.measure.rules.chain import Chain, Earlier, Link, can_link, is_straight
 
 Made: TypeAlias = Mapping[int, Record]
 """The operation that gave a value, by its slot."""
@@ -27,7 +27,7 @@ def with_chains(records: Sequence[Record], moving: set[int], result: int) -> lis
     made = {r.out: r for r in records if _can_link(r, moving)}
     readers: defaultdict[int, set[int]] = defaultdict(set)
     for record in records:
-        for slot in slots_in((record.args, tuple(v for _, v in record.kwargs))):
+        for slot in record.reads:
             readers[slot].add(record.out)
     readers[result].add(-1)
     chains = _chains(made, readers)
@@ -47,10 +47,6 @@ def _can_link(record: Record, moving: set[int]) -> bool:
     is_value = [isinstance(a, Ref) and a.slot in moving for a in record.args]
     can = any(is_value) and can_link(record.op, record.args, is_value, dict(record.kwargs))
     return can and not is_replaced(record.op)
-
-
-def _reads(record: Record) -> set[int]:
-    return {a.slot for a in record.args if isinstance(a, Ref)}
 
 
 def _chains(made: Made, readers: Mapping[int, set[int]]) -> dict[int, list[int]]:
@@ -78,7 +74,7 @@ def _roots(made: Made, ends: set[int]) -> dict[int, int]:
     """The one value that each result depends on, where it does so by links alone."""
     roots: dict[int, int] = {}
     for slot, record in made.items():
-        found = {read if read in ends else roots.get(read, read) for read in _reads(record)}
+        found = {read if read in ends else roots.get(read, read) for read in record.reads}
         if len(found) == 1:
             roots[slot] = found.pop()
     return roots
@@ -88,28 +84,23 @@ def _members(last: int, root: int, made: Made, ends: set[int]) -> set[int]:
     """The results that lead from a root to the last one."""
     members, waiting = {last}, [last]
     while waiting:
-        new = {r for r in _reads(made[waiting.pop()]) if r != root and r not in members and r not in ends}
+        new = {r for r in made[waiting.pop()].reads if r != root and r not in members and r not in ends}
         members |= new
         waiting += new
     return members
 
 
-def _link(record: Record, number: Mapping[int, int]) -> Link:
-    args = tuple(Earlier(number[a.slot]) if isinstance(a, Ref) else a for a in record.args)
-    return Link(record.op, args, dict(record.kwargs))
-
-
-def _is_straight(record: Record) -> bool:
-    return _link(record, dict.fromkeys(_reads(record), 0)).is_straight
-
-
 def _is_curve(members: Iterable[int], made: Made) -> bool:
-    return not all(_is_straight(made[slot]) for slot in members)
+    return not all(is_straight(made[slot].op, len(made[slot].reads)) for slot in members)
 
 
 def _one(members: Sequence[int], made: Made) -> Record:
     """A chain as one operation."""
-    (root,) = set().union(*(_reads(made[slot]) for slot in members)) - set(members)
+    records = [made[slot] for slot in members]
+    (root,) = {slot for record in records for slot in record.reads} - set(members)
     number = {root: 0, **{slot: place for place, slot in enumerate(members, 1)}}
-    chain = Chain([_link(made[slot], number) for slot in members])
-    return made[members[-1]]._replace(op=chain, args=(ref(root),), kwargs=())
+    links = [
+        Link(r.op, tuple(Earlier(number[a.slot]) if isinstance(a, Ref) else a for a in r.args), dict(r.kwargs))
+        for r in records
+    ]
+    return records[-1]._replace(op=Chain(links), args=(ref(root),), kwargs=())

@@ -155,8 +155,7 @@ def _needed(records: Sequence[Record], result: int) -> set[int]:
     needed = {result}
     for record in reversed(records):
         if record.out in needed:
-            needed.update(slots_in(record.args))
-            needed.update(slots_in(tuple(v for _, v in record.kwargs)))
+            needed.update(record.reads)
     return needed
 
 
@@ -251,7 +250,7 @@ class _Lowerer(Tracer):
         self._memories.clear()
         self._named.clear()
         self._objects.clear()
-        for slot in {*slots_in(record.args), *slots_in(tuple(v for _, v in record.kwargs))}:
+        for slot in set(record.reads):
             if isinstance(self.known[slot], int) and isinstance(values[slot], Tensor):
                 self.name(values[slot], self.known[slot])
         args = fill(record.args, values)

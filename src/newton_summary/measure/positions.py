@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from newton_summary.measure.arena import empty
-from newton_summary.measure.rules import Bilinear, Call, Elementwise, Jet, Part, Place, Rule, Sums
+from newton_summary.measure.rules import Bilinear, Call, Elementwise, Jet, Part, Place, Rule, Sums, combine
 
 aten = torch.ops.aten
 
@@ -277,7 +277,7 @@ def push_section(
     flat = {slot: None if v is None else v.reshape(matrices[slot].shape) for slot, v in weights.items()}
     positions, width = values[section.head.out].shape
     step = max(1, most // max(width * _rows(instruction, jets, third), 1))
-    head = _Head(section, instruction.arguments(values), values[section.head.out], found, third)
+    head = _Head(section, instruction.arguments(values), values[section.head.out], found, third, step, most)
     head.rule.contract(head.call(slice(0, positions)), weights.get(section.head.out), sums)
     results: dict[int, Jet] = {}
     for start in range(0, positions, step):
@@ -288,7 +288,7 @@ def push_section(
             if block.stop == block.start or (m.source >= 0 and m.source not in here):
                 continue
             if m is section.head:
-                here[m.out] = head.push(block, step, most)
+                here[m.out] = head.push(block)
             elif m.rule is None:
                 here[m.out] = _chosen(here[m.source], section, m, start, end)
             else:
@@ -323,17 +323,28 @@ class _Head:
         value: its result.
         jets: the tangents of its arguments.
         third: whether the diagonal of the third order is wanted.
+        step: how many positions come at a time.
+        most: entries of tangents to hold at a time.
     """
 
     def __init__(
-        self, section: Section, args: tuple[Any, ...], value: Tensor, jets: dict[Place, Jet], third: bool
+        self,
+        section: Section,
+        args: tuple[Any, ...],
+        value: Tensor,
+        jets: dict[Place, Jet],
+        third: bool,
+        step: int,
+        most: int,
     ) -> None:
         assert isinstance(section.head.rule, Bilinear)
         self.rule = section.head.rule
         self._op, self._place = section.head.op, section.place
         self._args, self._value, self._jets, self._third = args, value, jets, third
+        rows = sum(len(p.second) + len(p.first) for p in self.rule.right_parts(self.call(slice(0, step))))
+        self._several = step * max(1, most // max(2 * rows * value.shape[1] * step, 1))
         self._start = self._end = 0
-        self._of_weight: list[Part] = []
+        self._of_weight: Jet | None = None
 
     def call(self, block: slice) -> Call:
         """The product for some positions."""
@@ -342,27 +353,16 @@ class _Head:
         jets = {p: j.like(j.rows[:, block]) if p == self._place else j for p, j in self._jets.items()}
         return Call(self._op, tuple(args), {}, self._value[block], jets, self._third)
 
-    def push(self, block: slice, step: int, most: int) -> Jet:
-        """Its tangents for some positions, which come ``step`` at a time."""
+    def push(self, block: slice) -> Jet:
+        """Its tangents for some positions."""
         if block.start >= self._end:
-            parts = self.rule.right_parts(self.call(block))
-            rows = sum(len(p.second) + len(p.first) for p in parts)
-            several = max(1, most // max(2 * rows * self._value.shape[1] * step, 1))
-            self._start, self._end = block.start, min(block.start + several * step, len(self._value))
+            self._start, self._end = block.start, min(block.start + self._several, len(self._value))
             call = self.call(slice(self._start, self._end))
-            self._of_weight = [_written(p, call.out) for p in self.rule.right_parts(call)]
-        here = slice(block.start - self._start, block.stop - self._start)
-        parts = [replace(p, rows=p.rows[:, here]) for p in self._of_weight if isinstance(p.rows, Tensor)]
+            parts = self.rule.right_parts(call)
+            self._of_weight = combine(parts, call.out) if parts else None
+        known, here = self._of_weight, slice(block.start - self._start, block.stop - self._start)
+        parts = [] if known is None else [Part(known.second, known.first, known.rows[:, here])]
         return self.rule.join(self.call(block), parts)
-
-
-def _written(part: Part, like: Tensor) -> Part:
-    """A part with its rows computed."""
-    count = len(part.second) + len(part.first)
-    rows = empty((count, *like.shape), like)
-    assert not isinstance(part.rows, Tensor)
-    part.rows(slice(0, count), rows, False)
-    return replace(part, rows=rows)
 
 
 def _matrix(value: Tensor, exits: bool, index: Tensor | None, wide: Tensor) -> Tensor:

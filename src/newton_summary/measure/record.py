@@ -47,6 +47,11 @@ class Record(NamedTuple):
     out: int
     shape: Any
 
+    @property
+    def reads(self) -> list[int]:
+        """The slots that its arguments refer to, each as often as they do."""
+        return slots_in((self.args, tuple(v for _, v in self.kwargs)))
+
 
 @dataclass(slots=True)
 class Leaf:

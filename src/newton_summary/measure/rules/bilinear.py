@@ -86,13 +86,14 @@ class Bilinear(Rule):
 
     def join(self, call: Call, right: list[Part]) -> Jet:
         """The tangents of the result, where what :meth:`right_parts` gives is there."""
-        parts = [*right]
+        parts = []
         if self.left in call.jets:
-            jet, other = call.jets[self.left], call.args[self.right]
-            parts.insert(0, self._part(call, jet, lambda some: (jet.rows[some], other), (True, False)))
+            a, other = call.jets[self.left], call.args[self.right]
+            parts.append(self._part(call, a.second, a.first, lambda some: (a.rows[some], other), (True, False)))
+        parts += right
         if self.bias is not None and self.bias in call.jets:
-            jet_of_bias = call.jets[self.bias]
-            parts.append(Part(jet_of_bias.second, jet_of_bias.first, self._bias_rows(call, jet_of_bias.rows)))
+            jet = call.jets[self.bias]
+            parts.append(Part(jet.second, jet.first, self._bias_rows(call, jet.rows)))
         return combine(sorted(parts, key=lambda p: -len(p.first)), call.out)
 
     def right_parts(self, call: Call) -> list[Part]:
@@ -101,17 +102,18 @@ class Bilinear(Rule):
         if b is None:
             return []
         left = call.args[self.left]
-        parts = [self._part(call, b, lambda some: (left, b.rows[some]), (False, True))]
+        parts = [self._part(call, b.second, b.first, lambda some: (left, b.rows[some]), (False, True))]
         common = tuple(g for g in a.first if g in b.first) if a is not None and call.third else ()
         if a is not None and common:
             x, y = (jet.dot[rows_of(jet.first, common)] for jet in (a, b))
-            parts.append(self._part(call, Jet(common, (), x), lambda some: (x[some], y[some]), (True, True), 2))
+            parts.append(self._part(call, common, (), lambda some: (x[some], y[some]), (True, True), 2))
         return parts
 
     def _part(
         self,
         call: Call,
-        jet: Jet,
+        second: Groups,
+        first: Groups,
         pair: Callable[[slice], tuple[Tensor, Tensor]],
         rows: tuple[bool, bool],
         factor: float = 1,
@@ -121,7 +123,7 @@ class Bilinear(Rule):
         def write(some: slice, out: Tensor, add: bool) -> None:
             self.product.apply(call, *pair(some), rows, out, add, factor)
 
-        return Part(jet.second, jet.first, write)
+        return Part(second, first, write)
 
     def _bias_rows(self, call: Call, rows: Tensor) -> Tensor:
         if call.op is aten.convolution.default:

@@ -47,11 +47,6 @@ class Link:
         """The arguments with what they refer to in its place."""
         return tuple(results[a.number] if isinstance(a, Earlier) else a for a in self.args)
 
-    @property
-    def is_straight(self) -> bool:
-        """Whether it has no curvature."""
-        return self.op in _STRAIGHT or (self.op is aten.mul.Tensor and sum(map(_is_earlier, self.args)) == 1)
-
 
 class Chain(Elementwise):
     """Operations on every entry of one value, from there to their last result.
@@ -70,10 +65,14 @@ class Chain(Elementwise):
 
     def __call__(self, x: Tensor) -> Any:
         """The last result; differentiable."""
+        return self._results(x)[-1]
+
+    def _results(self, x: Tensor) -> list[Any]:
+        """The argument, and the result of each link."""
         results: list[Any] = [x]
         for link in self.links:
             results.append(link.op(*link.arguments(results), **link.kwargs))
-        return results[-1]
+        return results
 
     @override
     def __repr__(self) -> str:
@@ -86,14 +85,11 @@ class Chain(Elementwise):
 
     def _expanded(self, call: Call, order: int) -> tuple[Slope, ...]:
         """The derivatives of the last result by the chain's argument; of half precision in single."""
-        x = call.args[0]
-        values: list[Any] = [x]
-        results: list[Expansion] = [[wide(x), 1.0, *[None] * (order - 1)]]
-        for link in self.links:
-            values.append(link.op(*link.arguments(values), **link.kwargs))
-            results.append([wide(values[-1]), *_derivatives(link, link.arguments(results), wide(values[-1]), order)])
-        like = wide(x)
-        return tuple(s if s is None or isinstance(s, Tensor) else like.new_full((), s) for s in results[-1][1:])
+        x, *values = map(wide, self._results(call.args[0]))
+        expansions: list[Expansion] = [[x, 1.0, *[None] * (order - 1)]]
+        for link, value in zip(self.links, values, strict=True):
+            expansions.append([value, *_derivatives(link, link.arguments(expansions), value, order)])
+        return tuple(s if s is None or isinstance(s, Tensor) else x.new_full((), s) for s in expansions[-1][1:])
 
 
 def can_link(op: Any, args: Sequence[Any], is_value: Sequence[bool], kwargs: dict[str, Any]) -> bool:
@@ -121,8 +117,18 @@ def can_link(op: Any, args: Sequence[Any], is_value: Sequence[bool], kwargs: dic
     rule = TABLE.get(op)
     if rule is None:
         return op in _STRAIGHT
-    steep = rule.steep(Call(op, tuple(args), kwargs, None, {})) if callable(rule.steep) else rule.steep
-    return not (rule.piecewise_linear or steep or op is aten.elu.default)
+    is_steep = rule.is_steep(Call(op, tuple(args), kwargs, None, {}))
+    return not (rule.piecewise_linear or is_steep or op is aten.elu.default)
+
+
+def is_straight(op: Any, values: int) -> bool:
+    """Whether a link has no curvature.
+
+    Args:
+        op: the operation.
+        values: how many of its arguments are values that move.
+    """
+    return op in _STRAIGHT or (op is aten.mul.Tensor and values == 1)
 
 
 def _is_number(argument: Any) -> bool:
@@ -138,10 +144,6 @@ def _factors(op: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> list[Any]:
 
 def _is_moderate(factor: float) -> bool:
     return 1 / _MODERATE <= abs(factor) <= _MODERATE
-
-
-def _is_earlier(argument: Any) -> bool:
-    return isinstance(argument, Earlier)
 
 
 def _derivatives(link: Link, args: Sequence[Any], value: Tensor, order: int) -> Sequence[Any]:

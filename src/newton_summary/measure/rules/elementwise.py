@@ -110,7 +110,7 @@ class Elementwise(Rule):
         """Blocks of entries, and the derivatives of three orders there."""
         point, out = (x.reshape(-1) for x in self._point(call))
         like = wide(rows[:0])
-        steep = self.steep(call) if callable(self.steep) else self.steep
+        steep = self.is_steep(call)
         for block in blocks(rows.shape[1], len(rows)):
             here = Call(call.op, (point[block], *call.args[1:]), call.kwargs, out[block], {})
             d1, d2, d3 = (
@@ -122,6 +122,10 @@ class Elementwise(Rule):
                 still = (rows[:, block] == 0).all(0)
                 d1, d2, d3 = (None if d is None else d.masked_fill(still, 0.0) for d in (d1, d2, d3))
             yield block, (zero if d1 is None else d1, zero if d2 is None else d2, d3)
+
+    def is_steep(self, call: Call) -> bool:
+        """Whether derivatives near zero overflow, where nothing may move."""
+        return self.steep(call) if callable(self.steep) else self.steep
 
     def _point(self, call: Call) -> tuple[Tensor, Tensor]:
         """Where slopes are taken: the argument and the result."""
