@@ -55,8 +55,7 @@ class GradientClipping:
         present = [g for g in gradients if g is not None]
         if not present:
             return False
-        parts = [g if type(g) is Tensor and g.layout is torch.strided else _values(g) for g in present]
-        parts = [torch.view_as_real(part) if part.is_complex() else part for part in parts]
+        parts = [_values(g) for g in present]
         exact = functools.reduce(torch.promote_types, {part.dtype for part in parts}, torch.float32)
         norms = torch.stack(torch._foreach_norm(parts, 2, dtype=exact))
         if len(present) < len(gradients):
@@ -115,6 +114,8 @@ def _follow_on_device(norms: Tensor, usual: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _values(gradient: Tensor) -> Tensor:
-    """What is stored of a gradient on this process: its shard, the values of a sparse one, or all."""
-    part = local(gradient)
-    return part._values() if part.is_sparse else part
+    """What is stored of a gradient on this process, in real numbers: its shard, the values of a sparse one, or all."""
+    if type(gradient) is not Tensor or gradient.layout is not torch.strided:
+        gradient = local(gradient)
+        gradient = gradient._values() if gradient.is_sparse else gradient
+    return torch.view_as_real(gradient) if gradient.is_complex() else gradient

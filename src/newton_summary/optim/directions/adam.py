@@ -52,7 +52,7 @@ class Adam(Stateless):
             state: the optimizer's.
             sizes: of the step, for every parameter that has a gradient.
         """
-        for alike, parameters, memories in for_one_kernel(groups, state, begin_memory, sizes):
+        for alike, parameters, memories in for_one_kernel(groups, state, begin_memory, lambda p, _: sizes[p]):
             self.descend_alike(parameters, memories, alike)
 
     def descend_alike(self, parameters: list[Tensor], memories: list[dict[str, Any]], alike: Alike) -> None:
@@ -83,7 +83,10 @@ class Adam(Stateless):
     ) -> None:
         """Moves these places by torch's Adam, in one kernel where there is one."""
         means, squares = ([m[key] for m in memories] for key in ("exp_avg", "exp_avg_sq"))
-        gradients = [_laid_out_as(place, g) for place, g in zip(places, gradients, strict=True)]
+        gradients = [
+            g if g.stride() == place.stride() else torch.empty_like(place).copy_(g)  # a kernel takes all for alike
+            for place, g in zip(places, gradients, strict=True)
+        ]
         beta = beta1 = alike.betas[0]
         if self.looks_ahead:  # with β² for β, the mean becomes β² m + (1 − β²) g, which is Nesterov's step from m
             beta, rate = beta1**2, rate * (1 - beta1 ** (2 * alike.step)) / (1 - beta1 ** (alike.step + 1))
@@ -125,7 +128,7 @@ def for_one_kernel(
     groups: Groups,
     state: State,
     begin: Callable[[Tensor, dict[str, Any]], None],
-    sizes: Mapping[Tensor, float] | None = None,
+    size_of: Callable[[Tensor, dict[str, Any]], float] | None = None,
 ) -> Iterable[tuple[Alike, list[Tensor], list[dict[str, Any]]]]:
     """The parameters that have gradients, their memories at the next step, together where one kernel can move them.
 
@@ -133,9 +136,9 @@ def for_one_kernel(
         groups: the optimizer's.
         state: the optimizer's.
         begin: fills the memory of a parameter before its first step.
-        sizes: of the step, for every parameter that has a gradient.  Default: 1.
+        size_of: of the step, by the parameter and its memory.  Default: 1.
     """
-    kernels: dict[Alike, tuple[list[Tensor], list[dict[str, Any]]]] = {}
+    kernels: dict[tuple[Any, ...], tuple[list[Tensor], list[dict[str, Any]]]] = {}
     for group in groups:
         betas, eps = tuple(group["betas"]), group["eps"]
         for p in group["params"]:
@@ -145,11 +148,13 @@ def for_one_kernel(
             if "step" not in memory:
                 begin(p, memory)
             memory["step"] += 1
-            alike = Alike(p.dtype, betas, eps, memory["step"], 1.0 if sizes is None else sizes[p])
-            parameters, memories = kernels.setdefault(alike, ([], []))
+            key = p.dtype, betas, eps, memory["step"], 1.0 if size_of is None else size_of(p, memory)
+            if key not in kernels:
+                kernels[key] = [], []
+            parameters, memories = kernels[key]
             parameters.append(p)
             memories.append(memory)
-    return [(alike, *found) for alike, found in kernels.items()]
+    return [(Alike(*key), *found) for key, found in kernels.items()]
 
 
 def begin_memory(parameter: Tensor, memory: dict[str, Any]) -> None:
@@ -175,8 +180,3 @@ def _by_torch(tensors: tuple[list[Tensor], ...], step: int, options: dict[str, A
     else:
         steps = [torch.full((), step - 1.0, dtype=torch.float32, device=device) for _ in places]  # which it counts on
         adam(places, gradients, means, squares, [], steps, **options)
-
-
-def _laid_out_as(like: Tensor, gradient: Tensor) -> Tensor:
-    """The gradient with these strides: fused kernels take them for those of all their tensors."""
-    return gradient if gradient.stride() == like.stride() else torch.empty_like(like).copy_(gradient)

@@ -87,8 +87,12 @@ class SOAP(NAdam):
 
     def descend(self, groups: Groups, state: State, sizes: Mapping[Tensor, float]) -> None:
         """θ ← θ − size · u, as with the u of :meth:`update`, but without tensors for u where they would be large."""
-        of_kernels = {p: size if self._moves_alone(p, state.get(p, {})) else _TOGETHER for p, size in sizes.items()}
-        for alike, parameters, memories in for_one_kernel(groups, state, self._begin, of_kernels):
+
+        def size_of_kernel(p: Tensor, memory: dict[str, Any]) -> float:
+            is_alone = p.numel() >= _LARGE and not _is_factored(memory)  # a tensor for its step would take longer
+            return sizes[p] if is_alone else _TOGETHER
+
+        for alike, parameters, memories in for_one_kernel(groups, state, self._begin, size_of_kernel):
             if alike.size != _TOGETHER:
                 self.descend_alike(parameters, memories, alike)
                 continue
@@ -103,16 +107,11 @@ class SOAP(NAdam):
             gradients[number] = self._observe(gradients[number], memories[number])
         steps = self.directions(gradients, memories, alike)
         for number in factored:
-            steps[number] = _back(steps[number], memories[number]).view(parameters[number].shape)
+            step, shape = _back(steps[number], memories[number]), parameters[number].shape
+            steps[number] = step if len(shape) == 2 else step.view(shape)
             if alike.step % self.refresh_every == 0:
                 _refresh(memories[number])
         return steps
-
-    def _moves_alone(self, parameter: Tensor, memory: dict[str, Any]) -> bool:
-        """Whether a parameter has no factor, and a tensor for its step would take longer than a kernel of its own."""
-        if parameter.numel() < _LARGE:
-            return False
-        return not (_is_factored(memory) if "step" in memory else any(self.sides_of(parameter)))
 
     def sides_of(self, parameter: Tensor) -> Sides:
         """Which sides of a parameter have factors."""
@@ -135,7 +134,7 @@ class SOAP(NAdam):
 
     def _observe(self, gradient: Tensor, memory: dict[str, Any]) -> Tensor:
         """Takes a gradient into the factors, and turns it into their bases."""
-        matrix = turned = gradient.reshape(memory["exp_avg"].shape)
+        matrix = turned = gradient if gradient.dim() == 2 else gradient.reshape(memory["exp_avg"].shape)
         transposed = matrix.T
         if _OUT.factor in memory:
             self._take_in(memory, _OUT, matrix, transposed)
