@@ -10,6 +10,7 @@ import pytest
 import torch
 from test_distributed import BATCH, DTYPE, loss_fn, make_data, make_model, plain_loader
 from torch import nn
+from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
 
 import newton_summary as ns
 from newton_summary.solve import Status
@@ -54,6 +55,42 @@ def test_micro_batches_add_up_to_a_batch(direction, explicit) -> None:
             optimizer.step()
     assert_same(model, twin, tolerance=1e-10)
     assert many.counts == one.counts
+
+
+# Profilers and hooks --------------------------------------------------------------------------------------------------
+
+
+def test_a_profiler_sees_steps_and_gradients_cleared_as_those_of_torchs_optimizers() -> None:
+    data, model = batches(), make_model()
+    optimizer = ns.NewtonSummary(model, loss_fn, curvature_data=plain_loader())
+    run(model, optimizer, data, 2)
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profiler:
+        run(model, optimizer, data, 3)
+    run(model, optimizer, data, 1)
+    counts = {event.key: event.count for event in profiler.key_averages()}
+    assert counts["Optimizer.step#NewtonSummary.step"] == 3
+    assert counts["Optimizer.zero_grad#NewtonSummary.zero_grad"] == 3
+
+
+def test_hooks_on_steps_are_called_with_every_one_and_while_they_are_there() -> None:
+    called: list[str] = []
+    data, model = batches(), make_model()
+    optimizer = ns.NewtonSummary(model, loss_fn, curvature_data=plain_loader())
+    run(model, optimizer, data, 1)
+    handles = [
+        optimizer.register_step_pre_hook(lambda *_: called.append("before")),
+        optimizer.register_step_post_hook(lambda *_: called.append("after")),
+        register_optimizer_step_pre_hook(lambda *_: called.append("before any")),
+        register_optimizer_step_post_hook(lambda *_: called.append("after any")),
+    ]
+    for number, handle in enumerate(handles):
+        called.clear()
+        run(model, optimizer, data, 1)
+        assert sorted(called) == sorted(["before", "after", "before any", "after any"][number:])
+        handle.remove()
+    called.clear()
+    run(model, optimizer, data, 1)
+    assert not called
 
 
 # Mixed precision ------------------------------------------------------------------------------------------------------

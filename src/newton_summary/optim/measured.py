@@ -33,6 +33,7 @@ from newton_summary.optim.state import (
     packed,
     unpack,
 )
+from newton_summary.optim.unlabelled import is_profiled, unlabelled
 from newton_summary.parallel.sharding import place_of, unsharded
 from newton_summary.partition import Partition
 from newton_summary.solve import Status
@@ -161,6 +162,7 @@ class MeasuredOptimizer(torch.optim.Optimizer):
 
     # One step ---------------------------------------------------------------------------------------------------------
 
+    @unlabelled
     @uncompiled
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
@@ -242,10 +244,10 @@ class MeasuredOptimizer(torch.optim.Optimizer):
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Clears the gradients, and the direction that was computed of them if no step was taken."""
         self._forget_gradients()
-        if not set_to_none:
+        if is_profiled() or not set_to_none:
             super().zero_grad(set_to_none)
             return
-        for p in self.partition.parameters:  # torch's way labels this for profilers, and takes five times as long
+        for p in self.partition.parameters:  # torch's way takes five times as long
             p.grad = None
 
     def eval(self) -> None:
