@@ -99,8 +99,10 @@ def test_a_divergence_is_above_the_first_loss_and_far_above_the_average() -> Non
     before = copy.deepcopy(adaptation.state_dict())
     assert not adaptation.is_suspicious(1.99), "not above the first loss"
     assert adaptation.is_suspicious(2.1)
-    assert not adaptation.has_diverged(2.1, 1.2), "a difference as large as nine usual ones"
-    assert adaptation.has_diverged(2.1, 1.05)
+    assert not adaptation.has_diverged(2.1, 1.85), "a difference as large as two usual ones"
+    assert adaptation.has_diverged(2.1, 1.75)
+    assert adaptation.has_diverged(2.6, 2.1), "the average is a little above the first loss, by its batch"
+    assert not adaptation.has_diverged(2.6, 2.2)
     assert adaptation.has_diverged(math.nan, 1.05)
     assert not adaptation.is_suspicious(1.99, gain=9.9), "below the first loss, a hundred times"
     assert adaptation.is_suspicious(1.99, gain=10.1)

@@ -25,7 +25,8 @@ class Constants:
         part: of the way from the weights to their average, where the two are compared.
         recent: the share of a comparison in what differences are as a rule.
         outlier: how many times the usual difference between weights and average makes a divergence, where the loss is
-            above that at the beginning, too; elsewhere its square.
+            above that at the beginning, too.
+        leap: the same elsewhere.
         cut: what rates are divided by after a divergence, or where the loss has risen.
     """
 
@@ -35,7 +36,8 @@ class Constants:
     window: float = 12.0
     part: float = 2 / 3
     recent: float = 0.3
-    outlier: float = 10.0
+    outlier: float = 3.0
+    leap: float = 100.0
     cut: float = 4.0
 
 
@@ -113,19 +115,21 @@ class RateAdaptation:
     def has_diverged(self, loss: float, average: float) -> bool:
         """Whether the weights should go back to their average, where they are suspicious.
 
-        That is where the average is not, and its loss is lower by far more than the two differ as a rule.  Where that
-        of the average is suspicious, too, the batch may be what is wrong, and the average is nothing to go back to.
+        That is where the loss is lower at the average by far more than the two differ as a rule, and by more than that
+        is above the loss at the beginning: else the batch may be what is wrong, and the average is nothing to go to.
         """
-        if not math.isfinite(average) or self._is_above_first(average):
+        if not math.isfinite(average):
             return False
-        return not loss - average <= self._least(loss)
+        gain = loss - average if math.isfinite(loss) else math.inf
+        rise = 0.0 if self._first is None else average - self._first
+        return gain > max(self._least(loss), self.constants.outlier * rise)
 
     def _is_above_first(self, loss: float) -> bool:
         return self._first is not None and loss > self._first
 
     def _least(self, loss: float) -> float:
-        """The least difference that makes a divergence: above the first loss ten usual ones, below it a hundred."""
-        times = self.constants.outlier if self._is_above_first(loss) else self.constants.outlier**2
+        """The least difference that makes a divergence: above the first loss three usual ones, below it a hundred."""
+        times = self.constants.outlier if self._is_above_first(loss) else self.constants.leap
         return times * math.sqrt(self._square)
 
     def roll_back(self) -> None:
