@@ -35,7 +35,7 @@ def parameters(checkpoint: Path) -> list[torch.Tensor]:
     return list(saved["model"].values())
 
 
-OPTIONS = ["--epochs", EPOCHS, "--timeout", 20, "--checkpoint"]
+OPTIONS = ["--epochs", EPOCHS, "--timeout", 40, "--checkpoint"]
 
 
 @pytest.fixture(scope="module")
