@@ -37,8 +37,6 @@ class Frozen:
 
     def warn(self) -> None:
         """Says, once, which of those that were frozen take gradients now."""
-        if not any(p.requires_grad for p in self._parameters.values()):
-            return
         found = [name for name, p in self._parameters.items() if p.requires_grad]
         self._say({name: self._parameters.pop(name) for name in found}, "frozen when that was made")
 

@@ -115,8 +115,9 @@ class RateAdaptation:
     def has_diverged(self, loss: float, average: float) -> bool:
         """Whether the weights should go back to their average, where they are suspicious.
 
-        That is where the loss is lower at the average by far more than the two differ as a rule, and by more than that
-        is above the loss at the beginning: else the batch may be what is wrong, and the average is nothing to go to.
+        That is where the loss is lower at the average by far more than the two differ as a rule, and by ``outlier``
+        times what that is above the loss at the beginning: else the batch may be what is wrong, and the average is
+        nothing to go back to.
         """
         if not math.isfinite(average):
             return False

@@ -13,10 +13,10 @@ _Step = TypeVar("_Step", bound=Callable[..., Any])
 
 
 def unlabelled(step: _Step) -> _Step:
-    """An optimizer's step, which torch leaves as it is: it runs the optimizer's hooks, if there are any, and no label.
+    """An optimizer's step, in what torch puts around it only where something is hooked or a profiler looks.
 
-    Torch puts a loop over hooks and a label for profilers around the step of every optimizer.  On a small network,
-    whose time goes into calls, that is a tenth of a training step, for nothing in most of them.
+    Torch puts a loop over hooks and a label for profilers around every step of every optimizer.  On a small network,
+    whose time goes into calls, that is a tenth of a training step, mostly for nothing.
     """
     labelled = torch.optim.Optimizer.profile_hook_step(step)
 

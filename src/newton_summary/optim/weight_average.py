@@ -130,8 +130,6 @@ class WeightAverage:
     def _kept(self, state: State, key: str) -> list[Tensor]:
         """What is kept of each parameter; at first itself."""
         memories = [state[p] for p in self.parameters]
-        if all(key in memory for memory in memories):
-            return [memory[key] for memory in memories]
         for memory, p in zip(memories, self.parameters, strict=True):
             if key not in memory:
                 with torch.inference_mode(False):  # one that was made under inference_mode() could not be written later

@@ -149,9 +149,7 @@ def for_one_kernel(
                 begin(p, memory)
             memory["step"] += 1
             key = p.dtype, betas, eps, memory["step"], 1.0 if size_of is None else size_of(p, memory)
-            if key not in kernels:
-                kernels[key] = [], []
-            parameters, memories = kernels[key]
+            parameters, memories = kernels.setdefault(key, ([], []))
             parameters.append(p)
             memories.append(memory)
     return [(Alike(*key), *found) for key, found in kernels.items()]
