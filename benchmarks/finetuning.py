@@ -4,9 +4,9 @@
 
 Two networks are trained, lose their heads, and learn something else: a residual network the other five classes of
 CIFAR-10, a transformer other plays of Shakespeare.  AdamW trains them at the rates of ``suggest_rates``, which is told
-the number of steps and nothing else, and at every pair of a sweep: the head's rate, and the factor by which the rate
-falls from each layer to the one before it, 1 being one rate for all.  Runs stay in results/finetuning.jsonl, and what
-is there is not run again.  With ``--device cuda``: results/finetuning-cuda.*.
+the number of steps, for every tensor and for all together; and at every pair of a sweep: the head's rate, and the
+factor by which the rate falls from each layer to the one before it, 1 being one rate for all.  Runs stay in
+results/finetuning.jsonl, and what is there is not run again.  With ``--device cuda``: results/finetuning-cuda.*.
 """
 
 from __future__ import annotations
@@ -36,6 +36,7 @@ SEEDS = (0, 1, 2)
 HEAD_RATES = (3e-4, 1e-3, 3e-3, 1e-2)
 DECAYS = (1.0, 0.95, 0.85, 0.75, 0.65)
 BEFORE, STEPS, BATCH = 600, 300, 32
+SUGGESTED = {"suggested": None, "suggested, one rate": "trivial"}  # and the partition
 BEFORE_RATE = 3e-3  # of Adam, before the head is fresh
 
 Samples = tuple[Tensor, Tensor]
@@ -138,16 +139,17 @@ def decayed(model: nn.Sequential, rate: float, decay: float) -> list[dict[str, o
 def runs_of(
     task: Task, seed: int, known: Callable[[str], bool], clock: Clock
 ) -> Iterator[tuple[str, dict[str, float]]]:
-    """Whatever is not known yet, by name: "suggested", or the head's rate and the decay."""
+    """Whatever is not known yet, by name: one of those suggested, or the head's rate and the decay."""
     body = pretrained(task, seed)
-    for name in ("suggested", *(f"{rate:g}, {decay:g}" for rate in HEAD_RATES for decay in DECAYS)):
+    for name in (*SUGGESTED, *(f"{rate:g}, {decay:g}" for rate in HEAD_RATES for decay in DECAYS)):
         if known(name):
             continue
         model, start = copy.deepcopy(body), clock.now()
-        if name == "suggested":
+        if name in SUGGESTED:
             loader = DataLoader(TensorDataset(*task.after), BATCH, shuffle=True, drop_last=True)
             usual = torch.optim.AdamW(model.parameters(), 1e-3)
-            groups = ns.suggest_rates(task.loss_fn, model, loader, usual, steps=STEPS, seed=seed).param_groups
+            options = {"steps": STEPS, "seed": seed, "partition": SUGGESTED[name]}
+            groups = ns.suggest_rates(task.loss_fn, model, loader, usual, **options).param_groups
         else:
             groups = decayed(model, *map(float, name.split(", ")))
         found, start = clock.now() - start, clock.now()
@@ -165,29 +167,28 @@ def table(records: list[dict[str, object]]) -> str:
         "over all that it was fine-tuned on and over what was held out, medians of seeds. “Best decay” and “one rate”",
         "are the best pair of head's rate and decay, and the best rate without a decay, of a sweep of "
         f"{len(HEAD_RATES)} × {len(DECAYS)}, each",
-        "chosen by the loss of its own row. Time is that of the suggestion, as a share of the training that follows.",
+        "chosen by the loss of its own row. Suggested: for every tensor, and one rate for all of them; the loss, the",
+        "ratio to that of the best decay, and the time that the suggestion took, as a share of the training's.",
         "Written by `python benchmarks/finetuning.py`.",
         "",
-        "| task | loss | suggested | best decay | one rate | suggested / best decay | time | seeds |",
-        "|---|---|---|---|---|---|---|---|",
+        "| task | loss | best decay | one rate | suggested for every tensor | suggested, one rate | seeds |",
+        "|---|---|---|---|---|---|---|",
     ]
     for task in tasks():
         of_task = [r for r in records if r["task"] == task.name]
         seeds = {r["seed"] for r in of_task}
+        runs = {r["run"]: [q for q in of_task if q["run"] == r["run"]] for r in of_task}
         for which, shown in (("train", "training"), ("held", "held out")):
-            medians = {
-                name: median(r[which] for r in of_task if r["run"] == name)
-                for name in dict.fromkeys(r["run"] for r in of_task)
-            }
-            ours = medians.pop("suggested")
+            medians = {name: median(r[which] for r in own) for name, own in runs.items()}
+            ours = {name: medians.pop(name) for name in SUGGESTED}
             best = min(medians, key=lambda name: medians[name])
             uniform = min((name for name in medians if name.endswith(", 1")), key=lambda name: medians[name])
-            share = median(r["share"] for r in of_task if r["run"] == "suggested")
-            cells = [f"{medians[name]:.3g} ({name.replace(', ', ' × ')})" for name in (best, uniform)]
-            lines.append(
-                f"| {task.name} | {shown} | {ours:.3g} | {cells[0]} | {cells[1].split(' ×')[0]}) "
-                f"| {ours / medians[best]:.2f} | {share:.0%} | {len(seeds)} |"
-            )
+            cells = [f"{medians[best]:.3g} ({best.replace(', ', ' × ')})"]
+            cells += [f"{medians[uniform]:.3g} ({uniform.removesuffix(', 1')})"]
+            for name, loss in ours.items():
+                share = median(r["share"] for r in runs[name])
+                cells.append(f"{loss:.3g}, {loss / medians[best]:.2f}, {share:.0%}")
+            lines.append(f"| {' | '.join([task.name, shown, *cells, str(len(seeds))])} |")
     return "\n".join(lines) + "\n"
 
 
@@ -197,11 +198,12 @@ def main() -> None:
     device = parser.parse_args().device
     clock = Clock(device, processor=True)
     torch.set_num_threads(1)
+    torch.optim.Adam(nn.Linear(1, 1).parameters())  # the first optimizer of a process imports torch's compiler
     path = results_of(RESULTS / "finetuning.jsonl", device)
     runs = jsonl.read(path)
     for seed, task in tqdm([(seed, task) for seed in SEEDS for task in tasks()], desc="tasks"):
         done = {r["run"] for r in runs if (r["task"], r["seed"]) == (task.name, seed)}
-        if len(done) == 1 + len(HEAD_RATES) * len(DECAYS):
+        if len(done) == len(SUGGESTED) + len(HEAD_RATES) * len(DECAYS):
             continue
         for name, numbers in runs_of(task.on(clock.device), seed, done.__contains__, clock):
             jsonl.append(path, {"task": task.name, "seed": seed, "run": name, **numbers}, digits=4)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -25,11 +25,11 @@ from newton_summary.watch.rehearsal import rehearsal
 from newton_summary.watch.words import times
 
 _HEADER = ("group", "learning rate", "before", "factor")
-_MEASURED = 4  # batches that the rates are measured on
+_MEASURED = 2  # batches that the rates are measured on
 _WIDEST = 100.0  # no group's own rate counts as further than this from the shared one
 _MOST_DOUBLINGS = 6  # of all rates, up or down, in the trials
 _EPOCHS, _STEPS = 10, 1000  # of a training whose length is not told: where the data has a length, and where not
-_TRIAL = 1 / 100  # of the training, which is the length of a trial: some six or seven of them are needed
+_TRIAL = 1 / 125  # of the training, which is the length of a trial: three to six of them are needed
 _SHORTEST, _LONGEST = 8, 120  # of trials, in steps
 _SURER = 50  # steps of a trial, below which suggestions of some trainings are far too long
 _NORMAL = 1.4826  # the standard deviation of a normal distribution in its median deviations
@@ -114,16 +114,17 @@ def suggest_rates(
     1. Along the optimizer's next step the loss is measured on batches that the step does not come from.  The best rate
        of each group alone and the best rate that all could share are averaged, logarithmically: the first
        knows the layers, the second their interactions.  An exact line search in the quadratic model sets their scale.
-    2. One step says little of many.  So the model is trained for a while, a hundredth of ``steps`` but 8 to 120, with
-       multiples of these rates, a factor of 2 apart and then √2, until the best one lies between worse ones.  What
-       counts is the median loss of the second half.  Of multiples that cannot be told from the best one, batch by
-       batch, the largest is taken.  What is added to a loss, or multiplies it, does not matter.
+    2. One step says little of many.  So the model is trained for a while, 1 / 125 of ``steps`` but 8 to 120, with
+       multiples of these rates, a factor of 2 apart, until the best one lies between worse ones.  What counts is the
+       median loss of the second half; but a training in which a tensor stops learning, because its gradient is 0 on
+       every batch of the second half, is worse than any in which none does.  Of multiples that cannot be told from the
+       best one, batch by batch, the largest is taken.  What is added to a loss, or multiplies it, does not matter.
     3. A training is longer than its trial, and the longer it is, the shorter are the steps that are best for it.  Where
        noise limits them, the best constant rate falls with the square root of the length; where curvature does, it
        stays what it is.  Half way between both, the trial's rates are multiplied by (trial / training)^¼; but not
        where a schedule brings the rates to zero.
 
-    All trials together take about a tenth of the training, less of a long one.
+    All that takes some 4 to 10 % of a training of a thousand steps, less of a longer one.
 
     The model is trained itself, not copied, by a shadow of the optimizer, whose hooks do not run.  After each training,
     and after an error, the model, the optimizer and all random states are what they were (docs/monitor.md).
@@ -218,14 +219,32 @@ def profile(summary: Summary) -> Tensor:
     return result
 
 
-def search(run: Callable[[float], Tensor]) -> tuple[float, dict[float, float]]:
-    """The largest multiple that is as good as the best: by steps of 2 from 1 to where losses rise, then by √2.
+class Tried(NamedTuple):
+    """What a training came to.
+
+    Args:
+        losses: of the second half, shape (n,); infinite where it diverged.
+        dead: whether some tensor that learnt at first no longer does, such as the weights before units that are always
+            off: low as the loss may be, that of a constant soon is, it stays there.
+    """
+
+    losses: Tensor
+    dead: bool = False
+
+    @property
+    def median(self) -> float:
+        """The median loss."""
+        return float(self.losses.median())
+
+
+def search(run: Callable[[float], Tried]) -> tuple[float, dict[float, float]]:
+    """The largest multiple that is as good as the best, by steps of 2 from 1 to where losses rise.
 
     Where a training with the first multiples diverges, it goes on from smaller ones.
 
     Args:
-        run: losses of a training with a multiple, shape (n,), those of the same batches for all; infinite where it
-            diverged.  Their median counts.
+        run: trains with a multiple, on the same batches every time.  The median loss counts, and first whether it is of
+            a network that learns on.
 
     Returns:
         That multiple, and all medians by multiple, in ascending order.
@@ -233,28 +252,30 @@ def search(run: Callable[[float], Tensor]) -> tuple[float, dict[float, float]]:
     Raises:
         ValueError: all trainings diverged.
     """
-    losses: dict[int, Tensor] = {}  # by half powers of two
+    tried: dict[int, Tried] = {}  # by powers of two
 
-    def at(half: int) -> float:
-        if half not in losses:
-            losses[half] = run(2 ** (half / 2))
-        return float(losses[half].median())
+    def at(power: int) -> tuple[bool, float]:
+        if power not in tried:
+            tried[power] = run(2.0**power)
+        return math.isinf(tried[power].median) or tried[power].dead, tried[power].median
 
     start = 0
-    while math.isinf(at(start)) and start > -2 * _MOST_DOUBLINGS:
-        start -= 4
-    best = min((start, start + 2, start - 2), key=at)
-    stride = best - start
-    while stride and abs(best + stride) <= 2 * _MOST_DOUBLINGS and at(best + stride) < at(best):
-        best += stride
-    lowest = best = min((best, best + 1, best - 1), key=at)
-    if math.isinf(at(lowest)):
+    while at(start)[0] and start > -_MOST_DOUBLINGS:
+        start -= 2
+    lowest = min((start, start + 1, start - 1), key=at)
+    stride = lowest - start
+    while stride and abs(lowest + stride) <= _MOST_DOUBLINGS and at(lowest + stride) < at(lowest):
+        lowest += stride
+    failed, loss = at(lowest)
+    if math.isinf(loss):
         raise ValueError(
             "every trial diverged: the loss is not finite on some of these batches at any rate; look for it in them"
         )
-    while best < 2 * _MOST_DOUBLINGS and math.isfinite(at(best + 1)) and is_as_good(losses[best + 1], losses[lowest]):
+    best = lowest
+    reference = tried[lowest].losses
+    while best < _MOST_DOUBLINGS and at(best + 1)[0] <= failed and is_as_good(tried[best + 1].losses, reference):
         best += 1
-    return 2 ** (best / 2), {2 ** (half / 2): at(half) for half in sorted(losses)}
+    return 2.0**best, {2.0**power: tried[power].median for power in sorted(tried)}
 
 
 def is_as_good(losses: Tensor, others: Tensor) -> bool:
@@ -279,11 +300,11 @@ class _Trials:
 
     def measure(self, engine: Engine) -> Summary:
         """The summary along the next step at learning rates of 1, on batches other than the step's own."""
-        stream, device = BatchStream(self.batches, self.seed, what="batches"), self.partition.device
-        with rehearsal(self.loss, self.optimizer, list(self.partition.parameters)) as trained:
-            trained.backward(stream.next(device))
-            along = next_step(trained.optimizer, self.partition.parameters)
-            others = (stream.next(device) for _ in range(_MEASURED))
+        stream, parameters = BatchStream(self.batches, self.seed, what="batches"), self.partition.parameters
+        with rehearsal(self.loss, self.optimizer, list(parameters), self.seed) as trained:
+            trained.backward(trained.next(stream))
+            along = next_step(trained.optimizer, parameters)
+            others = (trained.next(stream) for _ in range(_MEASURED))
             parts = [engine.measure(self.loss, batch, self.partition, along, 3, "diagonal").cpu() for batch in others]
         failed = sum(not part.is_finite() for part in parts)
         if failed:
@@ -293,19 +314,23 @@ class _Trials:
             )
         return Summary.mean(parts)
 
-    def run(self, rates: list[float], steps: int) -> Tensor:
-        """The losses of the second half of a short training; infinite where it diverged."""
+    def run(self, rates: list[float], steps: int) -> Tried:
+        """A short training, from the start."""
         stream, parameters = BatchStream(self.batches, self.seed, what="batches"), self.partition.parameters
         losses: list[float] = []
-        with rehearsal(self.loss, self.optimizer, list(parameters)) as trained:
-            torch.manual_seed(self.seed)
+        half = steps // 2
+        with rehearsal(self.loss, self.optimizer, list(parameters), self.seed) as trained:
             trained.set_rates(dict(zip(parameters, map(float, self.partition.spread(rates)), strict=True)))
             while len(losses) < steps:
-                losses.append(trained.backward(stream.next(self.partition.device)))
+                losses.append(trained.backward(trained.next(stream)))
                 if not math.isfinite(losses[-1]):
-                    return torch.full((steps - steps // 2,), math.inf, dtype=torch.float64)
+                    return Tried(torch.full((steps - half,), math.inf, dtype=torch.float64))
+                if len(losses) == 1:
+                    silent = trained.learning()  # in the second half, until their first gradient there
+                if len(losses) > half and silent:
+                    silent = silent - trained.learning()
                 trained.step()
-        return torch.tensor(losses[steps // 2 :], dtype=torch.float64)
+        return Tried(torch.tensor(losses[half:], dtype=torch.float64), dead=bool(silent))
 
 
 def _rates_of(optimizer: torch.optim.Optimizer, partition: Partition) -> dict[str, float]:

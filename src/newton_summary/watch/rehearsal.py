@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -16,6 +16,7 @@ from newton_summary.measure.batches import kept, map_tensors
 from newton_summary.measure.journal import Journal, watching
 from newton_summary.measure.loss import check_dependence, gradients_of, scalar, without_hooks
 from newton_summary.measure.next_step import shadow_of
+from newton_summary.measure.stream import BatchStream
 from newton_summary.measure.together import members_of, take_step
 
 
@@ -44,6 +45,10 @@ class Rehearsal:
         for group in self.optimizer.param_groups:
             group["lr"] = rates[group["params"][0]]
 
+    def next(self, stream: BatchStream) -> Any:
+        """The next batch of a stream.  What it draws is drawn in this training, after which states are put back."""
+        return stream.next(self._parameters[0].device, rewind=_nothing)
+
     def backward(self, batch: Any) -> float:
         """Computes gradients on a batch, and gives the loss.
 
@@ -62,9 +67,18 @@ class Rehearsal:
             p.grad = None if gradient is None else gradient.clone()  # which may be a view, of another one even
         return float(value.detach())
 
+    def learning(self) -> set[Tensor]:
+        """The tensors whose gradient is not zero; a sparse one never counts as zero."""
+        gradients = ((p, p.grad) for p in self._parameters if p.grad is not None)
+        return {p for p, gradient in gradients if gradient.layout is not torch.strided or gradient.any()}
+
     def step(self) -> None:
         """Takes the shadow's step."""
         take_step(self.optimizer)
+
+
+def _nothing() -> None:
+    """There is nothing to be done."""
 
 
 def _copy(tensor: Tensor) -> Tensor:
@@ -75,7 +89,7 @@ def _copy(tensor: Tensor) -> Tensor:
 
 
 @contextlib.contextmanager
-def rehearsal(loss: Loss, optimizer: torch.optim.Optimizer, parameters: list[Tensor]) -> Iterator[Rehearsal]:
+def rehearsal(loss: Loss, optimizer: torch.optim.Optimizer, parameters: list[Tensor], seed: int) -> Iterator[Rehearsal]:
     """A block in which a model may be trained, and after which everything is as it was, however it ends.
 
     Parameters, gradients, buffers, attributes of modules, random states, the optimizer, bit for bit.  The model is not
@@ -85,6 +99,7 @@ def rehearsal(loss: Loss, optimizer: torch.optim.Optimizer, parameters: list[Ten
         loss: the loss and its model.
         optimizer: any optimizer whose ``step()`` needs no closure; no hook of it is called.
         parameters: the tensors to train, all of them in the optimizer.
+        seed: fixes the random numbers that are drawn within.
     """
     model = loss.model
     held = list({id(p): p for p in (*parameters, *(q for g in optimizer.param_groups for q in g["params"]))}.values())
@@ -96,6 +111,7 @@ def rehearsal(loss: Loss, optimizer: torch.optim.Optimizer, parameters: list[Ten
         try:
             for p in held:
                 p.grad = None
+            _seed(seed, loss.devices)
             yield Rehearsal(loss, shadow, parameters, journal)
         finally:
             attributes.restore()
@@ -104,3 +120,12 @@ def rehearsal(loss: Loss, optimizer: torch.optim.Optimizer, parameters: list[Ten
                 for p, content, gradient in zip(held, before, gradients, strict=True):
                     p.copy_(content)
                     p.grad = gradient
+
+
+def _seed(seed: int, devices: Iterable[torch.device]) -> None:
+    """Seeds the generators of the host and of these devices: torch's own function seeds all that there ever will be."""
+    torch.default_generator.manual_seed(seed)
+    for device in devices:
+        module = torch.get_device_module(device)
+        with module.device(device) if hasattr(module, "device") else contextlib.nullcontext():
+            module.manual_seed(seed)
