@@ -151,9 +151,9 @@ def test_losses_along_are_the_losses_after_each_groups_step():
                     p.copy_(old)
 
 
-def suggested_rates(count, trials, chosen):
+def suggested_rates(count, trials, chosen, dead=()):
     rates = {f"layer{i}.weight": 1e-3 * 4.0 ** (i % 8) for i in range(count)}
-    return SuggestedRates(rates, dict.fromkeys(rates, 1e-4), [], trials, chosen, 1000, 10, [])
+    return SuggestedRates(rates, dict.fromkeys(rates, 1e-4), [], trials, chosen, 1000, 10, [], dead=dead)
 
 
 def test_a_suggestion_shows_losses_over_rates_and_the_rates_of_groups():
@@ -176,6 +176,17 @@ def test_a_suggestion_shows_losses_over_rates_and_the_rates_of_groups():
     ]
     assert above.get_xscale() == below.get_xscale() == "log"
     figure.draw_without_rendering()
+
+
+def test_a_suggestion_shows_where_tensors_stop_learning():
+    above = plots.suggestion(suggested_rates(3, {1.0: 0.5, 2.0: 0.25, 4.0: 0.1, 8.0: 0.2}, 2.0, dead=(4.0, 8.0))).axes[
+        0
+    ]
+    _, dead, chosen, _ = above.lines
+    assert list(dead.get_xdata()) == pytest.approx([16e-3, 32e-3])
+    assert list(dead.get_ydata()) == [0.1, 0.2]
+    assert (dead.get_markerfacecolor(), chosen.get_ydata()[0]) == ("white", 0.25)
+    assert "stopped learning" in above.get_legend().get_texts()[0].get_text()
 
 
 @pytest.mark.parametrize(("losses", "scale"), [((20.0, 1.0), "log"), ((1.5, 1.0), "linear"), ((20.0, -1.0), "linear")])

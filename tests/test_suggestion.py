@@ -69,7 +69,8 @@ def tried(loss: float, dead: bool = False) -> Tried:
 
 @pytest.mark.parametrize("best", [1.0, 1.5, 3.0, 0.3, 20.0, 1 / 30, 1e9])
 def test_the_search_ends_between_worse_multiples(best: float) -> None:
-    multiple, scores = search(lambda m: tried(math.inf if m > 40 * best else 1 + abs(math.log(m / best))))
+    multiple, found = search(lambda m: tried(math.inf if m > 40 * best else 1 + abs(math.log(m / best))))
+    scores = {m: one.median for m, one in found.items()}
     assert list(scores) == sorted(scores)
     assert scores[multiple] == min(scores.values())
     if 1 / 64 <= best <= 64:
@@ -104,7 +105,10 @@ def test_the_search_prefers_what_learns_on() -> None:
     """A network that died has a low loss soon, that of a constant."""
     multiple, seen = search(lambda m: tried(0.1, dead=True) if m > 0.2 else tried(1 + abs(math.log(m / 0.1))))
     assert multiple == 1 / 8
-    assert seen[1.0] == pytest.approx(0.1)  # as it was
+    assert seen[1.0].dead
+    assert seen[1.0].median == pytest.approx(0.1)
+    multiple, seen = search(lambda m: tried(0.1, dead=True) if m > 0.05 else tried(1 + abs(math.log(m * 1000))))
+    assert multiple == 1 / 1024  # six doublings are counted from where nothing fails
     multiple, seen = search(lambda m: tried(math.inf if m > 0.2 else 1 + abs(math.log(m / 0.1)), dead=True))
     assert multiple == 1 / 8  # where all die, the best of them
 
@@ -362,7 +366,7 @@ def test_what_the_partition_leaves_out_stays_in_the_optimizer_as_it_was() -> Non
 def test_the_search_goes_on_from_smaller_multiples_where_the_first_diverge() -> None:
     multiple, seen = search(lambda m: tried(math.inf if m > 0.05 else 1 + abs(math.log(m / 0.02))))
     assert multiple == 1 / 64
-    assert math.isinf(seen[1.0])
+    assert math.isinf(seen[1.0].median)
     with pytest.raises(ValueError, match="every trial diverged"):
         search(lambda m: tried(math.inf))
 
@@ -442,6 +446,9 @@ def test_no_rates_are_suggested_that_kill_a_network() -> None:
 
     suggested = ns.suggest_rates(huber, model, batches, torch.optim.Adam(model.parameters(), lr=1e-3), steps=400)
     assert max(suggested.rates.values()) < 0.5  # 351 where the loss alone counted
+    assert suggested.chosen < min(suggested.dead)
+    assert set(suggested.dead) < set(suggested.trials)
+    assert re.search(r"at \S+ these rates some tensor stops learning", repr(suggested))
     optimizer = torch.optim.Adam(suggested.param_groups)
     for i in range(400):
         optimizer.zero_grad()

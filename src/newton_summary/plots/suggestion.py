@@ -13,6 +13,7 @@ if TYPE_CHECKING:
 
 _BLUE, _ORANGE, _GREEN = SERIES[:3]
 _CHOSEN = "chosen: the largest that cannot\nbe told from the best"
+_DEAD = "a tensor stopped learning"
 _ROW = 0.22  # inches that a group takes
 _MOST_NAMED = 60
 
@@ -21,9 +22,10 @@ def suggestion(suggested: SuggestedRates) -> Figure:
     """What :func:`~newton_summary.suggest_rates` tried, and what it suggests for every group, over one axis of rates.
 
     Above, the loss that short trainings came to: a point stands at the geometric mean of the groups' rates in that
-    training, the ring around the one that was chosen, the largest that cannot be told from the best, a cross at the
-    upper edge where a training diverged.  The dashed line is what is suggested, for a training that is longer.  Below,
-    the suggested rate of every group, filled, and the one it had, hollow.
+    training, hollow where some tensor stopped learning, the ring around the one that was chosen, the largest that
+    cannot be told from the best, a cross at the upper edge where a training diverged.  The dashed line is what is
+    suggested, for a training that is longer.  Below, the suggested rate of every group, filled, and the one it had,
+    hollow.
 
     Example:
         >>> from newton_summary.watch.lr_finder import SuggestedRates
@@ -45,6 +47,9 @@ def _draw_trials(ax: Axes, suggested: SuggestedRates) -> None:
     points = [(mean * factor, loss) for factor, loss in suggested.trials.items()]
     finite = [(rate, loss) for rate, loss in points if math.isfinite(loss)]
     ax.plot(*zip(*finite, strict=True), "o-", color=_BLUE, markersize=4, linewidth=1.5)
+    dead = [(mean * factor, suggested.trials[factor]) for factor in suggested.dead]
+    if dead:
+        ax.plot(*zip(*dead, strict=True), "o", color=_BLUE, markerfacecolor="white", markersize=4, label=_DEAD)
     diverged = [rate for rate, loss in points if not math.isfinite(loss)]
     if diverged:
         edge = ax.get_xaxis_transform()

@@ -27,7 +27,7 @@ from newton_summary.watch.words import times
 _HEADER = ("group", "learning rate", "before", "factor")
 _MEASURED = 2  # batches that the rates are measured on
 _WIDEST = 100.0  # no group's own rate counts as further than this from the shared one
-_MOST_DOUBLINGS = 6  # of all rates, up or down, in the trials
+_MOST_DOUBLINGS = 6  # of all rates, up or down, in the trials, from where none fails
 _EPOCHS, _STEPS = 10, 1000  # of a training whose length is not told: where the data has a length, and where not
 _TRIAL = 1 / 125  # of the training, which is the length of a trial: three to six of them are needed
 _SHORTEST, _LONGEST = 8, 120  # of trials, in steps
@@ -56,6 +56,7 @@ class SuggestedRates:
         by_optimizer: ``param_groups`` by the optimizer that they are for, in the order in which these were given:
             ``Muon(suggested.by_optimizer[0])``, ``AdamW(suggested.by_optimizer[1])``.
         batches: how many there were; ``None`` where the data does not tell.
+        dead: the factors of those trials in which some tensor stopped learning.
     """
 
     rates: dict[str, float]
@@ -67,6 +68,7 @@ class SuggestedRates:
     trial_steps: int
     by_optimizer: list[list[dict[str, Any]]]
     batches: int | None = None
+    dead: tuple[float, ...] = ()
 
     def __repr__(self) -> str:
         return "\n".join([self._title, *aligned([_HEADER, *self._rows()]), *(f"  {note}" for note in self._notes())])
@@ -87,6 +89,8 @@ class SuggestedRates:
             notes.append("from one batch, which trainings fit at almost any rate: pass several, such as parts of it")
         if self.trial_steps < surer:
             notes.append(f"trials of {_counted(self.trial_steps)} are short: trial_steps={surer} is surer")
+        if self.dead:
+            notes.append(f"at {times(min(self.dead))} these rates some tensor stops learning: its gradient is 0 then")
         return notes
 
     def _rows(self) -> list[tuple[str, str, str, str]]:
@@ -182,13 +186,14 @@ def suggest_rates(
     trial = trial_steps or min(max(round(_TRIAL * training), _SHORTEST), _LONGEST, training)
     trials_of = _Trials(Loss(loss_fn, model), optimizer, partition, batches, seed)
     measured = profile(trials_of.measure(resolve_engine(engine)))
-    multiple, losses = search(lambda multiple: trials_of.run((multiple * measured).tolist(), trial))
+    multiple, tried = search(lambda multiple: trials_of.run((multiple * measured).tolist(), trial))
     factor = multiple * (1.0 if decays else min(trial / training, 1.0) ** _HORIZON)
     rates = dict(zip(partition.names, (factor * measured).tolist(), strict=True))
-    trials = {tried / factor: loss for tried, loss in losses.items()}
+    trials = {other / factor: one.median for other, one in tried.items()}
+    dead = tuple(other / factor for other, one in tried.items() if one.dead)
     groups = [_param_groups(member, partition, rates) for member in members]
     every = [group for own in groups for group in own]
-    return SuggestedRates(rates, before, every, trials, multiple / factor, training, trial, groups, count)
+    return SuggestedRates(rates, before, every, trials, multiple / factor, training, trial, groups, count, dead)
 
 
 def _counted(steps: int) -> str:
@@ -237,17 +242,17 @@ class Tried(NamedTuple):
         return float(self.losses.median())
 
 
-def search(run: Callable[[float], Tried]) -> tuple[float, dict[float, float]]:
+def search(run: Callable[[float], Tried]) -> tuple[float, dict[float, Tried]]:
     """The largest multiple that is as good as the best, by steps of 2 from 1 to where losses rise.
 
-    Where a training with the first multiples diverges, it goes on from smaller ones.
+    Where a training with the first multiples diverges or dies, it goes on from smaller ones.
 
     Args:
         run: trains with a multiple, on the same batches every time.  The median loss counts, and first whether it is of
             a network that learns on.
 
     Returns:
-        That multiple, and all medians by multiple, in ascending order.
+        That multiple, and all trainings by multiple, in ascending order.
 
     Raises:
         ValueError: all trainings diverged.
@@ -264,7 +269,7 @@ def search(run: Callable[[float], Tried]) -> tuple[float, dict[float, float]]:
         start -= 2
     lowest = min((start, start + 1, start - 1), key=at)
     stride = lowest - start
-    while stride and abs(lowest + stride) <= _MOST_DOUBLINGS and at(lowest + stride) < at(lowest):
+    while stride and abs(lowest + stride - start) <= _MOST_DOUBLINGS and at(lowest + stride) < at(lowest):
         lowest += stride
     failed, loss = at(lowest)
     if math.isinf(loss):
@@ -275,7 +280,7 @@ def search(run: Callable[[float], Tried]) -> tuple[float, dict[float, float]]:
     reference = tried[lowest].losses
     while best < _MOST_DOUBLINGS and at(best + 1)[0] <= failed and is_as_good(tried[best + 1].losses, reference):
         best += 1
-    return 2.0**best, {2.0**power: tried[power].median for power in sorted(tried)}
+    return 2.0**best, {2.0**power: tried[power] for power in sorted(tried)}
 
 
 def is_as_good(losses: Tensor, others: Tensor) -> bool:
