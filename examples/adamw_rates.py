@@ -33,7 +33,7 @@ def start():
 # not depend on it.
 model, loader = start()
 guess = torch.optim.AdamW(model.parameters(), lr=1e-4)
-suggested = ns.suggest_rates(loss_fn, model, loader, guess, steps=5 * len(loader), trial_steps=60)
+suggested = ns.suggest_rates(loss_fn, model, loader, guess, steps=5 * len(loader))
 print(suggested)
 
 # %%

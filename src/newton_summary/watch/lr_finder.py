@@ -31,11 +31,10 @@ _MOST_DOUBLINGS = 6  # of all rates, up or down, in the trials, from where none 
 _EPOCHS, _STEPS = 10, 1000  # of a training whose length is not told: where the data has a length, and where not
 _TRIAL = 1 / 125  # of the training, which is the length of a trial: three to six of them are needed
 _SHORTEST, _LONGEST = 8, 120  # of trials, in steps
-_SURER = 50  # steps of a trial, below which suggestions of some trainings are far too long
 _NORMAL = 1.4826  # the standard deviation of a normal distribution in its median deviations
 _OF_OTHERS = {"param_names", *OF_SCHEDULES}  # names of another grouping, and rates of another training
 _LEFT_OUT = "not suggested"  # the name of groups of what the partition leaves out
-_HORIZON = 1 / 4  # the power of the length of a training with which its best constant rate falls
+_HORIZON = 3 / 16  # the power of the length of a training with which its best constant rate falls (docs/research.md)
 
 
 @dataclass(frozen=True, eq=False)
@@ -83,12 +82,10 @@ class SuggestedRates:
         return f"Suggested learning rates for {_counted(self.steps)}, from {trials}"
 
     def _notes(self) -> list[str]:
-        """What to do where trials were short, or say nothing of other data."""
-        surer, notes = min(_SURER, self.steps), []
+        """What trials from one batch do not say, and where a network dies."""
+        notes = []
         if self.batches == 1:
             notes.append("from one batch, which trainings fit at almost any rate: pass several, such as parts of it")
-        if self.trial_steps < surer:
-            notes.append(f"trials of {_counted(self.trial_steps)} are short: trial_steps={surer} is surer")
         if self.dead:
             notes.append(f"at {times(min(self.dead))} these rates some tensor stops learning: its gradient is 0 then")
         return notes
@@ -125,8 +122,8 @@ def suggest_rates(
        best one, batch by batch, the largest is taken.  What is added to a loss, or multiplies it, does not matter.
     3. A training is longer than its trial, and the longer it is, the shorter are the steps that are best for it.  Where
        noise limits them, the best constant rate falls with the square root of the length; where curvature does, it
-       stays what it is.  Half way between both, the trial's rates are multiplied by (trial / training)^¼; but not
-       where a schedule brings the rates to zero.
+       stays what it is.  Sweeps over many trainings are between: the trial's rates are multiplied by
+       (trial / training)^(3/16); but not where a schedule brings the rates to zero.
 
     All that takes some 4 to 10 % of a training of a thousand steps, less of a longer one.
 
@@ -145,7 +142,8 @@ def suggest_rates(
         steps: the length of the training that the rates are for.  Default: ten epochs, or 1,000 steps where the data
             does not tell its length.
         decays: whether a schedule brings the rates down to zero in the end: then they are those of its peak.
-        trial_steps: the length of a trial.  Default: as above.  Longer ones take longer, and are a better guide.
+        trial_steps: the length of a trial.  Default: as above.  Longer ones are hardly a better guide: to a
+            thousand steps fifty are not, at six times the price.
         engine: what measures: a name, or an :class:`~newton_summary.measure.Engine`.
         seed: fixes the order of the batches.
 
