@@ -1,4 +1,4 @@
-"""What suggested learning rates are worth, and what they cost: writes results/suggestion.md (an hour, one core).
+"""What suggested learning rates are worth, and what they cost: writes results/suggestion.md (15 minutes, one core).
 
     python benchmarks/suggestion.py                    the twenty problems of benchmarks/untuned.py
     python benchmarks/suggestion.py --problems digits gru

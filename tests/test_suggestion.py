@@ -458,6 +458,20 @@ def test_no_rates_are_suggested_that_kill_a_network() -> None:
     assert model[0].weight.grad.any()
 
 
+def test_a_training_that_has_reached_its_end_has_not_died() -> None:
+    """Where every margin is kept the loss is 0, and so are all gradients."""
+    model = nn.Linear(2, 2)
+    x = torch.tensor([[1.0, 0.0], [0.0, 1.0]] * 4)
+    batches = [(10 * x, torch.tensor([0, 1] * 4))] * 4
+
+    def margins(model, batch):
+        return nn.functional.multi_margin_loss(model(batch[0]), batch[1], p=2)
+
+    suggested = ns.suggest_rates(margins, model, batches, torch.optim.SGD(model.parameters(), lr=1.0), steps=16)
+    assert min(suggested.trials.values()) == suggested.trials[suggested.chosen] == 0.0
+    assert suggested.dead == ()
+
+
 def test_notes_are_in_the_table_of_a_notebook_too() -> None:
     rates, trials = {"a": 1.0}, {1.0: 1.0, 4.0: 0.5}
     found = SuggestedRates(rates, rates, [], trials, 1.0, 400, 8, [], batches=1, dead=(4.0,))

@@ -117,9 +117,10 @@ def suggest_rates(
        knows the layers, the second their interactions.  An exact line search in the quadratic model sets their scale.
     2. One step says little of many.  So the model is trained for a while, 1 / 125 of ``steps`` but 8 to 120, with
        multiples of these rates, a factor of 2 apart, until the best one lies between worse ones.  What counts is the
-       median loss of the second half; but a training in which a tensor stops learning, because its gradient is 0 on
-       every batch of the second half, is worse than any in which none does.  Of multiples that cannot be told from the
-       best one, batch by batch, the largest is taken.  What is added to a loss, or multiplies it, does not matter.
+       median loss of the second half; but a training in which a tensor stops learning while others go on, because its
+       gradient is 0 on every batch of the second half, is worse than any in which none does.  Of multiples that cannot
+       be told from the best one, batch by batch, the largest is taken.  What is added to a loss, or multiplies it, does
+       not matter.
     3. A training is longer than its trial, and the longer it is, the shorter are the steps that are best for it.  Where
        noise limits them, the best constant rate falls with the square root of the length; where curvature does, it
        stays what it is.  Sweeps over many trainings are between: the trial's rates are multiplied by
@@ -227,8 +228,8 @@ class Tried(NamedTuple):
 
     Args:
         losses: of the second half, shape (n,); infinite where it diverged.
-        dead: whether some tensor that learnt at first no longer does, such as the weights before units that are always
-            off: low as the loss may be, that of a constant soon is, it stays there.
+        dead: whether some tensor that learnt at first no longer does, while others go on, such as the weights before
+            units that are always off: low as the loss may be, that of a constant soon is, it stays there.
     """
 
     losses: Tensor
@@ -329,11 +330,12 @@ class _Trials:
                 if not math.isfinite(losses[-1]):
                     return Tried(torch.full((steps - half,), math.inf, dtype=torch.float64))
                 if len(losses) == 1:
-                    silent = trained.learning()  # in the second half, until their first gradient there
+                    learnt = silent = trained.learning()
                 if len(losses) > half and silent:
-                    silent = silent - trained.learning()
+                    silent = silent - trained.learning()  # those that have had no gradient in the second half
                 trained.step()
-        return Tried(torch.tensor(losses[half:], dtype=torch.float64), dead=bool(silent))
+        dead = 0 < len(silent) < len(learnt)  # where none learns any more the loss is 0, as of margins that are kept
+        return Tried(torch.tensor(losses[half:], dtype=torch.float64), dead)
 
 
 def _rates_of(optimizer: torch.optim.Optimizer, partition: Partition) -> dict[str, float]:
