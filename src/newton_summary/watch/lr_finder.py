@@ -21,7 +21,7 @@ from newton_summary.parallel.sharding import UNSHARDED, check_whole
 from newton_summary.partition import Partition, one_for_each, resolve_partition, unwrap
 from newton_summary.summary import Summary
 from newton_summary.watch.advice import alone
-from newton_summary.watch.rehearsal import rehearsal
+from newton_summary.watch.rehearsal import Learning, rehearsal
 from newton_summary.watch.words import times
 
 _HEADER = ("group", "learning rate", "before", "factor")
@@ -228,8 +228,8 @@ class Tried(NamedTuple):
 
     Args:
         losses: of the second half, shape (n,); infinite where it diverged.
-        dead: whether some tensor that learnt at first no longer does, while others go on, such as the weights before
-            units that are always off: low as the loss may be, that of a constant soon is, it stays there.
+        dead: whether some tensor that learnt at first no longer does, while others go on: low as the loss may be, that
+            of a constant soon is, it stays there.
     """
 
     losses: Tensor
@@ -322,20 +322,16 @@ class _Trials:
         """A short training, from the start."""
         stream, parameters = BatchStream(self.batches, self.seed, what="batches"), self.partition.parameters
         losses: list[float] = []
-        half = steps // 2
+        learning, half = Learning(parameters, steps), steps // 2
         with rehearsal(self.loss, self.optimizer, list(parameters), self.seed) as trained:
             trained.set_rates(dict(zip(parameters, map(float, self.partition.spread(rates)), strict=True)))
             while len(losses) < steps:
                 losses.append(trained.backward(trained.next(stream)))
                 if not math.isfinite(losses[-1]):
                     return Tried(torch.full((steps - half,), math.inf, dtype=torch.float64))
-                if len(losses) == 1:
-                    learnt = silent = trained.learning()
-                if len(losses) > half and silent:
-                    silent = silent - trained.learning()  # those that have had no gradient in the second half
+                learning.look()
                 trained.step()
-        dead = 0 < len(silent) < len(learnt)  # where none learns any more the loss is 0, as of margins that are kept
-        return Tried(torch.tensor(losses[half:], dtype=torch.float64), dead)
+        return Tried(torch.tensor(losses[half:], dtype=torch.float64), learning.died)
 
 
 def _rates_of(optimizer: torch.optim.Optimizer, partition: Partition) -> dict[str, float]:

@@ -67,14 +67,45 @@ class Rehearsal:
             p.grad = None if gradient is None else gradient.clone()  # which may be a view, of another one even
         return float(value.detach())
 
-    def learning(self) -> set[Tensor]:
-        """The tensors whose gradient is not zero; a sparse one never counts as zero."""
-        gradients = ((p, p.grad) for p in self._parameters if p.grad is not None)
-        return {p for p, gradient in gradients if gradient.layout is not torch.strided or gradient.any()}
-
     def step(self) -> None:
         """Takes the shadow's step."""
         take_step(self.optimizer)
+
+
+class Learning:
+    """Which tensors learn in a training, looked at after every ``backward()``.
+
+    Args:
+        parameters: the tensors that are trained.
+        steps: the length of the training.
+    """
+
+    def __init__(self, parameters: Iterable[Tensor], steps: int) -> None:
+        self._parameters, self._half, self._looks = list(parameters), steps // 2, 0
+        self._learnt: set[Tensor] = set()  # at first
+        self._silent: set[Tensor] = set()  # those of them that have had no gradient in the second half
+
+    @property
+    def died(self) -> bool:
+        """Whether a tensor that learnt at first did not in the second half, while others went on.
+
+        So it is with the weights before units that are always off.  Where none learns any more the loss is 0, as of
+        margins that are kept.
+        """
+        return 0 < len(self._silent) < len(self._learnt)
+
+    def look(self) -> None:
+        """Notes whose gradient is not 0; a sparse one counts as such."""
+        self._looks += 1
+        if self._looks == 1:
+            self._learnt = self._silent = self._moved(self._parameters)
+        if self._looks > self._half:
+            self._silent = self._silent - self._moved(self._silent)
+
+    @staticmethod
+    def _moved(parameters: Iterable[Tensor]) -> set[Tensor]:
+        gradients = ((p, p.grad) for p in parameters if p.grad is not None)
+        return {p for p, gradient in gradients if gradient.layout is not torch.strided or gradient.any()}
 
 
 def _nothing() -> None:
