@@ -199,8 +199,8 @@ def test_fine_tuning_is_timed_against_its_suggestion(load, device, monkeypatch) 
     task = finetuning.Task("digits", make, samples, samples, samples, cross_entropy, 10)
     timer = finetuning.Clock(device, processor=True)
     found = dict(finetuning.runs_of(task.on(timer.device), 0, lambda name: False, timer))
-    assert set(found) == {"suggested", "0.001, 0.5"}
-    assert found["suggested"]["share"] > found["0.001, 0.5"]["share"]
+    assert set(found) == {"suggested", "suggested, one rate", "0.001, 0.5"}
+    assert all(found[name]["share"] > found["0.001, 0.5"]["share"] for name in finetuning.SUGGESTED)
 
 
 @pytest.mark.parametrize("device", DEVICES)
