@@ -394,6 +394,21 @@ def test_rates_are_for_the_length_of_the_training() -> None:
             suggest(**bad)
 
 
+@pytest.mark.parametrize("options", [{"steps": 1}, {"steps": 100, "trial_steps": 1}])
+def test_a_trial_sees_what_its_first_step_does(options) -> None:
+    """One loss alone is that before any step: all rates would be as good, and the largest be suggested."""
+    model = nn.Linear(2, 1, bias=False)
+    x = torch.eye(2).repeat(4, 1)
+
+    def bowl(model, batch):
+        return 0.5 * (model(batch).squeeze(1) - 1).square().mean()
+
+    sgd = torch.optim.SGD(model.parameters(), lr=1e-3)
+    suggested = ns.suggest_rates(bowl, model, [x, x], sgd, decays=True, **options)
+    assert suggested.trial_steps == 2
+    assert suggested.rates["weight"] == pytest.approx(2.0)  # curvature ½
+
+
 def test_finding_rates_takes_a_twentieth_of_the_training() -> None:
     seen = 0
 

@@ -143,7 +143,7 @@ def suggest_rates(
         steps: the length of the training that the rates are for.  Default: ten epochs, or 1,000 steps where the data
             does not tell its length.
         decays: whether a schedule brings the rates down to zero in the end: then they are those of its peak.
-        trial_steps: the length of a trial.  Default: as above.  Longer ones are hardly a better guide: to a
+        trial_steps: the length of a trial, 2 at least.  Default: as above.  Longer ones are hardly a better guide: to a
             thousand steps fifty are not, at six times the price.
         engine: what measures: a name, or an :class:`~newton_summary.measure.Engine`.
         seed: fixes the order of the batches.
@@ -183,6 +183,7 @@ def suggest_rates(
     is_cut = is_one_shot and count == most  # and does not tell its length
     training = int(steps) if steps is not None else _STEPS if is_cut else _length(batches)
     trial = trial_steps or min(max(round(_TRIAL * training), _SHORTEST), _LONGEST, training)
+    trial = max(int(trial), 2)  # what a step does shows in the loss of the next one
     trials_of = _Trials(Loss(loss_fn, model), optimizer, partition, batches, seed)
     measured = profile(trials_of.measure(resolve_engine(engine)))
     multiple, tried = search(lambda multiple: trials_of.run((multiple * measured).tolist(), trial))
