@@ -179,9 +179,8 @@ def test_a_suggestion_shows_losses_over_rates_and_the_rates_of_groups():
 
 
 def test_a_suggestion_shows_where_tensors_stop_learning():
-    above = plots.suggestion(suggested_rates(3, {1.0: 0.5, 2.0: 0.25, 4.0: 0.1, 8.0: 0.2}, 2.0, dead=(4.0, 8.0))).axes[
-        0
-    ]
+    suggested = suggested_rates(3, {1.0: 0.5, 2.0: 0.25, 4.0: 0.1, 8.0: 0.2}, 2.0, dead=(4.0, 8.0))
+    above = plots.suggestion(suggested).axes[0]
     _, dead, chosen, _ = above.lines
     assert list(dead.get_xdata()) == pytest.approx([16e-3, 32e-3])
     assert list(dead.get_ydata()) == [0.1, 0.2]

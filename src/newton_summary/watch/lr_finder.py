@@ -307,9 +307,9 @@ class _Trials:
         """The summary along the next step at learning rates of 1, on batches other than the step's own."""
         stream, parameters = BatchStream(self.batches, self.seed, what="batches"), self.partition.parameters
         with rehearsal(self.loss, self.optimizer, list(parameters), self.seed) as trained:
-            trained.backward(trained.next(stream))
+            trained.backward(trained.next(stream, self.partition.device))
             along = next_step(trained.optimizer, parameters)
-            others = (trained.next(stream) for _ in range(_MEASURED))
+            others = (trained.next(stream, self.partition.device) for _ in range(_MEASURED))
             parts = [engine.measure(self.loss, batch, self.partition, along, 3, "diagonal").cpu() for batch in others]
         failed = sum(not part.is_finite() for part in parts)
         if failed:
@@ -327,7 +327,7 @@ class _Trials:
         with rehearsal(self.loss, self.optimizer, list(parameters), self.seed) as trained:
             trained.set_rates(dict(zip(parameters, map(float, self.partition.spread(rates)), strict=True)))
             while len(losses) < steps:
-                losses.append(trained.backward(trained.next(stream)))
+                losses.append(trained.backward(trained.next(stream, self.partition.device)))
                 if not math.isfinite(losses[-1]):
                     return Tried(torch.full((steps - half,), math.inf, dtype=torch.float64))
                 learning.look()

@@ -45,9 +45,9 @@ class Rehearsal:
         for group in self.optimizer.param_groups:
             group["lr"] = rates[group["params"][0]]
 
-    def next(self, stream: BatchStream) -> Any:
+    def next(self, stream: BatchStream, device: torch.device) -> Any:
         """The next batch of a stream.  What it draws is drawn in this training, after which states are put back."""
-        return stream.next(self._parameters[0].device, rewind=_nothing)
+        return stream.next(device, rewind=_nothing)
 
     def backward(self, batch: Any) -> float:
         """Computes gradients on a batch, and gives the loss.

@@ -257,7 +257,7 @@ class _Stage:
 
     def run(self, levels: Levels, steps: int, seed: int) -> Outcome:
         """Trains with rates changed by these levels, and gives what it came to."""
-        stream = BatchStream(self.batches, seed, what="batches")
+        stream, device = BatchStream(self.batches, seed, what="batches"), self.partition.device
         factors = self.partition.spread([float(FACTOR) ** level for level in levels])
         rates: dict[Tensor, float] = {
             p: self.rates[p] * float(factor)
@@ -269,7 +269,7 @@ class _Stage:
             trained.set_rates(rates)
             moves = _Moves(list(rates), steps)
             for _ in range(steps):
-                losses.append(trained.backward(trained.next(stream)))
+                losses.append(trained.backward(trained.next(stream, device)))
                 if not math.isfinite(losses[-1]):
                     return self._diverged(steps)
                 moves.add()
@@ -277,7 +277,7 @@ class _Stage:
                     self.before_step()
                 trained.step()
             moves.set_averages()
-            averaged = [self.loss.value(trained.next(stream)) for _ in range(HELD_OUT)]
+            averaged = [self.loss.value(trained.next(stream, device)) for _ in range(HELD_OUT)]
         second = torch.tensor(losses[steps // 2 :], dtype=torch.float64)
         return Outcome(second, torch.tensor(averaged, dtype=torch.float64), *self._by_group(moves))
 
